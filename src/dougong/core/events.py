@@ -1,0 +1,147 @@
+"""What happens in a run, announced to whoever listens.
+
+Here        the events, the `Announcer` that passes them on, and the JSON-lines file they are kept in.
+Elsewhere   announcing (engine/trainer.py); listening (watch/, recipes/).
+Promise     the file holds one whole JSON object a line; after a kill, at most the last line is cut, and reading
+            skips it. On resume, lines of steps that are trained again are dropped, so no step stands there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dougong.core.files import write_atomic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened after `step` optimizer steps."""
+
+    step: int
+    time: float = field(default_factory=time.time)
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """Training begins or goes on."""
+
+    total_steps: int
+    precision: str
+    num_parameters: int
+    resumed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """One optimizer step."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_records: int
+    epoch: int
+    seconds: float
+    wait_seconds: float
+    """Of `seconds`, how long the step waited for its batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """The metrics of one split under one condition."""
+
+    split: str
+    condition: str
+    metrics: dict[str, float]
+    num_records: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A checkpoint is whole on the disk."""
+
+    path: str
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSkipped(Event):
+    """A damaged checkpoint was passed over."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsSetAside(Event):
+    """Records that could not be used, so far."""
+
+    count: int
+    seen: int
+    first: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished(Event):
+    """Training ended: `steps`, `early` (no progress), or `interrupted`."""
+
+    reason: str
+    best_metric: float | None
+    best_step: int | None
+    seconds: float
+
+
+Listener = Callable[[Event], None]
+
+
+class Announcer:
+    """Passes each event to every listener, in the order in which they came."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners: list[Listener] = list(listeners)
+
+    def __call__(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+class EventFile:
+    """Appends events to a file, a line each."""
+
+    def __init__(self, path: Path, *, resume_at: int | None = None) -> None:
+        """Open `path`; with `resume_at`, forget what happened after that step."""
+        if resume_at is None:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_at]
+            write_atomic(path, "".join(line + "\n" for line in kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        self._file.write(json.dumps({"kind": event.kind, **asdict(event)}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run, in order, each with its `kind`."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.endswith("}\n"):
+                yield line.rstrip("\n")
