@@ -1,1 +1,1 @@
-"""What every area shares: errors, settings, seeds, events, signatures and the bundle format. Loads no torch."""
+"""What every area shares: errors, settings, seeds, events and files. Loads no torch."""

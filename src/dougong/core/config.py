@@ -65,7 +65,7 @@ def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a setting has no `=`, or walks into something that has no keys.
     """
-    result = _copy(values)
+    result: dict[str, Any] = _copy(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
@@ -81,9 +81,7 @@ def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         try:
             inner[last] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(
-                f"--set {setting!r}: {text!r} is not YAML. Quote it, as in key='\"a: b\"'."
-            ) from None
+            raise ConfigError(f"--set {setting!r}: {text!r} is not YAML. Quote it, as in key='\"a: b\"'.") from None
     return result
 
 
@@ -109,11 +107,7 @@ def from_yaml(text: str, *, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(
-            f"{where} is not YAML{line}: mend it, or write a fresh one with 'dougong show'."
-        ) from None
+        raise ConfigError(f"{where} is not YAML{line}: mend it there, or write it anew with to_yaml.") from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{where} holds {type(values).__name__}, not settings. 'dougong show vqa' prints an example."
-        )
+        raise ConfigError(f"{where} holds {type(values).__name__}, not settings. Use lines such as 'name: value'.")
     return values

@@ -1,7 +1,7 @@
 """The mistakes that a user can mend.
 
 Here        one class per kind of mistake; each message is one line: what was given, why it fails, what would work.
-Elsewhere   turning them into exit status 2 (cli/main.py).
+Elsewhere   turning them into exit status 2 (the command line, above).
 Promise     whatever is not a DougongError is our bug and keeps its traceback.
 """
 

@@ -1,7 +1,7 @@
 """What happens in a run, announced to whoever listens.
 
 Here        the events, the `Announcer` that passes them on, and the JSON-lines file they are kept in.
-Elsewhere   announcing (engine/trainer.py); listening (watch/, recipes/).
+Elsewhere   announcing (the engine); listening (watch and the recipes).
 Promise     the file holds one whole JSON object a line; after a kill, at most the last line is cut, and reading
             skips it. On resume, lines of steps that are trained again are dropped, so no step stands there twice.
 """

@@ -1,7 +1,7 @@
 """Files that are whole or absent, and paths that stay in their folder.
 
 Here        atomic writes of files and folders, sha256 sums, `inside`.
-Elsewhere   what is written (core/bundle.py, engine/checkpoint.py, data/sources/).
+Elsewhere   what is written, and when (the areas above).
 Promise     a reader never sees half of a file or folder, even after the power fails; a path taken from data
             never leads out of its folder.
 """

@@ -1,7 +1,7 @@
 """One seed for a run, and independent ones for everything in it.
 
 Here        `derive_seed`: a number for a purpose, from the run's seed and the purpose's name.
-Elsewhere   the random states of torch (engine/checkpoint.py saves them).
+Elsewhere   the random states of a tensor library (saved with a checkpoint, above).
 Promise     the same root and names give the same number on every machine and Python version; adding a new
             purpose changes no other one's numbers.
 """
