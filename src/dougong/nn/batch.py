@@ -1,0 +1,39 @@
+"""One batch of records as tensors.
+
+Here        MediaBatch, Batch.
+Elsewhere   making it from records (data/batch.py, as NumPy arrays; engine/batches.py turns them into tensors).
+Promise     a medium that several records share stands in it once; what records lack is not in it at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class MediaBatch(NamedTuple):
+    """One modality of a batch. Shapes: U distinct media, B records."""
+
+    values: dict[str, Tensor]
+    """Tensors of U rows; their names and shapes stand with the inputs in core/signature.py. U may be 0."""
+
+    index_B: Tensor
+    """Which of the U media each record has; 0 where it has none."""
+
+    present_B: Tensor
+    """Whether the record has this modality."""
+
+
+class Batch(NamedTuple):
+    """B records."""
+
+    media: dict[str, MediaBatch]
+    """By modality name, in the signature's order. Every modality of the signature is here, present or not."""
+
+    target: Tensor | None
+    """As core/signature.py's Target says, or None where it is not known."""
+
+    @property
+    def num_records(self) -> int:
+        return next(iter(self.media.values())).index_B.shape[0]
