@@ -1,0 +1,222 @@
+"""Puts records together: what they share once, what is bad aside.
+
+Here        Request, View, Collator.
+Elsewhere   which records come when (data/loader.py); decoding a cell (data/modality/).
+Promise     a batch depends on its records, the seed and its number alone, so it can be made again anywhere; each
+            distinct medium is decoded at most once for it, and not at all while the cache still holds it; one bad
+            record never costs another.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import field_validator
+
+from dougong.core.config import Config
+from dougong.core.seeds import derive_seed
+from dougong.data.batch import Array, BadRecord, BatchArrays, MediaArrays
+from dougong.data.modality.medium import BadValue, Modality
+from dougong.data.preparation import Preparation
+from dougong.data.target import encode_target
+
+
+class View(Config):
+    """Some of the modalities; the others are withheld from the records that are seen so."""
+
+    keep: tuple[str, ...]
+    """Names of modalities. What a record lacks anyway stays absent."""
+
+    weight: float = 1.0
+    """How often, in proportion to the other views' weights."""
+
+    @field_validator("weight")
+    @classmethod
+    def _above_zero(cls, weight: float) -> float:
+        if weight <= 0:
+            raise ValueError(f"{weight} must be above 0: a view that is never seen is no view. Leave it out.")
+        return weight
+
+
+class Request(NamedTuple):
+    """The cells of one batch."""
+
+    rows: npt.NDArray[np.int64]
+    cells: dict[str, list[Any]]
+    """By column, the target's included where it is known."""
+    number: tuple[int, int]
+    """Epoch and batch, for the seed."""
+
+
+class Collator:
+    """Makes batches of requests."""
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        folder: Path,
+        *,
+        seed: int,
+        augment: bool = False,
+        views: Sequence[View] = (),
+        withhold: float = 0.0,
+        cache_bytes: int = 512 * 2**20,
+    ) -> None:
+        """`withhold` is each modality's chance to be left out of a record, never of one that has no other."""
+        self.preparation = preparation
+        self.folder = folder
+        self._seed = seed
+        self._augment = augment
+        self._withhold = withhold
+        names = list(preparation.modalities)
+        self._view_VM = np.array([[name in view.keep for name in names] for view in views], np.bool_)
+        weights = np.array([view.weight for view in views])
+        self._view_chance = weights / weights.sum() if len(views) else weights
+        self._cache = _Cache(cache_bytes)
+
+    def __call__(self, request: Request) -> BatchArrays:
+        names = list(self.preparation.modalities)
+        keys = {name: self._keys(modality, request) for name, modality in self.preparation.modalities.items()}
+        has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_).T
+        kept_BM = self._choose(has_BM, request)
+
+        reasons: dict[int, tuple[str, str]] = {}
+        media: dict[str, dict[Hashable, Array]] = {}
+        for place, (name, modality) in enumerate(self.preparation.modalities.items()):
+            media[name] = self._decode(name, modality, request, keys[name], kept_BM[:, place], reasons)
+        target = self._target(request, reasons)
+
+        good = np.array([index for index in range(len(request.rows)) if index not in reasons], np.int64)
+        arrays = {}
+        for place, (name, modality) in enumerate(self.preparation.modalities.items()):
+            random = self._random("augment", name, *request.number) if self._augment else None
+            arrays[name] = _share(modality, media[name], [keys[name][i] for i in good], kept_BM[good, place], random)
+        bad = tuple(BadRecord(int(request.rows[index]), *why) for index, why in sorted(reasons.items()))
+        return BatchArrays(arrays, None if target is None else target[good], request.rows[good], bad)
+
+    def _keys(self, modality: Modality, request: Request) -> list[Hashable]:
+        return [_key(modality, cells) for cells in _cells(modality, request)]
+
+    def _choose(self, has_BM: npt.NDArray[np.bool_], request: Request) -> npt.NDArray[np.bool_]:
+        """What each record is seen with."""
+        random = self._random("views", *request.number)
+        if len(self._view_VM):
+            return has_BM & self._view_VM[random.choice(len(self._view_VM), len(has_BM), p=self._view_chance)]
+        if not self._withhold:
+            return has_BM
+        kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
+        emptied = ~kept_BM.any(axis=1)
+        kept_BM[emptied] = has_BM[emptied]
+        return kept_BM
+
+    def _decode(
+        self,
+        name: str,
+        modality: Modality,
+        request: Request,
+        keys: list[Hashable],
+        kept_B: npt.NDArray[np.bool_],
+        reasons: dict[int, tuple[str, str]],
+    ) -> dict[Hashable, Array]:
+        """Each distinct medium, decoded; the reason beside each record whose medium is bad."""
+        found: dict[Hashable, Array] = {}
+        bad: dict[Hashable, str] = {}
+        cells = _cells(modality, request)
+        for index in np.flatnonzero(kept_B):
+            key = keys[index]
+            if key not in found and key not in bad:
+                medium = self._cache.get((name, key))
+                if medium is None:
+                    try:
+                        medium = modality.decode(cells[index], self.folder)
+                    except BadValue as error:
+                        medium = str(error)
+                    self._cache.put((name, key), medium)
+                if isinstance(medium, str):
+                    bad[key] = medium
+                else:
+                    found[key] = medium
+            if key in bad:
+                reasons.setdefault(int(index), (name, bad[key]))
+        return found
+
+    def _target(self, request: Request, reasons: dict[int, tuple[str, str]]) -> Array | None:
+        target = self.preparation.target
+        if target.name not in request.cells:
+            return None
+        cells = request.cells[target.name]
+        try:
+            return encode_target(cells, target)
+        except BadValue:
+            pass
+        rows = []
+        for index, cell in enumerate(cells):
+            try:
+                rows.append(encode_target([cell], target)[0])
+            except BadValue as error:
+                reasons.setdefault(index, (target.name, str(error)))
+                rows.append(None)
+        spare = next((row for row in rows if row is not None), 0)
+        return np.array([spare if row is None else row for row in rows])
+
+    def _random(self, *purpose: str | int) -> np.random.Generator:
+        return np.random.default_rng(derive_seed(self._seed, *purpose))
+
+
+def _cells(modality: Modality, request: Request) -> list[tuple[Any, ...]]:
+    return list(zip(*(request.cells[column] for column in modality.columns), strict=True))
+
+
+def _key(modality: Modality, cells: tuple[Any, ...]) -> Hashable:
+    key = modality.key(cells)
+    try:
+        hash(key)
+    except TypeError:
+        return repr(key)  # a cell of a wrong type: its decoding will say so
+    return key
+
+
+def _share(
+    modality: Modality,
+    media: dict[Hashable, Array],
+    keys: list[Hashable],
+    kept_B: npt.NDArray[np.bool_],
+    random: np.random.Generator | None,
+) -> MediaArrays:
+    """The distinct media of good records, in the order in which they are first met."""
+    place: dict[Hashable, int] = {}
+    index_B = np.zeros(len(keys), np.int64)
+    for index in np.flatnonzero(kept_B):
+        index_B[index] = place.setdefault(keys[index], len(place))
+    return MediaArrays(modality.stack([media[key] for key in place], random), index_B, kept_B.copy())
+
+
+class _Cache:
+    """Decoded media, the longest unused forgotten first. A string stands for a bad one and says why."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[Hashable, Array | str] = OrderedDict()
+
+    def get(self, key: Hashable) -> Array | str | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        return None
+
+    def put(self, key: Hashable, medium: Array | str) -> None:
+        # 500: about what a key and its place cost.
+        size = 500 + (len(medium) if isinstance(medium, str) else medium.nbytes)
+        if size > self._most_bytes:
+            return
+        self._kept[key] = medium
+        self._bytes += size
+        while self._bytes > self._most_bytes:
+            _, old = self._kept.popitem(last=False)
+            self._bytes -= 500 + (len(old) if isinstance(old, str) else old.nbytes)

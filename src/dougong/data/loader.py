@@ -1,0 +1,299 @@
+"""Which records come when, and batches of them, decoded ahead by worker processes.
+
+Here        LoaderConfig, Loader.
+Elsewhere   putting one batch together (data/collate.py); where a run stands (data/position.py).
+Promise     the order follows from the seed, the epoch and the row counts alone: a run goes on from any position
+            without decoding what came before, to the same batches, with any number of workers. Memory is bounded
+            by one window of rows, whatever the table's size.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import field_validator
+
+from dougong.core.config import Config
+from dougong.core.errors import ConfigError, DataError
+from dougong.core.seeds import derive_seed
+from dougong.data.batch import BatchArrays
+from dougong.data.collate import Collator, Request, View
+from dougong.data.modality.audio import AudioModality
+from dougong.data.modality.image import ImageModality
+from dougong.data.modality.medium import media_key
+from dougong.data.position import Position
+from dougong.data.preparation import Preparation
+from dougong.data.table import Table
+
+Indices = npt.NDArray[np.int64]
+AHEAD: Final = 2
+"""Batches in the making per worker."""
+
+
+class LoaderConfig(Config):
+    """How records become batches."""
+
+    batch_size: int = 64
+    """Records of one batch."""
+
+    group_by: str | None = None
+    """A media column: records that share its medium come together. "auto" finds one; None does not group."""
+
+    records_per_medium: int | None = None
+    """Of the records that share a medium, at most so many come together; the others come another time."""
+
+    window_rows: int = 100_000
+    """Rows are shuffled within windows of about so many, since a larger table is never held whole."""
+
+    window_bytes: int = 512 * 2**20
+    """The same, in memory. One row group is the least."""
+
+    workers: int | None = None
+    """Processes that decode. None: none for what is cheap to decode or on 2 cores, else up to 4."""
+
+    cache_bytes: int = 512 * 2**20
+    """Decoded media kept, in each worker."""
+
+    @field_validator("batch_size", "window_rows", "window_bytes", "records_per_medium")
+    @classmethod
+    def _at_least_one(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{value} must be at least 1.")
+        return value
+
+    @field_validator("workers")
+    @classmethod
+    def _not_negative(cls, workers: int | None) -> int | None:
+        if workers is not None and workers < 0:
+            raise ValueError(f"{workers} must be 0 (decode in this process) or more.")
+        return workers
+
+
+class _Window(NamedTuple):
+    """Neighbours in the order of an epoch, held together."""
+
+    chunks: tuple[int, ...]
+    num_rows: int
+
+
+class Loader:
+    """The batches of a table."""
+
+    def __init__(
+        self,
+        table: Table,
+        preparation: Preparation,
+        config: LoaderConfig,
+        *,
+        seed: int = 0,
+        train: bool = False,
+        views: tuple[View, ...] = (),
+        withhold: float = 0.0,
+    ) -> None:
+        """`train` shuffles and augments; `views` and `withhold` are data/collate.py's.
+
+        Raises:
+            ConfigError: `group_by` or a view names what is not there.
+        """
+        self._table, self._config, self._seed, self._train = table, config, seed, train
+        for view in views:
+            strange = [name for name in view.keep if name not in preparation.modalities]
+            if strange:
+                known = ", ".join(preparation.modalities)
+                raise ConfigError(f"a view keeps {strange[0]!r}, which is no modality. Use some of {known}.")
+        target = preparation.target.name
+        self._columns = [*preparation.columns, *([target] if target in table.schema.names else [])]
+        self._group_by = self._find_group(preparation) if train else None
+        self._collator = Collator(
+            preparation,
+            table.folder,
+            seed=seed,
+            augment=train,
+            views=views,
+            withhold=withhold,
+            cache_bytes=config.cache_bytes,
+        )
+        self.workers = _choose_workers(config, preparation)
+        self._held: tuple[tuple[int, ...], pa.Table, list[Indices] | None] | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """How many batches one pass has; windows, and so their last batches, may differ a little between epochs."""
+        return sum(self._num_batches(window) for window in self._windows(0))
+
+    @property
+    def num_rows(self) -> int:
+        return self._table.num_rows
+
+    def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
+        """Batches without end from `start` on, each with the position after it."""
+        yield from self._decoded(self._requests(start, endless=True))
+
+    def one_pass(self) -> Iterator[BatchArrays]:
+        """Every record once."""
+        for _, batch in self._decoded(self._requests(Position(0, 0), endless=False)):
+            yield batch
+
+    # Order ---------------------------------------------------------------------------------------------------
+
+    def _windows(self, epoch: int) -> list[_Window]:
+        chunks = np.arange(self._table.num_chunks)
+        if self._train:
+            np.random.default_rng(derive_seed(self._seed, "chunks", epoch)).shuffle(chunks)
+        windows: list[_Window] = []
+        held: list[int] = []
+        rows = size = 0
+        for chunk in map(int, chunks):
+            more_rows, more_bytes = len(self._table.rows_of(chunk)), self._table.bytes_of(chunk)
+            if held and (rows + more_rows > self._config.window_rows or size + more_bytes > self._config.window_bytes):
+                windows.append(_Window(tuple(sorted(held)), rows))
+                held, rows, size = [], 0, 0
+            held.append(chunk)
+            rows, size = rows + more_rows, size + more_bytes
+        # Sorted: rows are shuffled later anyway, and a table of one window is then read once.
+        return [*windows, _Window(tuple(sorted(held)), rows)]
+
+    def _num_batches(self, window: _Window) -> int:
+        return -(-window.num_rows // self._config.batch_size)
+
+    def _requests(self, start: Position, *, endless: bool) -> Iterator[tuple[Position, Request]]:
+        epoch, first = start
+        while True:
+            windows, passed = self._windows(epoch), 0
+            total = sum(self._num_batches(window) for window in windows)
+            for place, window in enumerate(windows):
+                count = self._num_batches(window)
+                if passed + count > first:
+                    yield from self._window_requests(epoch, place, window, passed, first, total)
+                passed += count
+            if not endless:
+                return
+            epoch, first = epoch + 1, 0
+
+    def _window_requests(
+        self, epoch: int, place: int, window: _Window, passed: int, first: int, total: int
+    ) -> Iterator[tuple[Position, Request]]:
+        held, groups = self._hold(window)
+        rows = np.concatenate([np.asarray(self._table.rows_of(chunk)) for chunk in window.chunks])
+        order = self._order(epoch, place, window, groups)
+        for inner in range(max(0, first - passed), self._num_batches(window)):
+            chosen = order[inner * self._config.batch_size :][: self._config.batch_size]
+            # Neighbours in the window are read faster in order; a batch has no order of its own.
+            taken = held.take(pa.array(chosen))
+            cells = {name: taken.column(name).to_pylist() for name in self._columns}
+            number = passed + inner
+            after = Position(epoch, number + 1) if number + 1 < total else Position(epoch + 1, 0)
+            yield after, Request(rows[chosen], cells, (epoch, number))
+
+    def _order(self, epoch: int, place: int, window: _Window, groups: list[Indices] | None) -> Indices:
+        if not self._train:
+            return np.arange(window.num_rows)
+        random = np.random.default_rng(derive_seed(self._seed, "order", epoch, place))
+        if groups is None:
+            return random.permutation(window.num_rows)
+        parts: list[Indices] = []
+        for group in groups:
+            mixed = random.permutation(group)
+            most = self._config.records_per_medium or len(mixed)
+            parts.extend(mixed[start : start + most] for start in range(0, len(mixed), most))
+        return np.concatenate([parts[index] for index in random.permutation(len(parts))])
+
+    def _hold(self, window: _Window) -> tuple[pa.Table, list[Indices] | None]:
+        """The window's rows, and which of them share a medium; kept while it is the same window."""
+        if self._held is None or self._held[0] != window.chunks:
+            self._held = None  # let the old rows go before the new ones come
+            held = pa.concat_tables([self._table.read(chunk, self._columns) for chunk in window.chunks])
+            groups = None if self._group_by is None else _groups(held.column(self._group_by))
+            self._held = (window.chunks, held, groups)
+        return self._held[1], self._held[2]
+
+    def _find_group(self, preparation: Preparation) -> str | None:
+        wanted = self._config.group_by
+        media = [
+            column
+            for modality in preparation.modalities.values()
+            if isinstance(modality, ImageModality | AudioModality)
+            for column in modality.columns
+        ]
+        if wanted is None:
+            return None
+        if wanted != "auto":
+            if wanted not in self._columns:
+                raise ConfigError(f"group_by {wanted!r} is no column of the inputs. Use one of {', '.join(media)}.")
+            return wanted
+        sample = self._table.read(0, media) if media else None
+        for column in media:
+            assert sample is not None
+            cells = sample.column(column).to_pylist()[:2000]
+            if len({media_key(cell) for cell in cells}) < 0.5 * len(cells):
+                return column
+        return None
+
+    # Decoding ------------------------------------------------------------------------------------------------
+
+    def _decoded(self, requests: Iterator[tuple[Position, Request]]) -> Iterator[tuple[Position, BatchArrays]]:
+        if self.workers == 0:
+            for after, request in requests:
+                yield after, self._collator(request)
+            return
+        # Spawned: a fork would copy the threads' locks of the tensor library.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self._collator,))
+        waiting: deque[tuple[Position, Future[BatchArrays]]] = deque()
+        try:
+            for after, request in requests:
+                waiting.append((after, pool.submit(_collate, request)))
+                if len(waiting) > AHEAD * self.workers:
+                    after, done = waiting.popleft()
+                    yield after, done.result()
+            while waiting:
+                after, done = waiting.popleft()
+                yield after, done.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"a decoding process ended: {self.workers} of them may need more memory than there is. "
+                "Use fewer workers, a smaller cache_bytes, or workers: 0."
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _groups(column: pa.ChunkedArray) -> list[Indices]:
+    """Places of rows with the same medium; a row without one stands alone."""
+    places: dict[Hashable, list[int]] = {}
+    for index, cell in enumerate(column.to_pylist()):
+        key = media_key(cell)
+        places.setdefault(index if key is None else key, []).append(index)
+    return [np.array(group, np.int64) for group in places.values()]
+
+
+def _choose_workers(config: LoaderConfig, preparation: Preparation) -> int:
+    if config.workers is not None:
+        return config.workers
+    costly = any(isinstance(m, ImageModality | AudioModality) for m in preparation.modalities.values())
+    return min(4, max(0, (os.cpu_count() or 1) - 2)) if costly else 0
+
+
+_worker_collator: Collator | None = None
+
+
+def _start_worker(collator: Collator) -> None:
+    global _worker_collator
+    # Ctrl-C reaches the whole process group; the parent decides what to do with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker_collator = collator
+
+
+def _collate(request: Request) -> BatchArrays:
+    assert _worker_collator is not None
+    return _worker_collator(request)

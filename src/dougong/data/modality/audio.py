@@ -1,0 +1,119 @@
+"""Sound.
+
+Here        AudioConfig, AudioModality.
+Elsewhere   fetching the file (medium.py); making tokens of samples (model/encoders/audio.py).
+Promise     a recording is mono, at one rate, as loud as every other; a file that is not whole sound is refused.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import soundfile
+import soxr
+
+from dougong.core.config import Config
+from dougong.core.signature import AudioInput
+from dougong.data.batch import Array
+from dougong.data.modality.medium import BadValue, Modality, media_bytes, media_key, pad
+
+PAD_TO: Final = 800
+"""Batches are padded to multiples of this, so that shapes repeat and memory is reused."""
+
+KEPT_SCALE: Final = 4096.0
+"""Decoded sound is kept as 16-bit numbers of so many steps per standard deviation: +-8 of them fit."""
+
+
+class AudioAugment(Config):
+    """Random changes that leave the answer as it is."""
+
+    gain_decibels: float = 0.0
+    """Louder or softer by up to so much."""
+
+    noise: float = 0.0
+    """Add white noise of up to this standard deviation; the sound's own is 1."""
+
+    shift_seconds: float = 0.0
+    """Begin later by up to so much."""
+
+
+class AudioConfig(Config):
+    """How a recording becomes samples."""
+
+    kind: Literal["audio"] = "audio"
+    column: str
+    sample_rate: int = 16_000
+    max_seconds: float = 10.0
+    """What is longer is cut at the end."""
+
+    largest_seconds: float = 3600.0
+    """A file that claims more is refused before decoding."""
+
+    augment: AudioAugment = AudioAugment()
+
+
+class AudioModality(Modality):
+    """Kept decoded as 16-bit samples of zero mean and unit variance."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        self.config = config
+        self.max_samples = int(config.max_seconds * config.sample_rate)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.config.column,)
+
+    def signature(self) -> AudioInput:
+        later = int(self.config.augment.shift_seconds * self.config.sample_rate)
+        return AudioInput(sample_rate=self.config.sample_rate, max_samples=self.max_samples + later + PAD_TO)
+
+    def key(self, cells: tuple[Any, ...]) -> Hashable:
+        return media_key(cells[0])
+
+    def decode(self, cells: tuple[Any, ...], folder: Path) -> Array:
+        content = media_bytes(cells[0], folder)
+        try:
+            with soundfile.SoundFile(io.BytesIO(content)) as file:
+                rate, frames = file.samplerate, file.frames
+                if frames > self.config.largest_seconds * rate:
+                    raise BadValue(f"claims {frames / rate:.0f} seconds, over the limit of largest_seconds")
+                sound = file.read(dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise BadValue(f"is not sound, or is cut short ({str(error).strip()[:80]})") from None
+        if len(sound) < frames:
+            raise BadValue(f"is truncated: {len(sound)} of {frames} samples are there")
+        samples = sound.mean(axis=1)
+        if not np.isfinite(samples).all():
+            raise BadValue("has samples that are not numbers")
+        if rate != self.config.sample_rate:
+            samples = soxr.resample(samples, rate, self.config.sample_rate)
+        samples = samples[: self.max_samples]
+        if len(samples) == 0:
+            raise BadValue("has no samples")
+        samples = samples - samples.mean()
+        samples = samples / max(float(samples.std()), 1e-4)
+        kept: Array = (samples * KEPT_SCALE).clip(-32767, 32767).astype(np.int16)
+        return kept
+
+    def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
+        change = self.config.augment
+        late = np.zeros(len(media), np.int64)
+        if augment is not None and change.shift_seconds:
+            late = augment.integers(0, int(change.shift_seconds * self.config.sample_rate) + 1, len(media))
+        longest = max((len(medium) + start for medium, start in zip(media, late, strict=True)), default=1)
+        width = -(-int(longest) // PAD_TO) * PAD_TO
+        rows = [np.pad(medium, (int(start), 0)) for medium, start in zip(media, late, strict=True)]
+        samples_UT, mask_UT = pad(rows, width, np.float32)
+        samples_UT /= KEPT_SCALE
+        if augment is not None and change.noise:
+            level = augment.random((len(media), 1), np.float32) * np.float32(change.noise)
+            samples_UT += level * augment.standard_normal(samples_UT.shape, np.float32)
+        if augment is not None and change.gain_decibels:
+            decibels = augment.uniform(-change.gain_decibels, change.gain_decibels, (len(media), 1))
+            samples_UT *= (10 ** (decibels / 20)).astype(np.float32)
+        samples_UT *= mask_UT
+        return {"samples_UT": samples_UT, "mask_UT": mask_UT}

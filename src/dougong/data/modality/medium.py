@@ -1,0 +1,113 @@
+"""What every modality does with a cell.
+
+Here        Modality (the interface), BadValue, `media_key`, `media_bytes`.
+Elsewhere   each kind in its own file; putting a batch together (data/collate.py).
+Promise     a cell that cannot be used raises BadValue with its reason and nothing else; no path leads out of the
+            table's folder; sizes are checked before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dougong.core.files import inside
+from dougong.core.signature import Input
+from dougong.data.batch import Array
+
+LARGEST_FILE_BYTES: Final = 256 * 2**20
+
+
+class BadValue(Exception):
+    """This cell cannot be used, and why. Not an error of the program: the record is set aside."""
+
+
+class Modality(ABC):
+    """One modality of a table: reads its cells, makes its part of a batch."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the table that it reads."""
+
+    @abstractmethod
+    def signature(self) -> Input:
+        """What a model must know of its values."""
+
+    @abstractmethod
+    def key(self, cells: tuple[Any, ...]) -> Hashable:
+        """Equal for equal media; None where the record has nothing."""
+
+    @abstractmethod
+    def decode(self, cells: tuple[Any, ...], folder: Path) -> Array:
+        """The medium, not augmented, small enough to be kept.
+
+        Raises:
+            BadValue: it cannot be used.
+        """
+
+    @abstractmethod
+    def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
+        """One batch of distinct media, altered at random where a generator is given."""
+
+
+def media_key(cell: Any) -> Hashable:
+    """What tells two media apart: the bytes where they are inline (names repeat), else the path."""
+    if cell is None:
+        return None
+    if isinstance(cell, dict):
+        content = cell.get("bytes")
+        if content is None:
+            return cell.get("path") or None
+        cell = content
+    if isinstance(cell, bytes):
+        return hashlib.blake2b(cell, digest_size=16).digest()
+    return str(cell)
+
+
+def media_bytes(cell: Any, folder: Path) -> bytes:
+    """The encoded file of a media cell.
+
+    Raises:
+        BadValue: wrong type, no such file, out of the folder, too large.
+    """
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if isinstance(cell, bytes):
+        content = cell
+    elif isinstance(cell, str):
+        path = inside(folder, cell)
+        if path is None:
+            raise BadValue(f"path {_short(cell)} leads out of the table's folder")
+        if not path.is_file():
+            raise BadValue(f"there is no file {_short(cell)}")
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise BadValue(f"file {_short(cell)} has over {LARGEST_FILE_BYTES // 2**20} MiB")
+        content = path.read_bytes()
+    else:
+        raise BadValue(f"holds {type(cell).__name__}, not a file's bytes or path")
+    if not content:
+        raise BadValue("is an empty file")
+    if len(content) > LARGEST_FILE_BYTES:
+        raise BadValue(f"has over {LARGEST_FILE_BYTES // 2**20} MiB")
+    return content
+
+
+def pad(rows: Sequence[npt.NDArray[Any]], width: int, dtype: npt.DTypeLike) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Rows of unequal length as one array of `width` columns, and a mask of what is real."""
+    padded = np.zeros((len(rows), width), dtype)
+    mask = np.zeros((len(rows), width), np.bool_)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return padded, mask
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,275 @@
+"""From a table to what a model can read: learnt once on training records, kept with the run and the bundle.
+
+Here        PreparationConfig, Preparation (fit, save, load).
+Elsewhere   roles of columns (data/columns.py); each modality's settings (data/modality/); using it (data/collate.py).
+Promise     it is learnt from training records alone; what is saved and loaded again decodes every record the same.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import soundfile
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from dougong.core.config import Config, parse
+from dougong.core.errors import BundleError, ConfigError, DataError
+from dougong.core.files import write_atomic, write_json
+from dougong.core.signature import Signature, Target
+from dougong.data.columns import ColumnRole
+from dougong.data.modality.array import SignalConfig, SignalModality, VolumeConfig, VolumeModality, read_array
+from dougong.data.modality.audio import AudioAugment, AudioConfig, AudioModality
+from dougong.data.modality.image import ImageAugment, ImageConfig, ImageModality, open_picture
+from dougong.data.modality.medium import BadValue, Modality, media_bytes
+from dougong.data.modality.numbers import CategoryColumn, NumberColumn, TableConfig, TableModality, to_number
+from dougong.data.modality.text import TextConfig, TextModality, learn_tokenizer
+from dougong.data.table import Table
+
+LEARNT_FROM: Final = 20_000
+MEDIA_LOOKED_AT: Final = 200
+TABLE_MODALITY: Final = "table"
+
+ModalityConfig = Annotated[
+    TextConfig | ImageConfig | AudioConfig | TableConfig | SignalConfig | VolumeConfig, Field(discriminator="kind")
+]
+
+
+class PreparationConfig(Config):
+    """What a recipe may say of how records are read; the rest is learnt from them."""
+
+    image_size: int | None = None
+    """Height and width in pixels. None: as the pictures are, up to 64."""
+
+    sample_rate: int | None = None
+    """Of sound. None: as most recordings have it, up to 16000."""
+
+    max_seconds: float = 10.0
+    """Longer sound is cut."""
+
+    max_tokens: int = 128
+    """Longer text is cut."""
+
+    vocabulary_size: int = 8000
+    """At most so many word pieces are learnt."""
+
+    image_augment: ImageAugment = ImageAugment()
+    """Random changes of training pictures."""
+
+    audio_augment: AudioAugment = AudioAugment()
+    """Random changes of training sound."""
+
+    tokenizer: str | None = None
+    """A tokenizer.json to use in place of learning one, as beside a pretrained text encoder."""
+
+    image_mean: tuple[float, float, float] | None = None
+    """Of pixels between 0 and 1, per channel. None: learnt; a pretrained encoder brings its own."""
+
+    image_scale: tuple[float, float, float] | None = None
+    """The standard deviation, likewise."""
+
+
+class _Saved(Config):
+    modalities: dict[str, ModalityConfig]
+    target: Target
+
+
+class Preparation:
+    """The modalities of a table by name (a column's, or "table"), and the target."""
+
+    def __init__(self, modalities: Mapping[str, Modality], target: Target) -> None:
+        self.modalities = dict(modalities)
+        self.target = target
+
+    def signature(self) -> Signature:
+        return Signature(
+            inputs={name: modality.signature() for name, modality in self.modalities.items()}, target=self.target
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the inputs, without the target."""
+        return [column for modality in self.modalities.values() for column in modality.columns]
+
+    def only(self, names: Sequence[str]) -> Preparation:
+        """The same with fewer modalities."""
+        return Preparation({name: self.modalities[name] for name in self.modalities if name in names}, self.target)
+
+    def save(self, folder: Path) -> list[str]:
+        """Write preparation.json and a tokenizer file for each text; return the files' names."""
+        configs = {name: modality.config for name, modality in self.modalities.items()}  # type: ignore[attr-defined]
+        saved = _Saved(modalities=configs, target=self.target)
+        write_json(folder / "preparation.json", saved.model_dump(mode="json"))
+        names = ["preparation.json"]
+        for place, modality in enumerate(self.modalities.values()):
+            if isinstance(modality, TextModality):
+                names.append(_tokenizer_file(place))
+                write_atomic(folder / names[-1], modality.tokenizer.to_str(pretty=False))
+        return names
+
+    @classmethod
+    def load(cls, folder: Path) -> Preparation:
+        """Read what `save` wrote.
+
+        Raises:
+            BundleError: a file is missing or is not what was saved.
+        """
+        try:
+            values = json.loads((folder / "preparation.json").read_text())
+            saved = parse(_Saved, values, where="preparation.json")
+            modalities = {
+                name: _build(config, folder / _tokenizer_file(place))
+                for place, (name, config) in enumerate(saved.modalities.items())
+            }
+        except (OSError, ValueError, ConfigError) as error:
+            raise BundleError(f"{folder} has no readable preparation ({error}). Save the bundle again.") from None
+        return cls(modalities, saved.target)
+
+
+def _tokenizer_file(place: int) -> str:
+    # By place, not name: a column's name may be no file's name.
+    return f"tokenizer-{place}.json"
+
+
+def _build(config: ModalityConfig, tokenizer_file: Path) -> Modality:
+    if isinstance(config, TextConfig):
+        return TextModality(config, Tokenizer.from_str(tokenizer_file.read_text()))
+    kinds: dict[type[Any], type[Any]] = {
+        ImageConfig: ImageModality,
+        AudioConfig: AudioModality,
+        TableConfig: TableModality,
+        SignalConfig: SignalModality,
+        VolumeConfig: VolumeModality,
+    }
+    modality: Modality = kinds[type(config)](config)
+    return modality
+
+
+def fit_preparation(
+    table: Table, roles: Mapping[str, ColumnRole], target: Target, config: PreparationConfig
+) -> Preparation:
+    """Learn what the columns hold from up to 20,000 training records.
+
+    Raises:
+        DataError: a column has not one usable value.
+    """
+    sample = table.head(LEARNT_FROM)
+    modalities: dict[str, Modality] = {}
+    numbers: list[NumberColumn] = []
+    categories: list[CategoryColumn] = []
+    for name, (role, _) in roles.items():
+        if role in ("ignore", "target"):
+            continue
+        cells = [cell for cell in sample.column(name).to_pylist() if cell is not None]
+        if not cells:
+            raise DataError(f"column {name!r} has no value in the records looked at. Set columns: {{{name}: ignore}}.")
+        if role == "text":
+            modalities[name] = _fit_text(name, cells, config)
+        elif role == "image":
+            modalities[name] = _fit_image(name, cells, table.folder, config)
+        elif role == "audio":
+            modalities[name] = _fit_audio(name, cells, table.folder, config)
+        elif role == "number":
+            numbers.append(_fit_number(name, cells))
+        elif role == "category":
+            seen = sorted({str(cell) for cell in cells})
+            categories.append(CategoryColumn(name=name, values=tuple(seen[:1000])))
+        else:
+            modalities[name] = _fit_array(name, role, cells, table.folder)
+    if numbers or categories:
+        name = TABLE_MODALITY if TABLE_MODALITY not in modalities else "columns"
+        modalities[name] = TableModality(TableConfig(numbers=tuple(numbers), categories=tuple(categories)))
+    return Preparation(modalities, target)
+
+
+def _fit_text(name: str, cells: list[Any], config: PreparationConfig) -> TextModality:
+    texts = sorted({cell for cell in cells if isinstance(cell, str)})
+    if config.tokenizer is not None:
+        try:
+            tokenizer = Tokenizer.from_file(config.tokenizer)
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ConfigError(
+                f"tokenizer {config.tokenizer!r} cannot be read ({error}). Name a tokenizer.json."
+            ) from None
+    else:
+        tokenizer = learn_tokenizer(texts, config.vocabulary_size)
+    # No longer than what training shows, with room: positions cost memory and are never learnt otherwise.
+    longest = max((len(tokenizer.encode(text).ids) for text in texts[:2000]), default=2)
+    return TextModality(TextConfig(column=name, max_tokens=min(config.max_tokens, max(16, 2 * longest))), tokenizer)
+
+
+def _usable(name: str, cells: list[Any], read: Any) -> list[Any]:
+    """What can be decoded of an even choice of cells; a few bad ones do not matter here."""
+    step = max(1, len(cells) // MEDIA_LOOKED_AT)
+    found, reason = [], ""
+    for cell in cells[::step]:
+        try:
+            found.append(read(cell))
+        except BadValue as bad:
+            reason = str(bad)
+    if not found:
+        raise DataError(f"column {name!r} has no usable value: the last one looked at {reason}.")
+    return found
+
+
+def _fit_image(name: str, cells: list[Any], folder: Path, config: PreparationConfig) -> ImageModality:
+    largest = ImageConfig(column=name).largest_pixels
+    pictures = _usable(name, cells, lambda cell: open_picture(media_bytes(cell, folder), largest))
+    sizes = [picture.size for picture in pictures]
+    side = config.image_size
+    if side is None:
+        side = max(16, min(64, round(float(np.median([max(size) for size in sizes])) / 8) * 8))
+    pixels_NC = np.concatenate([np.asarray(picture.resize((side, side))).reshape(-1, 3) for picture in pictures]) / 255
+    mean = config.image_mean or tuple(round(float(m), 4) for m in pixels_NC.mean(axis=0))
+    scale = config.image_scale or tuple(round(max(float(s), 0.01), 4) for s in pixels_NC.std(axis=0))
+    settings = ImageConfig(
+        column=name,
+        height=side,
+        width=side,
+        mean=mean,
+        scale=scale,
+        augment=config.image_augment,
+    )
+    return ImageModality(settings)
+
+
+def _fit_audio(name: str, cells: list[Any], folder: Path, config: PreparationConfig) -> AudioModality:
+    def look(cell: Any) -> tuple[int, float]:
+        try:
+            info = soundfile.info(io.BytesIO(media_bytes(cell, folder)))
+        except soundfile.LibsndfileError:
+            raise BadValue("is not sound") from None
+        return info.samplerate, info.duration
+
+    found = _usable(name, cells, look)
+    rate = config.sample_rate or min(16_000, int(np.median([rate for rate, _ in found])))
+    seconds = min(config.max_seconds, 1.2 * max(seconds for _, seconds in found))
+    settings = AudioConfig(
+        column=name, sample_rate=rate, max_seconds=round(max(0.2, seconds), 2), augment=config.audio_augment
+    )
+    return AudioModality(settings)
+
+
+def _fit_number(name: str, cells: list[Any]) -> NumberColumn:
+    numbers = np.array(_usable(name, cells, lambda cell: to_number(cell, name)))
+    return NumberColumn(name=name, mean=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
+
+
+def _fit_array(name: str, role: str, cells: list[Any], folder: Path) -> Modality:
+    arrays = _usable(name, cells, lambda cell: read_array(cell, folder))
+    mean = float(np.mean([array.mean() for array in arrays]))
+    scale = float(np.mean([array.std() for array in arrays])) or 1.0
+    if role == "volume" or arrays[0].ndim == 3:
+        shapes = np.array([array.shape for array in arrays if array.ndim == 3])
+        depth, height, width = (int(size) for size in np.median(shapes, axis=0))
+        return VolumeModality(
+            VolumeConfig(column=name, depth=depth, height=height, width=width, mean=mean, scale=scale)
+        )
+    channels = 1 if arrays[0].ndim == 1 else int(arrays[0].shape[0])
+    longest = max(array.shape[-1] for array in arrays)
+    return SignalModality(SignalConfig(column=name, num_channels=channels, max_samples=longest, mean=mean, scale=scale))
