@@ -184,7 +184,7 @@ class Loader:
         self, epoch: int, place: int, window: _Window, passed: int, first: int, total: int
     ) -> Iterator[tuple[Position, Request]]:
         held, groups = self._hold(window)
-        rows = np.concatenate([np.asarray(self._table.rows_of(chunk)) for chunk in window.chunks])
+        rows = np.concatenate([self._table.numbers_of(chunk) for chunk in window.chunks])
         order = self._order(epoch, place, window, groups)
         for inner in range(max(0, first - passed), self._num_batches(window)):
             chosen = order[inner * self._config.batch_size :][: self._config.batch_size]

@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -51,6 +53,10 @@ class Table(ABC):
 
     def rows_of(self, chunk: int) -> range:
         return range(self.first_rows[chunk], self.first_rows[chunk + 1])
+
+    def numbers_of(self, chunk: int) -> npt.NDArray[np.int64]:
+        """The rows' numbers in what was opened first."""
+        return np.asarray(self.rows_of(chunk), np.int64)
 
     @abstractmethod
     def read(self, chunk: int, columns: list[str]) -> pa.Table:

@@ -1,0 +1,72 @@
+"""Parts of a table that share nothing.
+
+Here        split_table.
+Elsewhere   splits that come with the data (data/sources/).
+Promise     records of one unit (a speaker, a patient, or those that share a medium) are on one side; the same seed
+            splits the same table alike; records keep their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dougong.core.errors import ConfigError, DataError
+from dougong.core.seeds import derive_seed
+from dougong.data.modality.medium import media_key
+from dougong.data.table import Table
+
+
+class _Part(Table):
+    """The rows of a table that are on one side."""
+
+    def __init__(self, whole: Table, masks: list[npt.NDArray[np.bool_]]) -> None:
+        kept = [chunk for chunk, mask in enumerate(masks) if mask.any()]
+        super().__init__(whole.path, whole.folder, whole.schema, [int(masks[chunk].sum()) for chunk in kept])
+        self._whole, self._kept = whole, kept
+        self._masks = [masks[chunk] for chunk in kept]
+
+    def numbers_of(self, chunk: int) -> npt.NDArray[np.int64]:
+        return self._whole.numbers_of(self._kept[chunk])[self._masks[chunk]]
+
+    def bytes_of(self, chunk: int) -> int:
+        return self._whole.bytes_of(self._kept[chunk])
+
+    def read(self, chunk: int, columns: list[str]) -> pa.Table:
+        return self._whole.read(self._kept[chunk], columns).filter(pa.array(self._masks[chunk]))
+
+
+def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> tuple[Table, Table]:
+    """A part for training and one of about `share` of the units; `unit` is a column, None is each record by itself.
+
+    Raises:
+        ConfigError: `unit` is no column.
+        DataError: there are too few units for two parts.
+    """
+    if unit is not None and unit not in table.schema.names:
+        raise ConfigError(f"unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
+    aside: dict[Hashable, bool] = {}
+    masks: list[npt.NDArray[np.bool_]] = []
+    for chunk in range(table.num_chunks):
+        if unit is None:
+            random = np.random.default_rng(derive_seed(seed, "split", chunk))
+            masks.append(random.random(len(table.rows_of(chunk))) < share)
+            continue
+        keys = [media_key(cell) for cell in table.read(chunk, [unit]).column(unit).to_pylist()]
+        for key in keys:
+            if key not in aside:
+                aside[key] = (
+                    derive_seed(seed, "split", key.hex() if isinstance(key, bytes) else str(key)) < share * 2**63
+                )
+        masks.append(np.array([aside[key] for key in keys], np.bool_))
+    train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
+    if train.num_rows == 0 or held_out.num_rows == 0:
+        units = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
+        raise DataError(
+            f"{table.path.name} cannot be split: {units} leave one part empty. "
+            "Give a validation table, or set data.validation_share higher."
+        )
+    return train, held_out

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from dougong.core.errors import ConfigError, DataError
+from dougong.data.split import split_table
+from dougong.data.table import Table, table_of_rows
+
+
+def numbers(table: Table) -> list[int]:
+    return [int(n) for chunk in range(table.num_chunks) for n in table.numbers_of(chunk)]
+
+
+def table(num_rows: int = 12_000) -> Table:
+    speakers = [f"s{i % 40}" for i in range(num_rows)]
+    return table_of_rows(pa.table({"speaker": speakers, "x": list(range(num_rows))}), Path())
+
+
+def test_no_unit_is_on_both_sides_and_no_record_is_lost() -> None:
+    whole = table()
+    train, held_out = split_table(whole, 0.2, unit="speaker", seed=0)
+    assert not set(train.column("speaker").to_pylist()) & set(held_out.column("speaker").to_pylist())
+    assert sorted(numbers(train) + numbers(held_out)) == numbers(whole)
+
+
+def test_records_keep_their_numbers() -> None:
+    _, held_out = split_table(table(), 0.2, unit="speaker", seed=0)
+    assert held_out.column("x").to_pylist() == numbers(held_out)
+
+
+def test_the_same_seed_splits_alike_and_another_does_not() -> None:
+    parts = [numbers(split_table(table(), 0.1, unit=None, seed=seed)[1]) for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+    assert 0.08 < len(parts[0]) / 12_000 < 0.12
+
+
+def test_one_unit_cannot_be_split() -> None:
+    rows = table_of_rows(pa.table({"speaker": ["a"] * 50}), Path("records"))
+    with pytest.raises(DataError, match=r"1 values of 'speaker' leave one part empty"):
+        split_table(rows, 0.2, unit="speaker", seed=0)
+
+
+def test_an_unknown_unit_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unit 'patient' is no column. Use one of speaker, x"):
+        split_table(table(100), 0.2, unit="patient", seed=0)
