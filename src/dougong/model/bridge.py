@@ -1,0 +1,120 @@
+"""Lets the modalities of a record ask each other.
+
+Here        BridgeConfig; its blocks, in two kinds: cross and merged.
+Elsewhere   what stands before and after (model/sandwich.py); how much each modality counts (model/gate.py).
+Promise     a modality that a record lacks leaves no trace in the others, not even NaN; one that a whole batch lacks
+            costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dougong.core.config import Config
+from dougong.nn.attention import Attention
+from dougong.nn.feedforward import FeedForward
+from dougong.nn.modules_by_name import ModulesByName
+
+
+class BridgeConfig(Config):
+    """The blocks between encoders and gate."""
+
+    kind: Literal["cross", "merged"] = "cross"
+    """cross: each modality's tokens ask those of all others. merged: all tokens ask all tokens."""
+
+    num_blocks: int = Field(default=1, gt=0)
+    num_heads: int = Field(default=4, gt=0)
+
+    feedforward_ratio: float = Field(default=2.0, gt=0)
+    """Hidden channels of the feed-forward, as a multiple of the width."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    def build(self, names: tuple[str, ...], width: int) -> list[nn.Module]:
+        """The blocks, for modalities of these names."""
+        kind = CrossBlock if self.kind == "cross" else MergedBlock
+        return [kind(self, names, width) for _ in range(self.num_blocks)]
+
+
+class Looked(NamedTuple):
+    """One querying modality's attention in one block. Shapes: B records, H heads, T queries, S keys."""
+
+    weight_BHTS: Tensor
+    keys: tuple[tuple[str, int], ...]
+    """Whose tokens the keys are, in order, and how many."""
+
+
+TokensByName = dict[str, Tensor]
+
+
+class CrossBlock(nn.Module):
+    """Each modality asks the others, then thinks by itself; after ViLBERT (Lu et al. 2019, arXiv:1908.02265), with the
+    others' tokens side by side in place of one other modality, so that any number fits."""
+
+    def __init__(self, config: BridgeConfig, names: tuple[str, ...], width: int) -> None:
+        super().__init__()
+        self.names = names
+        self.norm = ModulesByName({name: nn.LayerNorm(width) for name in names})
+        self.attention = ModulesByName(
+            {name: Attention(width=width, num_heads=config.num_heads, dropout=config.dropout) for name in names}
+        )
+        self.inner_norm = ModulesByName({name: nn.LayerNorm(width) for name in names})
+        self.feedforward = ModulesByName(
+            {name: FeedForward(width=width, ratio=config.feedforward_ratio, dropout=config.dropout) for name in names}
+        )
+
+    def forward(
+        self, tokens: TokensByName, masks: TokensByName, looked: dict[str, Looked] | None = None
+    ) -> TokensByName:
+        """The next tokens; `looked` is filled with the attention where it is given."""
+        here = [name for name in self.names if name in tokens]
+        normed = {name: self.norm[name](tokens[name]) for name in here}
+        following = {}
+        for name in here:
+            x_BTD = tokens[name]
+            others = [other for other in here if other != name]
+            if others:
+                context_BSD = torch.cat([normed[other] for other in others], dim=1)
+                mask_BS = torch.cat([masks[other] for other in others], dim=1)
+                seen = self.attention[name](normed[name], context_BSD, mask_BS, need_weights=looked is not None)
+                x_BTD = x_BTD + seen.x_BTD
+                if looked is not None:
+                    looked[name] = Looked(seen.weight_BHTS, tuple((o, tokens[o].shape[1]) for o in others))
+            following[name] = x_BTD + self.feedforward[name](self.inner_norm[name](x_BTD))
+        return following
+
+
+class MergedBlock(nn.Module):
+    """All tokens in one row ask each other: a transformer layer over the record (as in ViLT, Kim et al. 2021,
+    arXiv:2102.03334)."""
+
+    def __init__(self, config: BridgeConfig, names: tuple[str, ...], width: int) -> None:
+        super().__init__()
+        self.names = names
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width=width, num_heads=config.num_heads, dropout=config.dropout)
+        self.inner_norm = nn.LayerNorm(width)
+        self.feedforward = FeedForward(width=width, ratio=config.feedforward_ratio, dropout=config.dropout)
+
+    def forward(
+        self, tokens: TokensByName, masks: TokensByName, looked: dict[str, Looked] | None = None
+    ) -> TokensByName:
+        here = [name for name in self.names if name in tokens]
+        if not here:
+            return {}
+        counts = [tokens[name].shape[1] for name in here]
+        x_BTD = torch.cat([tokens[name] for name in here], dim=1)
+        mask_BT = torch.cat([masks[name] for name in here], dim=1)
+        normed_BTD = self.norm(x_BTD)
+        seen = self.attention(normed_BTD, normed_BTD, mask_BT, need_weights=looked is not None)
+        x_BTD = x_BTD + seen.x_BTD
+        x_BTD = x_BTD + self.feedforward(self.inner_norm(x_BTD))
+        if looked is not None:
+            keys = tuple(zip(here, counts, strict=True))
+            for name, weight_BHTS in zip(here, seen.weight_BHTS.split(counts, dim=2), strict=True):
+                looked[name] = Looked(weight_BHTS, keys)
+        return dict(zip(here, x_BTD.split(counts, dim=1), strict=True))

@@ -1,0 +1,201 @@
+"""Sound to tokens, by Wav2Vec2.
+
+Here        AudioEncoderConfig and what it builds.
+Elsewhere   decoding and resampling (data/modality/).
+Promise     the same numbers as transformers' Wav2Vec2Model with the same weights, within 1e-5, in both its variants.
+            Built from sizes, padding leaves no trace: a sound gives the same tokens alone and beside a longer one.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Wav2Vec2Model
+
+from dougong.core.errors import ConfigError
+from dougong.core.signature import AudioInput, Input
+from dougong.model.encoders.encoder import Encoder, Tokens, TransformerConfig, TransformerLayer, wrong_input
+from dougong.model.encoders.pretrained import architecture_of, make_model, read_json
+
+
+class AudioEncoderConfig(TransformerConfig):
+    """Wav2Vec2 (Baevski et al. 2020, arXiv:2006.11477), without its adapter and the masking of its pretraining."""
+
+    kind: Literal["audio"] = "audio"
+
+    conv_dim: tuple[int, ...] = (32, 64, 64, 64)
+    """Channels after each convolution over the samples."""
+
+    conv_kernel: tuple[int, ...] = (10, 8, 4, 4)
+    """Steps that each of them looks at."""
+
+    conv_stride: tuple[int, ...] = (5, 4, 4, 4)
+    """Steps that each of them moves by; their product is the number of samples per frame."""
+
+    position_kernel: int = Field(default=16, gt=0)
+    """Neighbouring frames that tell a frame its place."""
+
+    stable_layer_norm: bool = True
+    """Norm before each part of a layer rather than after it; learns from scratch without a long warm-up."""
+
+    pool: int = Field(default=1, gt=0)
+    """Average this many neighbouring frames after the last layer, for a shorter bridge."""
+
+    def _sizes(self) -> tuple[str, ...]:
+        return (
+            *super()._sizes(),
+            "conv_dim",
+            "conv_kernel",
+            "conv_stride",
+            "position_kernel",
+            "stable_layer_norm",
+        )
+
+    @model_validator(mode="after")
+    def _convolutions(self) -> Self:
+        lengths = {len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(
+                f"conv_dim, conv_kernel and conv_stride have {len(self.conv_dim)}, {len(self.conv_kernel)} and "
+                f"{len(self.conv_stride)} entries: each convolution needs one of each. Give them the same length."
+            )
+        if min(*self.conv_dim, *self.conv_kernel, *self.conv_stride) < 1:
+            raise ValueError("conv_dim, conv_kernel and conv_stride must be 1 or more: they count.")
+        return self
+
+    def build(self, given: Input) -> Encoder:
+        """Raises: ConfigError: the pretrained folder, or the architecture, does not fit the input."""
+        if not isinstance(given, AudioInput):
+            raise wrong_input(self.kind, given)
+        model = make_model(
+            Wav2Vec2Model,
+            pretrained=self.pretrained,
+            architecture=self.architecture or self._architecture(),
+            changes={
+                "hidden_dropout": self.dropout,
+                "activation_dropout": self.dropout,
+                "attention_dropout": self.dropout,
+                "feat_proj_dropout": self.dropout,
+                # Both would make a training step depend on NumPy's random state, which no checkpoint keeps.
+                "layerdrop": 0.0,
+                "apply_spec_augment": False,
+                "mask_time_prob": 0.0,
+                "mask_feature_prob": 0.0,
+            },
+        )
+        origin = f"pretrained {self.pretrained!r}" if self.pretrained is not None else "architecture"
+        if model.adapter is not None:
+            raise ConfigError(
+                f"{origin} ends with an adapter, which shortens the sound once more. "
+                "Use a model with add_adapter false, and pool in its place."
+            )
+        if self.pretrained is not None:
+            _check_rate(self.pretrained, given)
+        needed = _receptive_field(model)
+        if given.max_samples < needed:
+            raise ConfigError(
+                f"{origin} needs {needed} samples for one frame and the sounds have at most {given.max_samples}. "
+                "Use smaller conv_kernel and conv_stride, or longer sounds."
+            )
+        config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
+        layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.encoder.layers]
+        tail = AudioTail(model, self.pool)
+        return Encoder(AudioStem(model), layers, tail, width=model.config.hidden_size, config=config)
+
+    def _architecture(self) -> dict[str, object]:
+        return {
+            "conv_dim": list(self.conv_dim),
+            "conv_kernel": list(self.conv_kernel),
+            "conv_stride": list(self.conv_stride),
+            # A norm over each frame's channels; the other choice, over all of time, would count the padding in.
+            "feat_extract_norm": "layer",
+            "conv_bias": True,
+            "num_conv_pos_embeddings": self.position_kernel,
+            "num_conv_pos_embedding_groups": math.gcd(self.width, 16),
+            "do_stable_layer_norm": self.stable_layer_norm,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": max(1, round(self.width * self.feedforward_ratio)),
+            "initializer_range": self.initializer_range,
+        }
+
+
+def _check_rate(pretrained: str, given: AudioInput) -> None:
+    folder = Path(pretrained).expanduser()
+    if not (folder / "preprocessor_config.json").exists():
+        return
+    rate = read_json(folder, "preprocessor_config.json", pretrained).get("sampling_rate", given.sample_rate)
+    if rate != given.sample_rate:
+        raise ConfigError(
+            f"pretrained {pretrained!r} hears {rate} samples a second and the sounds have {given.sample_rate}. "
+            f"Set sample_rate to {rate}."
+        )
+
+
+def _receptive_field(model: Wav2Vec2Model) -> int:
+    """The samples that one frame needs."""
+    field = 1
+    for kernel, stride in zip(reversed(model.config.conv_kernel), reversed(model.config.conv_stride), strict=True):
+        field = (field - 1) * stride + kernel
+    return field
+
+
+class AudioStem(nn.Module):
+    """Samples to frames that know their place."""
+
+    def __init__(self, model: Wav2Vec2Model) -> None:
+        super().__init__()
+        self.features = model.feature_extractor
+        # Else transformers asks for the gradient of the samples themselves.
+        self.features._requires_grad = False
+        self.projection = model.feature_projection
+        self.position = model.encoder.pos_conv_embed
+        # The variant with stable norms has its norm at the end, in the tail.
+        self.norm = nn.Identity() if model.config.do_stable_layer_norm else model.encoder.layer_norm
+        self.dropout = model.encoder.dropout
+        self.steps = list(zip(model.config.conv_kernel, model.config.conv_stride, strict=True))
+        self.receptive_field = _receptive_field(model)
+
+    def forward(self, values: dict[str, Tensor]) -> Tokens:
+        samples_UT, mask_UT = values["samples_UT"], values["mask_UT"]
+        lacking = self.receptive_field - samples_UT.shape[1]
+        if lacking > 0:
+            samples_UT = functional.pad(samples_UT, (0, lacking))
+        frames_UTD = self.projection(self.features(samples_UT).transpose(1, 2))[0]
+        frame_mask_UT = self._frame_mask(mask_UT, frames_UTD.shape[1])
+        frames_UTD = frames_UTD.masked_fill(~frame_mask_UT[..., None], 0.0)  # or neighbours' places would show padding
+        return Tokens(self.dropout(self.norm(frames_UTD + self.position(frames_UTD))), frame_mask_UT)
+
+    def _frame_mask(self, mask_UT: Tensor, num_frames: int) -> Tensor:
+        length_U = mask_UT.sum(dim=1)
+        for kernel, stride in self.steps:
+            length_U = torch.div(length_U - kernel, stride, rounding_mode="floor") + 1
+        length_U = length_U.clamp(min=1)  # a sound too short for one frame still has one, partly of padding
+        return torch.arange(num_frames, device=mask_UT.device) < length_U[:, None]
+
+
+class AudioTail(nn.Module):
+    """The last norm, where the layers leave one; then neighbours are averaged."""
+
+    def __init__(self, model: Wav2Vec2Model, pool: int) -> None:
+        super().__init__()
+        self.norm = model.encoder.layer_norm if model.config.do_stable_layer_norm else nn.Identity()
+        self.pool = pool
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        x_UTD: Tensor = self.norm(tokens.x_UTD)
+        if self.pool == 1:
+            return Tokens(x_UTD, tokens.mask_UT)
+        rest = -x_UTD.shape[1] % self.pool
+        mask_UT = functional.pad(tokens.mask_UT, (0, rest))
+        x_UTD = functional.pad(x_UTD.masked_fill(~tokens.mask_UT[..., None], 0.0), (0, 0, 0, rest))
+        count_UT = mask_UT.view(mask_UT.shape[0], -1, self.pool).sum(dim=2)
+        sum_UTD = x_UTD.view(x_UTD.shape[0], -1, self.pool, x_UTD.shape[2]).sum(dim=2)
+        return Tokens(sum_UTD / count_UT.clamp(min=1)[..., None], count_UT > 0)

@@ -1,0 +1,75 @@
+"""Decides how much each modality counts in the fused vector.
+
+Here        ModalityGate, its config, GateOutput.
+Elsewhere   aligning widths (model/bridge.py).
+Promise     what sits in an absent modality's slot never reaches the output or a gradient, not even NaN.
+            For two modalities this is exactly alpha = sigmoid(W [h_a, h_b]), fused = alpha h_a + (1 - alpha) h_b.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from dougong.core.config import Config
+
+
+class GateConfig(Config):
+    """How the modalities of one record share the fused vector."""
+
+    width: int = Field(gt=0)
+    """Channels of every modality vector (D). The bridge has made them equal."""
+
+    num_modalities: int = Field(gt=0)
+    """How many vectors a record has (M), absent ones included."""
+
+    temperature: float = 1.0
+    """Below 1 the gate chooses, above 1 it averages."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _above_zero(cls, temperature: float) -> float:
+        if temperature <= 0:
+            raise ValueError(
+                f"{temperature} must be above 0: it divides the scores. "
+                "Use 1.0 for a plain softmax, 0.1 for a nearly hard choice."
+            )
+        return temperature
+
+    def build(self) -> ModalityGate:
+        return ModalityGate(self)
+
+
+class GateOutput(NamedTuple):
+    """Shapes: B records, M modalities, D channels."""
+
+    fused_BD: Tensor
+    weight_BM: Tensor
+    """How much each modality counted; a row sums to 1, or to 0 where the record has nothing."""
+
+
+class ModalityGate(nn.Module):
+    """Scores the modalities from all their vectors together and mixes them by those scores.
+
+    After the gated multimodal unit of Arevalo et al. 2017 (arXiv:1702.01992), with one softmax over the modalities in
+    place of their pairwise sigmoids, so that any number of them fits, and without its tanh layers.
+    """
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__()
+        self.temperature = config.temperature
+        self.score = nn.Linear(config.num_modalities * config.width, config.num_modalities)
+
+    def forward(self, x_BMD: Tensor, present_BM: Tensor) -> GateOutput:
+        x_BMD = x_BMD.masked_fill(~present_BM[..., None], 0.0)  # 0 * NaN would still be NaN
+
+        score_BM = self.score(x_BMD.flatten(1)) / self.temperature
+        # A finite floor, not -inf: a record with no modality at all would get NaN gradients.
+        score_BM = score_BM.masked_fill(~present_BM, torch.finfo(score_BM.dtype).min)
+        weight_BM = score_BM.softmax(dim=-1) * present_BM
+
+        fused_BD = (weight_BM[:, None, :].to(x_BMD.dtype) @ x_BMD)[:, 0]
+        return GateOutput(fused_BD, weight_BM)

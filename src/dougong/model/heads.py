@@ -1,0 +1,48 @@
+"""What is made of the fused vector.
+
+Here        DecisionHead (classes or a number) and its config.
+Elsewhere   what its outputs mean and how wrong they are (objectives/decision.py).
+Promise     one row of outputs per record, whatever the record has.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dougong.core.config import Config
+
+
+class DecisionConfig(Config):
+    """A small network from the fused vector to the outputs."""
+
+    width: int = Field(gt=0)
+    """Channels of the fused vector (D)."""
+
+    hidden: int = Field(gt=0)
+    """Channels between its two layers."""
+
+    num_outputs: int = Field(gt=0)
+    """Classes, or 1 for regression (C)."""
+
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the hidden channels that training leaves out."""
+
+    def build(self) -> DecisionHead:
+        return DecisionHead(self)
+
+
+class DecisionHead(nn.Module):
+    """Shapes: B records, D channels, C outputs."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.hidden = nn.Linear(config.width, config.hidden)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = nn.Linear(config.hidden, config.num_outputs)
+
+    def forward(self, fused_BD: Tensor) -> Tensor:
+        output_BC: Tensor = self.out(self.dropout(functional.gelu(self.hidden(self.norm(fused_BD)))))
+        return output_BC

@@ -1,0 +1,307 @@
+"""Encoders below, a bridge in the middle, a gate and a shared head on top.
+
+Here        SandwichConfig, Sandwich (a BlockStack), its state and output; the baselines are the same parts put
+            together otherwise (`fusion`).
+Elsewhere   the parts: encoders/, bridge.py, gate.py, heads.py; training it (engine/).
+Promise     a medium that records share is encoded once; whatever a record lacks changes nothing of its answer, and
+            a record that lacks everything still has one, with finite gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dougong.core.config import Config
+from dougong.core.errors import ConfigError
+from dougong.core.signature import AudioInput, SignalInput, Signature, VolumeInput
+from dougong.model.bridge import BridgeConfig, Looked
+from dougong.model.encoders.audio import AudioEncoderConfig
+from dougong.model.encoders.encoder import Tokens
+from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
+from dougong.model.encoders.table import TableEncoderConfig
+from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.gate import GateConfig
+from dougong.model.heads import DecisionConfig
+from dougong.nn.batch import Batch
+from dougong.nn.block_stack import BlockStack
+from dougong.nn.modules_by_name import ModulesByName
+from dougong.nn.pooling import AttentionPooling
+
+EncoderConfig = Annotated[
+    TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig, Field(discriminator="kind")
+]
+
+
+class SandwichConfig(Config):
+    """How the parts are put together."""
+
+    fusion: Literal["bridge", "late"] = "bridge"
+    """bridge: the sandwich. late: each modality's vector side by side, straight to the head; a baseline."""
+
+    width: int = Field(default=64, gt=0)
+    """Channels of every modality after its encoder (D)."""
+
+    encoders: dict[str, EncoderConfig] = {}
+    """By modality. One that is not named here gets a small encoder from scratch, `width` wide."""
+
+    bridge: BridgeConfig = BridgeConfig()
+
+    gate_temperature: float = Field(default=1.0, gt=0)
+    head_ratio: float = Field(default=2.0, gt=0)
+    """Hidden channels of the head, as a multiple of `width`."""
+
+    head_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    def build(self, signature: Signature) -> Sandwich:
+        """The model for these inputs and this target; draws its weights from torch's generator.
+
+        Raises:
+            ConfigError: an encoder is named for no modality, is of another kind, or does not exist.
+        """
+        return Sandwich(self, signature)
+
+
+class SandwichState(NamedTuple):
+    """What walks through the blocks. A modality that the whole batch lacks is not in it."""
+
+    tokens: dict[str, Tensor]
+    """(U, T, D) of distinct media; after the join (B, T, D) of records."""
+
+    masks: dict[str, Tensor]
+    """Which tokens are real: (U, T), then (B, T)."""
+
+    medium: dict[str, Tensor]
+    """Each record's medium, (B,)."""
+
+    present_BM: Tensor
+    """Which modalities each record has."""
+
+
+class SandwichOutput(NamedTuple):
+    """Shapes: B records, C outputs, D channels, M modalities."""
+
+    output_BC: Tensor
+    fused_BD: Tensor
+    weight_BM: Tensor | None
+    """The gate's weights; None in late fusion, which has no gate."""
+
+    vector_BMD: Tensor
+    """Each modality's own vector; zero where it is absent."""
+
+
+class Explanation(NamedTuple):
+    """A forward pass with what happened inside."""
+
+    output: SandwichOutput
+    state: SandwichState
+    looked: tuple[dict[str, Looked], ...]
+    """By block of the bridge, then by the asking modality."""
+
+    pooled: dict[str, Tensor]
+    """How much each token of a modality counted in its vector, (B, T)."""
+
+    grids: dict[str, tuple[int, int]]
+    """Rows and columns of the tokens of pictures."""
+
+
+class Sandwich(BlockStack[SandwichState, SandwichOutput]):
+    """Shapes: U distinct media, B records, M modalities, T tokens, D channels, C outputs."""
+
+    def __init__(self, config: SandwichConfig, signature: Signature) -> None:
+        super().__init__()
+        settled = _settled_encoders(config, signature)
+        self.names = tuple(settled)
+        self.grids: dict[str, tuple[int, int]] = {}
+        embedders: dict[str, nn.Module] = {}
+        blocks: list[nn.Module] = []
+        resolved: dict[str, Config] = {}
+        for name, encoder_config in settled.items():
+            encoder = encoder_config.build(signature.inputs[name])
+            resolved[name] = encoder.resolved()
+            embedders[name] = encoder.stem
+            blocks += [EncoderBlock(name, layer) for layer in encoder.layers]
+            blocks.append(FinishBlock(name, encoder.tail, encoder.width, config.width))
+            if isinstance(encoder.tail, ImageTail):
+                self.grids[name] = encoder.tail.grid
+        self.embedders = ModulesByName(embedders)
+        self.late = config.fusion == "late"
+        if not self.late:
+            blocks.append(JoinBlock(self.names))
+            blocks += [BridgeBlock(block) for block in config.bridge.build(self.names, config.width)]
+        self.blocks = nn.ModuleList(blocks)
+        self.width = config.width
+        self.norms = ModulesByName({name: nn.LayerNorm(config.width) for name in self.names})
+        self.pools = ModulesByName({name: AttentionPooling(width=config.width) for name in self.names})
+        fused_width = config.width
+        if self.late:
+            fused_width *= len(self.names)
+        else:
+            self.gate = GateConfig(
+                width=config.width, num_modalities=len(self.names), temperature=config.gate_temperature
+            ).build()
+        self.decision = DecisionConfig(
+            width=fused_width,
+            hidden=round(config.width * config.head_ratio),
+            num_outputs=signature.target.num_outputs,
+            dropout=config.head_dropout,
+        ).build()
+        self.config = config.model_copy(update={"encoders": resolved})
+        """What rebuilds this model without any pretrained folder."""
+
+    def embed(self, batch: Batch) -> SandwichState:
+        tokens, masks, medium = {}, {}, {}
+        for name in self.names:
+            media = batch.media[name]
+            if next(iter(media.values.values())).shape[0]:
+                tokens[name], masks[name] = self.embedders[name](media.values)
+                medium[name] = media.index_B
+        present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
+        return SandwichState(tokens, masks, medium, present_BM)
+
+    def head(self, state: SandwichState) -> SandwichOutput:
+        return self._decide(state, pooled=None)
+
+    def explain(self, batch: Batch) -> Explanation:
+        """The same answer, with attention maps; slower, for looking at."""
+        state = self.embed(batch)
+        looked: list[dict[str, Looked]] = []
+        for block in self.blocks:
+            if isinstance(block, BridgeBlock):
+                looked.append({})
+                state = block(state, looked[-1])
+            else:
+                state = block(state)
+        pooled: dict[str, Tensor] = {}
+        return Explanation(self._decide(state, pooled), state, tuple(looked), pooled, self.grids)
+
+    def _decide(self, state: SandwichState, pooled: dict[str, Tensor] | None) -> SandwichOutput:
+        vectors = []
+        for place, name in enumerate(self.names):
+            if name not in state.tokens:
+                like = self.decision.norm.weight
+                vectors.append(like.new_zeros(state.present_BM.shape[0], self.width))
+                continue
+            found = self.pools[name](self.norms[name](state.tokens[name]), state.masks[name])
+            x_BD = found.x_BD
+            if self.late:  # pooled before gathering: records that share a medium share its vector
+                x_BD = x_BD[state.medium[name]]
+            vectors.append(x_BD.masked_fill(~state.present_BM[:, place, None], 0.0))
+            if pooled is not None:
+                weight = found.weight_BT[state.medium[name]] if self.late else found.weight_BT
+                pooled[name] = weight * state.present_BM[:, place, None]
+        vector_BMD = torch.stack(vectors, dim=1)
+        if self.late:
+            fused_BD, weight_BM = vector_BMD.flatten(1), None
+        else:
+            fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM)
+        return SandwichOutput(self.decision(fused_BD), fused_BD, weight_BM, vector_BMD)
+
+
+class EncoderBlock(nn.Module):
+    """One layer of one modality's encoder, over distinct media."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.layer = layer
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        if self.name not in state.tokens:
+            return state
+        return _with(state, self.name, self.layer(Tokens(state.tokens[self.name], state.masks[self.name])))
+
+
+class FinishBlock(nn.Module):
+    """The end of an encoder, and the way to the width that all modalities share."""
+
+    def __init__(self, name: str, finisher: nn.Module, width: int, shared_width: int) -> None:
+        super().__init__()
+        self.name = name
+        self.finisher = finisher
+        self.project = nn.Linear(width, shared_width)
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        if self.name not in state.tokens:
+            return state
+        finished = self.finisher(Tokens(state.tokens[self.name], state.masks[self.name]))
+        return _with(state, self.name, Tokens(self.project(finished.x_UTD), finished.mask_UT))
+
+
+class JoinBlock(nn.Module):
+    """From distinct media to records: from here on every record has tokens of its own."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        # Columns of present_BM, where a modality that the batch lacks still has its own.
+        self.place = {name: place for place, name in enumerate(names)}
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        tokens, masks = {}, {}
+        for name in state.tokens:
+            x_BTD = state.tokens[name][state.medium[name]]
+            present_B = state.present_BM[:, self.place[name]]
+            tokens[name] = x_BTD.masked_fill(~present_B[:, None, None], 0.0)
+            masks[name] = state.masks[name][state.medium[name]] & present_B[:, None]
+        return state._replace(tokens=tokens, masks=masks)
+
+
+class BridgeBlock(nn.Module):
+    """One block of the bridge, on the state."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, state: SandwichState, looked: dict[str, Looked] | None = None) -> SandwichState:
+        return state._replace(tokens=self.block(state.tokens, state.masks, looked))
+
+
+def _with(state: SandwichState, name: str, tokens: Tokens) -> SandwichState:
+    return state._replace(tokens={**state.tokens, name: tokens.x_UTD}, masks={**state.masks, name: tokens.mask_UT})
+
+
+def _settled_encoders(config: SandwichConfig, signature: Signature) -> dict[str, EncoderConfig]:
+    """An encoder for each input, in the signature's order."""
+    strange = [name for name in config.encoders if name not in signature.inputs]
+    if strange:
+        known = ", ".join(signature.inputs)
+        raise ConfigError(f"model.encoders names {strange[0]!r}, which is no modality here. Use some of {known}.")
+    settled: dict[str, EncoderConfig] = {}
+    for name, shape in signature.inputs.items():
+        chosen = config.encoders.get(name) or _default_encoder(name, shape, config.width)
+        if chosen.kind != shape.kind:
+            raise ConfigError(f"model.encoders.{name} is for {chosen.kind}, and the column holds {shape.kind}.")
+        settled[name] = chosen
+    return settled
+
+
+def _default_encoder(name: str, shape: object, width: int) -> EncoderConfig:
+    """Small, from scratch."""
+    if isinstance(shape, SignalInput | VolumeInput):
+        raise ConfigError(
+            f"{name!r} is a {shape.kind}, which has no encoder yet. Leave it out: columns: {{{name}: ignore}}."
+        )
+    heads = max(h for h in (1, 2, 3, 4, 6, 8) if width % h == 0 and width // h >= min(16, width))
+    kind = getattr(shape, "kind", "")
+    if isinstance(shape, AudioInput):
+        # About 60 tokens a second, whatever the rate.
+        stride = max(1, round(shape.sample_rate / 1000))
+        kernels, strides = (16 * stride, 16), (8 * stride, 2)
+        return AudioEncoderConfig(
+            width=width,
+            num_heads=heads,
+            num_layers=1,
+            conv_dim=(width // 2 or 1, width),
+            conv_kernel=kernels,
+            conv_stride=strides,
+        )
+    if kind == "image":
+        smallest = min(getattr(shape, "height", 64), getattr(shape, "width", 64))
+        return ImageEncoderConfig(width=width, num_heads=heads, patch_size=max(1, min(8, smallest // 4)))
+    if kind == "text":
+        return TextEncoderConfig(width=width, num_heads=heads, num_layers=1)
+    return TableEncoderConfig(width=width)

@@ -1,0 +1,218 @@
+"""The whole model: absent modalities, shared media, and the ways in which its parts are put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dougong.core.errors import ConfigError
+from dougong.core.signature import AudioInput, ImageInput, SignalInput, Signature, TableInput, Target, TextInput
+from dougong.model.sandwich import Sandwich, SandwichConfig
+from dougong.nn.batch import Batch, MediaBatch
+
+SIGNATURE = Signature(
+    inputs={
+        "text": TextInput(vocabulary_size=20, max_tokens=6),
+        "image": ImageInput(height=16, width=16),
+        "sound": AudioInput(sample_rate=8000, max_samples=4000),
+        "facts": TableInput(num_numbers=2, category_sizes=(3,)),
+    },
+    target=Target(name="answer", task="single_label", labels=("a", "b", "c")),
+)
+FUSIONS: list[dict[str, Any]] = [{}, {"bridge": {"kind": "merged", "num_heads": 2}}, {"fusion": "late"}]
+
+
+def build(settings: dict[str, Any], signature: Signature = SIGNATURE, seed: int = 0) -> Sandwich:
+    torch.manual_seed(seed)
+    return SandwichConfig.model_validate({"width": 16} | settings).build(signature)
+
+
+def media(num_media: int) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    length_U = torch.arange(num_media) % 5 + 2
+    return {
+        "text": {
+            "ids_UT": torch.randint(1, 20, (num_media, 6), generator=generator),
+            "mask_UT": torch.arange(6) < length_U[:, None],
+        },
+        "image": {"pixels_UCHW": torch.randn(num_media, 3, 16, 16, generator=generator)},
+        "sound": {
+            "samples_UT": torch.randn(num_media, 4000, generator=generator),
+            "mask_UT": torch.ones(num_media, 4000, dtype=torch.bool),
+        },
+        "facts": {
+            "numbers_UN": torch.randn(num_media, 2, generator=generator),
+            "known_UN": torch.ones(num_media, 2, dtype=torch.bool),
+            "categories_UK": torch.randint(0, 3, (num_media, 1), generator=generator),
+        },
+    }
+
+
+def batch(present: dict[str, list[bool]], *, num_media: int = 3) -> Batch:
+    """Three records, each with its own media, of which `present` takes some away."""
+    parts = {}
+    for name, values in media(num_media).items():
+        present_B = torch.tensor(present.get(name, [True] * 3))
+        parts[name] = MediaBatch(values, torch.arange(3).masked_fill(~present_B, 0), present_B)
+    return Batch(parts, None)
+
+
+def without(whole: Batch, name: str) -> Batch:
+    """As the loader writes a modality that no record has: not even one medium."""
+    values = {key: value[:0] for key, value in whole.media[name].values.items()}
+    nothing = MediaBatch(values, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool))
+    return whole._replace(media=whole.media | {name: nothing})
+
+
+def finite_gradients(model: Sandwich) -> bool:
+    return all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+@pytest.mark.parametrize("name", list(SIGNATURE.inputs))
+def test_what_a_record_lacks_changes_nothing_of_its_answer(settings: dict[str, Any], name: str) -> None:
+    model = build(settings).eval()
+    whole = batch({name: [True, False, True]})
+    other = {key: value.roll(1, dims=0) for key, value in whole.media[name].values.items()}
+    changed = whole._replace(media=whole.media | {name: whole.media[name]._replace(values=other)})
+
+    before, after = model(whole).output_BC, model(changed).output_BC
+
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[0], before[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+@pytest.mark.parametrize("name", list(SIGNATURE.inputs))
+def test_a_modality_that_the_whole_batch_lacks_is_as_if_each_record_lacked_it(
+    settings: dict[str, Any], name: str
+) -> None:
+    model = build(settings).eval()
+    each = batch({name: [False] * 3})
+
+    out = model(without(each, name))
+
+    torch.testing.assert_close(out.output_BC, model(each).output_BC, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+def test_a_record_with_nothing_has_an_answer_and_finite_gradients(settings: dict[str, Any]) -> None:
+    model = build(settings)
+
+    out = model(batch({name: [True, False, True] for name in SIGNATURE.inputs}))
+    out.output_BC.square().sum().backward()
+
+    assert out.output_BC.isfinite().all()
+    assert torch.equal(out.fused_BD[1], torch.zeros_like(out.fused_BD[1]))
+    assert finite_gradients(model)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+def test_a_batch_with_nothing_at_all_has_an_answer(settings: dict[str, Any]) -> None:
+    model = build(settings)
+    nothing = batch({})
+    for name in SIGNATURE.inputs:
+        nothing = without(nothing, name)
+
+    model(nothing).output_BC.sum().backward()
+
+    assert finite_gradients(model)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+def test_shared_media_give_the_answers_and_gradients_of_unshared_ones(settings: dict[str, Any]) -> None:
+    index_B = torch.tensor([0, 1, 0, 1, 1])
+    every_B = torch.ones(5, dtype=torch.bool)
+    values = media(2)
+    shared = Batch({name: MediaBatch(values[name], index_B, every_B) for name in values}, None)
+    apart = {name: {key: value[index_B] for key, value in values[name].items()} for name in values}
+    unshared = Batch({name: MediaBatch(apart[name], torch.arange(5), every_B) for name in apart}, None)
+    answers, gradients = [], []
+
+    for one in (shared, unshared):
+        model = build(settings)
+        out = model(one).output_BC
+        out.square().sum().backward()
+        answers.append(out)
+        gradients.append([p.grad for p in model.parameters()])
+
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+def test_the_model_is_its_parts_in_a_row(settings: dict[str, Any]) -> None:
+    model, whole = build(settings).eval(), batch({"image": [True, False, True]})
+
+    state = model.embed(whole)
+    for block in model.blocks:
+        state = block(state)
+
+    assert torch.equal(model.head(state).output_BC, model(whole).output_BC)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+def test_every_weight_learns_from_a_whole_batch(settings: dict[str, Any]) -> None:
+    model = build(settings)
+
+    model(batch({})).output_BC.square().sum().backward()
+
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert finite_gradients(model)
+
+
+@pytest.mark.parametrize("settings", FUSIONS)
+def test_one_seed_makes_one_model(settings: dict[str, Any]) -> None:
+    whole = batch({})
+    assert torch.equal(build(settings)(whole).output_BC, build(settings)(whole).output_BC)
+    assert not torch.equal(build(settings)(whole).output_BC, build(settings, seed=1)(whole).output_BC)
+
+
+@pytest.mark.parametrize("name", list(SIGNATURE.inputs))
+def test_one_modality_alone_is_a_model_too(name: str) -> None:
+    alone = SIGNATURE.model_copy(update={"inputs": {name: SIGNATURE.inputs[name]}})
+
+    assert build({}, alone)(batch({})).output_BC.shape == (3, 3)
+
+
+@pytest.mark.parametrize("settings", FUSIONS[:2])
+def test_an_explanation_is_of_the_same_answer_and_says_where_each_token_looked(settings: dict[str, Any]) -> None:
+    model, whole = build(settings).eval(), batch({"image": [True, False, True]})
+
+    explained = model.explain(whole)
+
+    torch.testing.assert_close(explained.output.output_BC, model(whole).output_BC, rtol=1e-5, atol=1e-5)
+    looked = explained.looked[0]["text"]
+    torch.testing.assert_close(looked.weight_BHTS.sum(dim=-1)[0], torch.ones_like(looked.weight_BHTS[0, ..., 0]))
+    start = 0
+    for name, count in looked.keys:
+        if name == "image":
+            seen_B = looked.weight_BHTS[..., start : start + count].sum(dim=(1, 2, 3))
+            assert (seen_B > 0).tolist() == [True, False, True]
+        start += count
+    rows, columns = explained.grids["image"]
+    assert explained.pooled["image"].shape == (3, rows * columns)
+
+
+def test_settings_of_a_model_build_it_again() -> None:
+    model = build({"encoders": {"image": {"kind": "image", "width": 8, "num_heads": 2, "patch_size": 4}}}).eval()
+
+    again = SandwichConfig.model_validate_json(model.config.model_dump_json()).build(SIGNATURE).eval()
+    again.load_state_dict(model.state_dict())
+
+    assert torch.equal(again(batch({})).output_BC, model(batch({})).output_BC)
+
+
+def test_an_encoder_for_a_modality_that_is_not_there_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'video', which is no modality here\. Use some of text, image, sound, facts"
+    ):
+        build({"encoders": {"video": {"kind": "image"}}})
+
+
+def test_a_kind_without_an_encoder_is_refused() -> None:
+    signal = SIGNATURE.model_copy(update={"inputs": {"ecg": SignalInput(num_channels=2, max_samples=100)}})
+    with pytest.raises(ConfigError, match=r"'ecg' is a signal, which has no encoder yet\. Leave it out"):
+        build({}, signal)
