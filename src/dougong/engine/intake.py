@@ -1,0 +1,119 @@
+"""What comes in from the loader, and what is told of records that were set aside.
+
+Here        Tally, Intake.
+Elsewhere   deciding that a record is bad (data/); saving the tally (engine/checkpoint.py).
+Promise     a step gets only batches that hold records; a record counts as bad once, however often it is met;
+            where too many are bad, training refuses to go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dougong.core.errors import DataError
+from dougong.data.batch import BatchArrays
+from dougong.data.position import Loader, Position
+
+ENOUGH_SEEN = 200
+"""Records to meet before a share of bad ones says something; at the end of an epoch any number does."""
+
+NUM_FIRST = 10
+"""Bad records that are told with their reasons."""
+
+
+@dataclass
+class Tally:
+    """Where the loader stands and what it has met."""
+
+    position: Position = field(default_factory=Position)
+    seen: int = 0
+    """Records of the first epoch, so each counts once."""
+
+    bad_rows: set[int] = field(default_factory=set)
+    first_bad: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Intake:
+    """Takes batches from a loader, from the tally's position on."""
+
+    def __init__(
+        self, loader: Loader, tally: Tally, *, max_bad_share: float, on_more_bad: Callable[[Tally], None]
+    ) -> None:
+        self.tally = tally
+        self._loader = loader
+        self._max_bad_share = max_bad_share
+        self._on_more_bad = on_more_bad
+        self._batches: Iterator[tuple[Position, BatchArrays]] | None = None
+        self._ahead: deque[tuple[Position, BatchArrays]] = deque()
+
+    def take(self, count: int) -> list[BatchArrays]:
+        """The next `count` batches that hold records.
+
+        Raises:
+            DataError: too many records are bad, or an epoch has no good one.
+        """
+        taken: list[BatchArrays] = []
+        num_empty = 0
+        while len(taken) < count:
+            position, arrays = self._ahead.popleft() if self._ahead else self._read()
+            self._note(position, arrays)
+            if len(arrays.row_B):
+                taken.append(arrays)
+                num_empty = 0
+            else:
+                num_empty += 1
+                if num_empty >= self._loader.batches_per_epoch:
+                    raise DataError(f"a whole epoch has no record that can be used.{self._first()}")
+        return taken
+
+    def peek(self) -> BatchArrays | None:
+        """The batch that `take` will give first, still to be taken; None where an epoch has none."""
+        while len(self._ahead) < self._loader.batches_per_epoch:
+            self._ahead.append(self._read())
+            if len(self._ahead[-1][1].row_B):
+                return self._ahead[-1][1]
+        return None
+
+    def close(self) -> None:
+        """Let the loader end its work."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches = None
+
+    def _read(self) -> tuple[Position, BatchArrays]:
+        if self._batches is None:
+            self._batches = self._loader.batches(self.tally.position)
+        return next(self._batches)
+
+    def _note(self, position: Position, arrays: BatchArrays) -> None:
+        tally, before = self.tally, self.tally.position
+        tally.position = position
+        if before.epoch == 0:
+            # A record may stand in a batch under several views, and be bad in several columns.
+            tally.seen += len({*arrays.row_B.tolist(), *(record.row for record in arrays.bad)})
+        num_before = len(tally.bad_rows)
+        for record in arrays.bad:
+            if record.row not in tally.bad_rows and len(tally.first_bad) < NUM_FIRST:
+                tally.first_bad.append(record._asdict())
+            tally.bad_rows.add(record.row)
+        if len(tally.bad_rows) > num_before:
+            self._on_more_bad(tally)
+
+        # At least as many were seen as were bad, also where a later epoch's sampling met new rows.
+        seen = max(tally.seen, len(tally.bad_rows))
+        judged = seen >= ENOUGH_SEEN or position.epoch > before.epoch
+        if judged and len(tally.bad_rows) > self._max_bad_share * seen:
+            raise DataError(
+                f"{len(tally.bad_rows)} of the first {seen} records cannot be used, more than "
+                f"max_bad_share={self._max_bad_share} allows.{self._first()} Mend the table, or raise max_bad_share."
+            )
+
+    def _first(self) -> str:
+        if not self.tally.first_bad:
+            return ""
+        record = self.tally.first_bad[0]
+        return f" The first is row {record['row']}, column {record['column']!r}: {record['reason']}."

@@ -1,0 +1,109 @@
+"""Which number format the products are computed in, decided by a measurement.
+
+Here        Precision, `autocast`, `choose_precision`.
+Elsewhere   the step that obeys (engine/step.py); keeping the choice for a resumed run (engine/checkpoint.py).
+Promise     weights stay in fp32; measuring leaves gradients, weights, buffers and random states as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dougong.engine.random_state import random_state_kept
+from dougong.nn.batch import Batch
+
+Precision = Literal["fp32", "bf16", "auto"]
+Chosen = Literal["fp32", "bf16"]
+
+ENOUGH_GAIN = 1.1
+"""How many times faster bf16 must be to be worth its rounding."""
+
+
+class PrecisionChoice(NamedTuple):
+    """What was chosen, and why."""
+
+    precision: Chosen
+    ratio: float | None
+    """Seconds in fp32 divided by seconds in bf16, the median of pairs; None where it was not measured."""
+
+
+def autocast(precision: Chosen, device_type: str) -> torch.autocast:
+    """A context in which matrix products are computed in `precision`."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def choose_precision(
+    model: nn.Module,
+    loss: Callable[[Any, Batch], Tensor],
+    batch: Batch,
+    *,
+    pairs: int = 5,
+    budget_seconds: float = 20.0,
+) -> PrecisionChoice:
+    """Time forward and backward of one batch in both formats, by turns.
+
+    bf16 is chosen where it is clearly faster and its loss is finite; a loss that is not makes
+    it fp32 without more ado. After `budget_seconds` no new pair begins.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device_type = parameters[0].device.type
+
+    def run(precision: Chosen) -> bool:
+        """Forward and backward; whether the loss is finite."""
+        with autocast(precision, device_type):
+            value = loss(model(batch), batch).float()
+        # Not .backward(): that would add to the gradients that are there.
+        torch.autograd.grad(value, parameters, allow_unused=True)
+        return math.isfinite(value.item())
+
+    with random_state_kept(), _buffers_kept(model):
+        return measure_precision(run, pairs=pairs, budget_seconds=budget_seconds)
+
+
+def measure_precision(
+    run: Callable[[Chosen], bool], *, pairs: int = 5, budget_seconds: float = math.inf
+) -> PrecisionChoice:
+    """Time `run` in both formats by turns, after one untimed turn each; it says whether its result was finite."""
+    deadline = time.perf_counter() + budget_seconds
+    run("fp32")
+    if not run("bf16"):
+        return PrecisionChoice("fp32", None)
+    ratios: list[float] = []
+    while len(ratios) < pairs and (not ratios or time.perf_counter() < deadline):
+        ratios.append(_seconds(run, "fp32") / _seconds(run, "bf16"))
+    ratio = statistics.median(ratios)
+    return PrecisionChoice("bf16" if ratio >= ENOUGH_GAIN else "fp32", ratio)
+
+
+def _seconds(run: Callable[[Chosen], bool], precision: Chosen) -> float:
+    _wait_for_device()
+    started = time.perf_counter()
+    run(precision)
+    _wait_for_device()
+    return max(time.perf_counter() - started, 1e-9)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass in training does to running means."""
+    buffers = list(model.buffers())
+    copies = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, copy in zip(buffers, copies, strict=True):
+                buffer.copy_(copy)

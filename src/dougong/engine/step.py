@@ -1,0 +1,91 @@
+"""One training step.
+
+Here        TrainParts, StepReport, `train_step`.
+Elsewhere   the loop, events and checkpoints (engine/trainer.py); the loss (objectives/).
+Promise     records weigh the same, however they are shared out to micro-batches; a step whose loss or gradient
+            is not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dougong.engine.precision import Chosen, autocast
+from dougong.nn.batch import Batch
+from dougong.nn.block_stack import BlockStack
+
+Loss = Callable[[Any, Batch], Tensor]
+"""From a model's output and its batch to a scalar: the sum over the batch's records."""
+
+
+@dataclass(frozen=True)
+class TrainParts:
+    """What a step needs."""
+
+    model: BlockStack[Any, Any]
+    loss: Loss
+    optimizer: Optimizer
+    max_grad_norm: float | None = 1.0
+    precision: Chosen = "fp32"
+    device_type: str = "cpu"
+
+
+class StepReport(NamedTuple):
+    """What a step did."""
+
+    loss: float
+    """Mean over the records."""
+
+    grad_norm: float
+    """Before clipping."""
+
+    skipped: bool
+    """The loss or the gradient was not finite, and the weights stayed as they were."""
+
+
+def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int) -> StepReport:
+    """Step once over the micro-batches.
+
+    `num_records` counts all of them, so that uneven batches weigh each record the same.
+    """
+    parts.optimizer.zero_grad(set_to_none=True)
+    losses = [_backward(parts, batch, num_records) for batch in batches]
+    gradients = _gradients(parts.optimizer)
+
+    # The one wait for the device: whether to step at all depends on both numbers.
+    loss, grad_norm = torch.stack([torch.stack(losses).sum(), _norm(gradients, like=losses[0])]).tolist()
+
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        parts.optimizer.zero_grad(set_to_none=True)
+        return StepReport(loss, grad_norm, skipped=True)
+    if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
+        torch._foreach_mul_(gradients, parts.max_grad_norm / grad_norm)
+    parts.optimizer.step()
+    return StepReport(loss, grad_norm, skipped=False)
+
+
+def _backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    with autocast(parts.precision, parts.device_type):
+        loss = parts.loss(parts.model(batch), batch).float() / num_records
+    loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
+    return loss.detach()
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norm(gradients: list[Tensor], *, like: Tensor) -> Tensor:
+    """The norm of all gradients together. `clip_grad_norm_` would also write every one of them, each time."""
+    if not gradients:
+        return torch.zeros_like(like)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm.to(like.dtype)

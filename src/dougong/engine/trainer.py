@@ -1,0 +1,462 @@
+"""The loop around the step.
+
+Here        TrainConfig, Watch, TrainResult, `train`.
+Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py);
+            showing what is announced (watch/).
+Promise     the same seed gives the same losses; a run that was killed at any moment goes on to the losses that it
+            would have had, bit for bit on a CPU. Evaluating, measuring and saving leave no trace in training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import field_validator
+
+from dougong.core.config import Config
+from dougong.core.errors import CheckpointError, ConfigError, DougongError, RunError
+from dougong.core.events import (
+    Announcer,
+    CheckpointSaved,
+    CheckpointSkipped,
+    Evaluated,
+    EventFile,
+    RecordsSetAside,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+from dougong.core.seeds import derive_seed
+from dougong.data.position import Loader, Position
+from dougong.engine.average import WeightAverage
+from dougong.engine.batches import to_tensors
+from dougong.engine.checkpoint import (
+    Checkpoint,
+    RunState,
+    checkpoints_of,
+    clear_leftovers,
+    latest_checkpoint,
+    prune_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
+from dougong.engine.intake import Intake, Tally
+from dougong.engine.interrupt import Interruption, interruptible
+from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
+from dougong.engine.random_state import random_state_kept, seed_all
+from dougong.engine.step import Loss, TrainParts, train_step
+from dougong.nn.block_stack import BlockStack
+
+EVENTS = "events.jsonl"
+
+Reason = Literal["steps", "early", "interrupted"]
+
+
+class TrainConfig(Config):
+    """How a model is trained. The batches are the loader's affair."""
+
+    epochs: float = 10.0
+    """Passes over the records, where `steps` is not given."""
+
+    steps: int | None = None
+    """Optimizer steps. Where given, it alone decides."""
+
+    accumulation: int = 1
+    """Batches that make one step."""
+
+    max_grad_norm: float | None = 1.0
+    """Longer gradients are shortened to it. None: never."""
+
+    precision: Precision = "auto"
+    """auto measures once, and a resumed run keeps what was chosen. fp32 or bf16 for runs that must repeat exactly."""
+
+    evaluate_every: int | None = None
+    """Steps. None: after each epoch. The last step is always followed by an evaluation."""
+
+    checkpoint_every: int | None = None
+    """Steps. None: by time alone."""
+
+    checkpoint_seconds: float | None = 120.0
+    """Most seconds of work that a kill can cost. None: by steps alone."""
+
+    keep: int = 2
+    """Last checkpoints that stay on the disk; the best one does besides."""
+
+    patience: int | None = None
+    """Evaluations without a gain after which training ends. None: never."""
+
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then judged and is the result. For example 0.999."""
+
+    max_bad_share: float = 0.05
+    """Share of records that cannot be used above which training refuses to go on."""
+
+    max_skipped: int = 10
+    """Steps in a row without a finite loss and gradient after which training gives up."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @field_validator("steps", "accumulation", "evaluate_every", "checkpoint_every", "keep", "patience", "max_skipped")
+    @classmethod
+    def _at_least_one(cls, count: int | None) -> int | None:
+        if count is not None and count < 1:
+            raise ValueError(f"{count} must be at least 1.")
+        return count
+
+    @field_validator("epochs", "max_grad_norm", "checkpoint_seconds")
+    @classmethod
+    def _above_zero(cls, value: float | None) -> float | None:
+        if value is not None and not value > 0:
+            raise ValueError(f"{value} must be above 0.")
+        return value
+
+    @field_validator("ema")
+    @classmethod
+    def _between(cls, ema: float | None) -> float | None:
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"{ema} must be between 0 and 1. Use for example 0.999, or null for no average.")
+        return ema
+
+    @field_validator("max_bad_share")
+    @classmethod
+    def _a_share(cls, share: float) -> float:
+        if not 0 <= share <= 1:
+            raise ValueError(f"{share} must be a share, from 0 to 1.")
+        return share
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """The steps of a whole run."""
+        return self.steps or max(1, round(self.epochs * batches_per_epoch / self.accumulation))
+
+
+class Judgement(Protocol):
+    """What the trainer reads of an evaluation; engine/evaluate.py's Evaluation is one."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+    @property
+    def num_records(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a run is steered by."""
+
+    judge: Callable[[], Mapping[str, Judgement]]
+    """Evaluates the model as it stands, under one condition or several, by name."""
+
+    metric: str
+    """The best weights are those whose mean of it over the conditions is best."""
+
+    higher_is_better: bool = True
+    split: str = "validation"
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    reason: Reason
+    step: int
+    best_metric: float | None
+    best_step: int | None
+    precision: PrecisionChoice
+
+
+def train(
+    model: BlockStack[Any, Any],
+    loss: Loss,
+    loader: Loader,
+    config: TrainConfig,
+    *,
+    folder: Path,
+    watch: Watch | None = None,
+    announce: Announcer | None = None,
+    seed: int = 0,
+    resume: bool = False,
+) -> TrainResult:
+    """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
+
+    The model ends with its last weights; `best_weights(folder)` says where the best are.
+    With `resume`, go on from the newest whole checkpoint, or start where there is none.
+
+    Raises:
+        RunError: the folder holds a run and `resume` is not asked for.
+        CheckpointError: the checkpoint is of another model, loader or seed.
+        ConfigError: the watched metric is not among those that were judged, or patience has nothing to watch.
+        DataError: too many records cannot be used.
+        DougongError: the loss is not finite, step after step.
+    """
+    if config.patience is not None and watch is None:
+        raise ConfigError(f"patience={config.patience} has nothing to watch. Give validation records, or use null.")
+    found = latest_checkpoint(checkpoints_of(folder))
+    if not resume and (found.checkpoint is not None or found.skipped):
+        raise RunError(f"{folder} holds a run already. Go on with it by resume, or name another folder.")
+    clear_leftovers(checkpoints_of(folder))
+    start = found.checkpoint
+    step = 0 if start is None else start.state.step
+
+    events = EventFile(folder / EVENTS, resume_at=None if start is None else step)
+    announcer = Announcer(events, *(announce.listeners if announce is not None else ()))
+    try:
+        for skipped in found.skipped:
+            set_aside(skipped)
+            announcer(CheckpointSkipped(step=step, path=str(skipped.folder), reason=skipped.reason))
+        with interruptible() as interruption:
+            run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption)
+            try:
+                return run.train()
+            finally:
+                run.intake.close()
+    finally:
+        events.close()
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        model: BlockStack[Any, Any],
+        loss: Loss,
+        loader: Loader,
+        config: TrainConfig,
+        folder: Path,
+        watch: Watch | None,
+        announce: Announcer,
+        seed: int,
+        start: Checkpoint | None,
+        interruption: Interruption,
+    ) -> None:
+        self.config, self.folder, self.watch, self.announce, self.seed = config, folder, watch, announce, seed
+        self.interruption = interruption
+        self.batches_per_epoch = loader.batches_per_epoch
+        self.total_steps = config.total_steps(self.batches_per_epoch)
+        self.device = next(model.parameters()).device
+        self.started = self.last_saved = time.perf_counter()
+        self.resumed = start is not None
+
+        self.step = 0
+        self.best_metric: float | None = None
+        self.best_step: int | None = None
+        self.evaluations_without_gain = 0
+        self.skipped_in_a_row = 0
+        self.tally = Tally()
+        self.average = None if config.ema is None else WeightAverage(model, config.ema)
+
+        model.train()
+        optimizer = config.optimizer.build(model)
+        if start is not None:
+            self._go_on(start, model, optimizer)
+        self.intake = Intake(
+            loader, self.tally, max_bad_share=config.max_bad_share, on_more_bad=self._announce_set_aside
+        )
+        if start is None:
+            seed_all(derive_seed(seed, "train"))
+            self.precision = self._choose_precision(model, loss)
+        self.parts = TrainParts(
+            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type
+        )
+
+    def train(self) -> TrainResult:
+        """Step until there is a reason to stop."""
+        self.announce(
+            RunStarted(
+                step=self.step,
+                total_steps=self.total_steps,
+                precision=self.precision.precision,
+                num_parameters=sum(p.numel() for p in self.parts.model.parameters()),
+                resumed=self.resumed,
+            )
+        )
+        reason = self._reason()
+        while reason is None:
+            epoch = self.tally.position.epoch
+            self._step()
+            improved = self._evaluate() if self._evaluation_due(epoch) else False
+            reason = self._reason()
+            if improved or reason is not None or self._checkpoint_due():
+                self._save()
+        self.announce(
+            RunFinished(
+                step=self.step,
+                reason=reason,
+                best_metric=self.best_metric,
+                best_step=self.best_step,
+                seconds=time.perf_counter() - self.started,
+            )
+        )
+        return TrainResult(reason, self.step, self.best_metric, self.best_step, self.precision)
+
+    def _reason(self) -> Reason | None:
+        if self.step >= self.total_steps:
+            return "steps"
+        if self.config.patience is not None and self.evaluations_without_gain >= self.config.patience:
+            return "early"
+        return "interrupted" if self.interruption.wanted else None
+
+    # A step --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        epoch = self.tally.position.epoch
+        arrays = self.intake.take(self.config.accumulation)
+        waited = time.perf_counter() - started
+        num_records = sum(len(each.row_B) for each in arrays)
+        learning_rate = self.config.optimizer.learning_rate_at(self.step, self.total_steps)
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        report = train_step(self.parts, [to_tensors(each, self.device) for each in arrays], num_records=num_records)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        self.announce(
+            StepDone(
+                step=self.step,
+                loss=report.loss,
+                grad_norm=report.grad_norm,
+                learning_rate=learning_rate,
+                num_records=num_records,
+                epoch=epoch,
+                seconds=time.perf_counter() - started,
+                wait_seconds=waited,
+            )
+        )
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise DougongError(
+                f"step {self.step}: the loss was {report.loss} and the gradient's norm {report.grad_norm}, and no "
+                f"step of the last {self.skipped_in_a_row} was finite. Use a lower optimizer.learning_rate, "
+                "a longer optimizer.warmup_ratio, or precision fp32."
+            )
+
+    def _announce_set_aside(self, tally: Tally) -> None:
+        self.announce(
+            RecordsSetAside(step=self.step, count=len(tally.bad_rows), seen=tally.seen, first=list(tally.first_bad))
+        )
+
+    # Evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluation_due(self, epoch_before: int) -> bool:
+        if self.watch is None:
+            return False
+        if self.step == self.total_steps:
+            return True
+        if self.config.evaluate_every is None:
+            return self.tally.position.epoch > epoch_before
+        return self.step % self.config.evaluate_every == 0
+
+    def _evaluate(self) -> bool:
+        """Judge and announce; whether it is the best so far."""
+        assert self.watch is not None
+        started = time.perf_counter()
+        with random_state_kept():
+            if self.average is None:
+                judgements = self._judge(self.watch)
+            else:
+                with self.average.in_place():
+                    judgements = self._judge(self.watch)
+        seconds = (time.perf_counter() - started) / max(1, len(judgements))
+        self.parts.model.train()
+
+        values: list[float] = []
+        for condition, judgement in judgements.items():
+            self.announce(
+                Evaluated(
+                    step=self.step,
+                    split=self.watch.split,
+                    condition=condition,
+                    metrics=judgement.metrics,
+                    num_records=judgement.num_records,
+                    seconds=seconds,
+                )
+            )
+            if self.watch.metric not in judgement.metrics:
+                there = ", ".join(judgement.metrics) or "none, since no record could be judged"
+                raise ConfigError(
+                    f"the watched metric {self.watch.metric!r} is not among those of {self.watch.split} "
+                    f"({condition}): {there}. Watch another one, or judge other records."
+                )
+            values.append(judgement.metrics[self.watch.metric])
+        value = sum(values) / len(values)
+        best = self.best_metric
+        better = best is None or (value > best if self.watch.higher_is_better else value < best)
+        if not better or value != value:  # NaN is never the best
+            self.evaluations_without_gain += 1
+            return False
+        self.best_metric, self.best_step = value, self.step
+        self.evaluations_without_gain = 0
+        return True
+
+    def _judge(self, watch: Watch) -> Mapping[str, Judgement]:
+        with autocast(self.parts.precision, self.device.type):
+            return watch.judge()
+
+    # Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self) -> bool:
+        every, seconds = self.config.checkpoint_every, self.config.checkpoint_seconds
+        if every is not None and self.step % every == 0:
+            return True
+        return seconds is not None and time.perf_counter() - self.last_saved >= seconds
+
+    def _save(self) -> None:
+        tally = self.tally
+        state = RunState(
+            step=self.step,
+            epoch=tally.position.epoch,
+            batch=tally.position.batch,
+            batches_per_epoch=self.batches_per_epoch,
+            seed=self.seed,
+            precision=self.precision.precision,
+            precision_ratio=self.precision.ratio,
+            best_metric=self.best_metric,
+            best_step=self.best_step,
+            evaluations_without_gain=self.evaluations_without_gain,
+            skipped_in_a_row=self.skipped_in_a_row,
+            seen=tally.seen,
+            bad_rows=tuple(sorted(tally.bad_rows)),
+            first_bad=tuple(tally.first_bad),
+        )
+        checkpoints = checkpoints_of(self.folder)
+        path = save_checkpoint(checkpoints, state, self.parts.model, self.parts.optimizer, self.average)
+        prune_checkpoints(checkpoints, self.config.keep)
+        self.last_saved = time.perf_counter()
+        self.announce(CheckpointSaved(step=self.step, path=str(path), best=self.best_step == self.step))
+
+    def _go_on(self, start: Checkpoint, model: BlockStack[Any, Any], optimizer: torch.optim.Optimizer) -> None:
+        state = start.state
+        for what, there, here in (
+            ("seed", state.seed, self.seed),
+            ("number of batches in an epoch", state.batches_per_epoch, self.batches_per_epoch),
+            ("precision", state.precision, self.config.precision),
+        ):
+            if here not in (there, "auto"):
+                raise CheckpointError(
+                    f"{start.folder} has another {what}: {there} there, {here} here. Resume with the settings and "
+                    "records of that run, or begin another one."
+                )
+        restore_checkpoint(start, model, optimizer, self.average)
+        self.step = state.step
+        self.best_metric, self.best_step = state.best_metric, state.best_step
+        self.evaluations_without_gain = state.evaluations_without_gain
+        self.skipped_in_a_row = state.skipped_in_a_row
+        self.precision = PrecisionChoice(state.precision, state.precision_ratio)
+        self.tally = Tally(Position(state.epoch, state.batch), state.seen, set(state.bad_rows), list(state.first_bad))
+
+    def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
+        wanted = self.config.precision
+        if wanted != "auto":
+            return PrecisionChoice(wanted, None)
+        arrays = self.intake.peek()
+        if arrays is None:
+            return PrecisionChoice("fp32", None)  # taking the first batch will say what is wrong
+        return choose_precision(model, loss, to_tensors(arrays, self.device))
