@@ -1,3 +1,27 @@
-"""Dougong: records of several modalities to a trained, explained and usable model."""
+"""Dougong: records of several modalities to a trained, explained and usable model.
+
+Here        fit, load: the whole job in two calls. Heavy parts load when they are used.
+Elsewhere   the command line (cli/); whole runs (recipes/); a trained model (serve/model.py).
+Promise     `import dougong` loads no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dougong.recipes.fit import fit
+    from dougong.serve.model import Model, load
 
 __version__ = "0.1.0"
+__all__ = ["Model", "fit", "load"]
+
+_HOMES = {"fit": "dougong.recipes.fit", "load": "dougong.serve.model", "Model": "dougong.serve.model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dougong' has no attribute {name!r}. It has {', '.join(__all__)}.")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -35,6 +35,12 @@ class View(Config):
     weight: float = 1.0
     """How often, in proportion to the other views' weights."""
 
+    from_epoch: int = 0
+    """Not seen so before this epoch, counted from 0: what is easy to learn from may come first."""
+
+    until_epoch: int | None = None
+    """Nor from this epoch on; None: to the end."""
+
     @field_validator("weight")
     @classmethod
     def _above_zero(cls, weight: float) -> float:
@@ -64,19 +70,23 @@ class Collator:
         seed: int,
         augment: bool = False,
         views: Sequence[View] = (),
+        one_view_a_batch: bool = False,
         withhold: float = 0.0,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
-        """`withhold` is each modality's chance to be left out of a record, never of one that has no other."""
+        """`withhold` is each modality's chance to be left out of a record, never of one that has no other.
+
+        With `one_view_a_batch`, all records of a batch are seen alike, so that a withheld modality costs nothing.
+        """
         self.preparation = preparation
         self.folder = folder
         self._seed = seed
         self._augment = augment
         self._withhold = withhold
         names = list(preparation.modalities)
+        self._views = tuple(views)
         self._view_VM = np.array([[name in view.keep for name in names] for view in views], np.bool_)
-        weights = np.array([view.weight for view in views])
-        self._view_chance = weights / weights.sum() if len(views) else weights
+        self._one_view_a_batch = one_view_a_batch
         self._cache = _Cache(cache_bytes)
 
     def __call__(self, request: Request) -> BatchArrays:
@@ -105,8 +115,10 @@ class Collator:
     def _choose(self, has_BM: npt.NDArray[np.bool_], request: Request) -> npt.NDArray[np.bool_]:
         """What each record is seen with."""
         random = self._random("views", *request.number)
-        if len(self._view_VM):
-            return has_BM & self._view_VM[random.choice(len(self._view_VM), len(has_BM), p=self._view_chance)]
+        if self._views:
+            chance = _chances(self._views, request.number[0])
+            size = 1 if self._one_view_a_batch else len(has_BM)
+            return has_BM & self._view_VM[random.choice(len(self._views), size, p=chance)]
         if not self._withhold:
             return has_BM
         kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
@@ -166,6 +178,14 @@ class Collator:
 
     def _random(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive_seed(self._seed, *purpose))
+
+
+def _chances(views: Sequence[View], epoch: int) -> npt.NDArray[np.float64]:
+    """Each view's share in an epoch; where none is meant for it, all are."""
+    open_V = [view.from_epoch <= epoch and (view.until_epoch is None or epoch < view.until_epoch) for view in views]
+    weights = np.array([view.weight for view in views]) * (open_V if any(open_V) else [True] * len(views))
+    chances: npt.NDArray[np.float64] = weights / weights.sum()
+    return chances
 
 
 def _cells(modality: Modality, request: Request) -> list[tuple[Any, ...]]:

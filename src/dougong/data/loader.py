@@ -98,9 +98,10 @@ class Loader:
         seed: int = 0,
         train: bool = False,
         views: tuple[View, ...] = (),
+        one_view_a_batch: bool = False,
         withhold: float = 0.0,
     ) -> None:
-        """`train` shuffles and augments; `views` and `withhold` are data/collate.py's.
+        """`train` shuffles and augments; `views`, `one_view_a_batch` and `withhold` are data/collate.py's.
 
         Raises:
             ConfigError: `group_by` or a view names what is not there.
@@ -120,6 +121,7 @@ class Loader:
             seed=seed,
             augment=train,
             views=views,
+            one_view_a_batch=one_view_a_batch,
             withhold=withhold,
             cache_bytes=config.cache_bytes,
         )
@@ -212,7 +214,9 @@ class Loader:
         """The window's rows, and which of them share a medium; kept while it is the same window."""
         if self._held is None or self._held[0] != window.chunks:
             self._held = None  # let the old rows go before the new ones come
-            held = pa.concat_tables([self._table.read(chunk, self._columns) for chunk in window.chunks])
+            # What groups need not be read by the model: a model of fewer modalities gets the same batches.
+            columns = list(dict.fromkeys([*self._columns, *([self._group_by] if self._group_by else [])]))
+            held = pa.concat_tables([self._table.read(chunk, columns) for chunk in window.chunks])
             groups = None if self._group_by is None else _groups(held.column(self._group_by))
             self._held = (window.chunks, held, groups)
         return self._held[1], self._held[2]
@@ -228,8 +232,9 @@ class Loader:
         if wanted is None:
             return None
         if wanted != "auto":
-            if wanted not in self._columns:
-                raise ConfigError(f"group_by {wanted!r} is no column of the inputs. Use one of {', '.join(media)}.")
+            if wanted not in self._table.schema.names:
+                known = ", ".join(self._table.schema.names)
+                raise ConfigError(f"group_by {wanted!r} is no column of the table. Use one of {known}.")
             return wanted
         sample = self._table.read(0, media) if media else None
         for column in media:

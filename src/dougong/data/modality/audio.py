@@ -7,6 +7,7 @@ Promise     a recording is mono, at one rate, as loud as every other; a file tha
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -111,9 +112,23 @@ class AudioModality(Modality):
         samples_UT /= KEPT_SCALE
         if augment is not None and change.noise:
             level = augment.random((len(media), 1), np.float32) * np.float32(change.noise)
-            samples_UT += level * augment.standard_normal(samples_UT.shape, np.float32)
+            samples_UT += level * _noise((len(media), width), augment)
         if augment is not None and change.gain_decibels:
             decibels = augment.uniform(-change.gain_decibels, change.gain_decibels, (len(media), 1))
             samples_UT *= (10 ** (decibels / 20)).astype(np.float32)
         samples_UT *= mask_UT
         return {"samples_UT": samples_UT, "mask_UT": mask_UT}
+
+
+@functools.cache
+def _noise_bank() -> Array:
+    return np.random.default_rng(0).standard_normal(2**22, np.float32)
+
+
+def _noise(shape: tuple[int, int], random: np.random.Generator) -> Array:
+    """White noise: where it fits, a piece of a long recording, for drawing costs more than all the rest of a batch."""
+    count, bank = shape[0] * shape[1], _noise_bank()
+    if count >= len(bank):
+        return random.standard_normal(shape, np.float32)
+    start = int(random.integers(0, len(bank) - count))
+    return bank[start : start + count].reshape(shape)

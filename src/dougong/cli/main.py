@@ -1,0 +1,165 @@
+"""The commands.
+
+Here        one thin function per command, and the exit status.
+Elsewhere   what they call (recipes/, serve/); how results look on a terminal (cli/show.py).
+Promise     0 it worked; 2 the user can mend it, said in one line on stderr; anything else is our bug, with its
+            traceback. `--help` loads no tensor library.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer import Argument, Option
+
+from dougong.core.errors import DougongError
+
+app = typer.Typer(
+    name="dougong",
+    help="From records of several modalities to a trained, explained and usable model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, Option("--json", help="Print for programs.")]
+Settings = Annotated[
+    list[str] | None, Option("--set", help="A setting laid over the recipe, like train.steps=200. May be repeated.")
+]
+
+
+# Heavy parts are imported inside commands, so that --help and a typing mistake answer at once.
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, Option(help="The run's folder.")] = Path("runs/demo"),
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train on real pictures with questions, written and spoken; compare, save, predict, show. About 6 minutes."""
+    from dougong.cli.show import print_comparison
+    from dougong.recipes.compare import run_demo
+
+    result = run_demo(out, settings or (), quiet=as_json)
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_comparison(result)
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, Argument(help="A recipe's name or YAML file; 'list' names them.")],
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe as YAML, every setting included."""
+    from dougong.core.config import to_yaml
+    from dougong.recipes.known import KNOWN
+    from dougong.recipes.recipe import read_recipe
+
+    if recipe == "list":
+        about = {name: (make.__doc__ or "").splitlines()[0] for name, make in KNOWN.items()}
+        print(json.dumps(about) if as_json else "\n".join(f"{name:12} {line}" for name, line in about.items()))
+        return
+    found = read_recipe(recipe, settings or ())
+    print(found.model_dump_json() if as_json else to_yaml(found), end="\n" if as_json else "")
+
+
+@app.command()
+def check(
+    what: Annotated[str, Argument(help="A recipe's name or YAML file, or a table.")],
+    target: Annotated[str | None, Option(help="A table's column to predict.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Read every record of a table, or all that a recipe needs, and say what is wrong, without training."""
+    from dougong.cli.show import print_check
+    from dougong.recipes.check import check_recipe_or_table
+
+    result = check_recipe_or_table(what, target=target, settings=settings or ())
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_check(result)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, Argument(help="A recipe's name or YAML file.")],
+    out: Annotated[Path | None, Option(help="The run's folder. Default: runs/NAME.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in that folder.")] = False,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train, judge, and write a run's folder: checkpoints, bundle, report."""
+    from dougong.cli.show import print_run
+    from dougong.recipes.recipe import read_recipe
+    from dougong.recipes.run import run_recipe
+
+    found = read_recipe(recipe, settings or ())
+    result = run_recipe(found, out or Path("runs") / found.name, resume=resume, quiet=as_json)
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_run(result)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
+    data: Annotated[Path | None, Option(help="A table with the target in it. Default: the run's test table.")] = None,
+    missing: Annotated[list[str] | None, Option(help="A modality to withhold. May be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a model on a table: with everything, and with modalities withheld."""
+    from dougong.cli.show import print_figures
+    from dougong.recipes.judge import judge
+
+    figures = judge(model, data, missing or ())
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print_figures(figures)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
+    records: Annotated[Path, Argument(help="A table of records.")],
+    answers: Annotated[Path, Argument(help="Where to write: .jsonl, .csv or .parquet.")],
+    withhold: Annotated[list[str] | None, Option(help="A modality to answer without. May be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer every record of a table; a record that cannot be read gets its reason."""
+    from dougong.serve.files import predict_file
+
+    summary = predict_file(model, records, answers, withhold or ())
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print(f"{summary['answered']} answered, {summary['refused']} could not be read: {answers}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit 0 if it worked, 2 if the user can mend it. Anything else is our bug, with its traceback."""
+    try:
+        status: Any = app(args=arguments, standalone_mode=False)
+    except DougongError as error:
+        print(f"dougong: {error}", file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        print(f"dougong: {error.format_message()} See dougong --help.", file=sys.stderr)
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print("dougong: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return status if isinstance(status, int) else 0

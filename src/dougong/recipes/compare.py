@@ -1,0 +1,163 @@
+"""The sandwich beside its baselines, trained alike.
+
+Here        run_demo, compare, Comparison.
+Elsewhere   one run (recipes/run.py); the interval of a gain (recipes/interval.py).
+Promise     every row has the same records, steps, batches, augmentation and optimizer, and is judged on the same
+            test records; the gain's interval resamples whole pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dougong.core.config import parse
+from dougong.core.files import write_json
+from dougong.data.modality.medium import media_key
+from dougong.data.table import Table
+from dougong.engine.evaluate import Evaluation
+from dougong.recipes.interval import Gain, paired_gain
+from dougong.recipes.recipe import Recipe, read_recipe
+from dougong.recipes.run import RunResult, judged_views, run_recipe, write_evaluation
+from dougong.recipes.tables import Tables, open_tables
+from dougong.watch.report import write_report
+
+
+class Row(NamedTuple):
+    """One model of a comparison."""
+
+    name: str
+    figures: dict[str, float]
+    """Accuracy by condition."""
+    parameters: int
+    seconds: float
+
+
+class Comparison(NamedTuple):
+    """What was compared."""
+
+    rows: tuple[Row, ...]
+    gains: dict[str, Gain]
+    """Of the sandwich over late concatenation, by condition."""
+    num_records: int
+    run: RunResult
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "rows": [row._asdict() for row in self.rows],
+            "gains": {name: gain._asdict() for name, gain in self.gains.items()},
+            "test_records": self.num_records,
+            "seconds": round(self.seconds, 1),
+            **self.run.as_json(),
+        }
+
+
+def run_demo(folder: Path, settings: Sequence[str] = (), *, quiet: bool = False) -> Comparison:
+    """The main job on easy-VQA: baselines, sandwich, bundle, report.
+
+    Raises:
+        RunError: the folder holds a run already.
+    """
+    return compare(read_recipe("vqa-demo", settings), folder, quiet=quiet)
+
+
+def compare(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Comparison:
+    """Train the recipe's sandwich and its baselines."""
+    started = time.perf_counter()
+    tables = open_tables(recipe.data, seed=recipe.seed)
+    rows = [_majority(tables, recipe)]
+    results: dict[str, RunResult] = {}
+    for name, altered in _arrangements(recipe):
+        inner = folder if name == "sandwich" else folder / "baselines" / name.replace(" ", "-")
+        results[name] = run_recipe(altered, inner, quiet=quiet, tables=tables)
+        figures = {condition: found.metrics["accuracy"] for condition, found in results[name].evaluations.items()}
+        rows.append(Row(name, figures, results[name].num_parameters, results[name].train_seconds))
+    ours, theirs = results["sandwich"], results["late concat"]
+    units = _units(tables.test)
+    gains = {
+        condition: _gain(ours.evaluations[condition], theirs.evaluations[condition], units)
+        for condition in ours.evaluations
+    }
+    comparison = Comparison(tuple(rows), gains, tables.test.num_rows, ours, time.perf_counter() - started)
+    _write(comparison, recipe)
+    return comparison
+
+
+def _arrangements(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """The same recipe with the parts put together otherwise; the sandwich last, since its folder holds the others."""
+    conditions = recipe.data.conditions
+    shared = set.intersection(*(set(keep) for keep in conditions.values()))
+    asked = tuple(sorted({name for keep in conditions.values() for name in keep} - shared))
+    return [
+        ("question only", _altered(recipe, modalities=asked, fusion="late")),
+        ("image only", _altered(recipe, modalities=tuple(sorted(shared)), fusion="late")),
+        ("late concat", _altered(recipe, modalities=recipe.data.modalities, fusion="late")),
+        ("sandwich", recipe),
+    ]
+
+
+def _altered(recipe: Recipe, *, modalities: tuple[str, ...] | None, fusion: str) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    values["data"]["modalities"] = modalities
+    values["model"]["fusion"] = fusion
+    if modalities is not None:
+        values["model"]["encoders"] = {
+            name: encoder for name, encoder in values["model"]["encoders"].items() if name in modalities
+        }
+    return parse(Recipe, values, where=f"recipe {recipe.name}")
+
+
+def _majority(tables: Tables, recipe: Recipe) -> Row:
+    """Always the commonest training answer."""
+    best, _ = Counter(tables.train.column(tables.target).to_pylist()).most_common(1)[0]
+    accuracy = float(np.mean([answer == best for answer in tables.test.column(tables.target).to_pylist()]))
+    return Row("majority", dict.fromkeys(recipe.data.conditions, accuracy), 0, 0.0)
+
+
+def _units(table: Table) -> list[Any]:
+    """The picture of each test record."""
+    name = next(field.name for field in table.schema if field.name == "image")
+    return [media_key(cell) for cell in table.column(name).to_pylist()]
+
+
+def _gain(ours: Evaluation, theirs: Evaluation, units: list[Any]) -> Gain:
+    right_ours, right_theirs = _right_by_row(ours), _right_by_row(theirs)
+    rows = sorted(right_ours.keys() & right_theirs.keys())
+    return paired_gain(
+        np.array([right_ours[row] for row in rows]),
+        np.array([right_theirs[row] for row in rows]),
+        [units[row] for row in rows],
+    )
+
+
+def _right_by_row(found: Evaluation) -> dict[int, bool]:
+    right_B: npt.NDArray[np.bool_] = found.prediction_B == found.target_B
+    return dict(zip(found.row_B.tolist(), right_B.tolist(), strict=True))
+
+
+def _write(comparison: Comparison, recipe: Recipe) -> None:
+    """The comparison beside the run, and in its report."""
+    rows = [
+        {
+            "name": row.name,
+            **{condition: round(figure, 4) for condition, figure in row.figures.items()},
+            "parameters": row.parameters,
+            "seconds": round(row.seconds, 1),
+        }
+        for row in comparison.rows
+    ]
+    condition, gain = next(iter(comparison.gains.items()))
+    more = {
+        "comparison": rows,
+        "gain": {"text": f"sandwich over late concat, {condition}", **gain._asdict()},
+    }
+    write_evaluation(comparison.run, judged_views(recipe, comparison.run.model.preparation), more)
+    write_json(comparison.run.folder / "comparison.json", comparison.as_json())
+    write_report(comparison.run.folder)

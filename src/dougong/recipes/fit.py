@@ -1,0 +1,73 @@
+"""The whole job on a user's own table, in one call.
+
+Here        fit.
+Elsewhere   carrying a recipe out (recipes/run.py); what comes back (serve/model.py).
+Promise     no option is needed but the table, and the target where its name does not tell.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dougong.core.config import parse
+from dougong.core.signature import Task
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.run import run_recipe
+from dougong.serve.model import Model
+
+
+def fit(
+    table: str | Path,
+    target: str | None = None,
+    *,
+    task: Task | None = None,
+    columns: Mapping[str, str] | None = None,
+    modalities: Sequence[str] | None = None,
+    test: str | Path | None = None,
+    unit: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    quiet: bool = False,
+) -> Model:
+    """Train a model on a table (Parquet, CSV, JSONL, or a folder of class folders) and return it.
+
+    Args:
+        table: where the training records are; a tenth of them is held out to choose the best checkpoint.
+        target: the column to predict; None where it is called target, label, answer, class or y.
+        task: `single_label`, `multi_label` or `regression`; None infers it from the target's values.
+        columns: roles that differ from the inferred ones, such as `{"code": "ignore", "note": "text"}`.
+        modalities: columns to use; None uses all that have a role and an encoder.
+        test: records to judge on; None judges on the held-out ones.
+        unit: a column whose values must not be on two sides of the split, such as the patient.
+        steps: optimizer steps; None trains until the held-out figure no longer improves.
+        seed: the same seed gives the same model.
+        out: the run's folder, with its report; None keeps it in a temporary folder that is named in `provenance`.
+        quiet: print nothing.
+
+    Raises:
+        DougongError: the table, a column or an option cannot be used; the message says what would work.
+    """
+    values: dict[str, Any] = {
+        "name": Path(table).stem or "fit",
+        "seed": seed,
+        "data": {
+            "train": str(table),
+            "test": None if test is None else str(test),
+            "target": target,
+            "task": task,
+            "columns": dict(columns or {}),
+            "modalities": None if modalities is None else list(modalities),
+            "unit": unit,
+            "withhold": 0.15,
+            "loader": {"group_by": "auto"},
+        },
+    }
+    if steps is not None:
+        values["train"] = {"steps": steps}
+    recipe = parse(Recipe, values, where="fit")
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="dougong-")) / "run"
+    return run_recipe(recipe, folder, quiet=quiet).model

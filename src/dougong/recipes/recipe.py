@@ -1,0 +1,121 @@
+"""The whole description of a run.
+
+Here        Recipe and DataConfig; reading a recipe by its name or from YAML.
+Elsewhere   the recipes that have names (recipes/known.py); carrying one out (recipes/run.py).
+Promise     `dougong show` prints all of it, and what it prints runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from dougong.core.config import Config, from_yaml, override, parse
+from dougong.core.errors import ConfigError
+from dougong.core.signature import Task
+from dougong.data.collate import View
+from dougong.data.loader import LoaderConfig
+from dougong.data.preparation import PreparationConfig
+from dougong.engine.trainer import TrainConfig
+from dougong.model.sandwich import SandwichConfig
+
+
+class DataConfig(Config):
+    """Where records come from, and how they are seen."""
+
+    source: Literal["easy-vqa", "digits"] | None = None
+    """A collection that Dougong prepares by itself; None: the tables below."""
+
+    folder: str | None = None
+    """digits: the folder of recordings. easy-vqa: where to prepare it (None: the user's cache)."""
+
+    train: str | None = None
+    """A table: Parquet (or a folder of shards), CSV, JSONL, or a folder of class folders."""
+
+    validation: str | None = None
+    """Chooses the best checkpoint. None: a share of the training records is held out."""
+
+    test: str | None = None
+    """Judged once, at the end. None: the validation records are, and the report says so."""
+
+    target: str | None = None
+    """The column to predict. None: one named target, label, answer, class or y."""
+
+    task: Task | None = None
+    """None: from the target's values."""
+
+    columns: dict[str, str] = {}
+    """Roles that differ from the inferred ones: text, image, audio, signal, volume, number, category or ignore."""
+
+    modalities: tuple[str, ...] | None = None
+    """Only these, by name (a column's, or "table" for all numbers and categories). None: all that have an encoder."""
+
+    unit: str | None = None
+    """A column whose values must not be on two sides of a split (speaker, patient, machine)."""
+
+    validation_share: float = 0.1
+    """Of the training units, where there is no validation table."""
+
+    preparation: PreparationConfig = PreparationConfig()
+    loader: LoaderConfig = LoaderConfig()
+
+    views: tuple[View, ...] = ()
+    """How training records are seen: each by some of the modalities."""
+
+    one_view_a_batch: bool = False
+    """All records of a batch are seen alike: a withheld modality then costs nothing."""
+
+    withhold: float = 0.0
+    """Or: the chance of each modality to be left out of a training record."""
+
+    conditions: dict[str, tuple[str, ...]] = {}
+    """Modalities kept, by the name of a condition to judge under. Empty: all, without each, each alone."""
+
+    @field_validator("validation_share", "withhold")
+    @classmethod
+    def _a_share(cls, share: float) -> float:
+        if not 0 <= share < 1:
+            raise ValueError(f"{share} must be at least 0 and below 1.")
+        return share
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataConfig:
+        if self.source is not None and self.train is not None:
+            raise ValueError(f"source {self.source!r} and train {self.train!r} are both given. Give one of them.")
+        if self.views and self.withhold:
+            raise ValueError("views and withhold both say what is left out. Give one of them.")
+        return self
+
+
+class Recipe(Config):
+    """One run."""
+
+    name: str
+    about: str = ""
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: SandwichConfig = SandwichConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def read_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe by its name, or from a YAML file, with `a.b=value` settings laid over it.
+
+    Raises:
+        ConfigError: there is no such recipe or file, or a setting is wrong.
+    """
+    from dougong.recipes.known import KNOWN
+
+    if name in KNOWN:
+        values = KNOWN[name]().model_dump(mode="json")
+    elif name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"{name} does not exist. Write one with: dougong show {next(iter(KNOWN))} > {name}")
+        values = from_yaml(path.read_text(encoding="utf-8"), where=name)
+    else:
+        raise ConfigError(f"{name!r} is no recipe. Use one of {', '.join(KNOWN)}, or a file that ends in .yaml.")
+    return parse(Recipe, override(values, settings), where=f"recipe {name}")

@@ -1,0 +1,319 @@
+"""Carries out a recipe: records in, a run's folder out.
+
+Here        run_recipe, RunResult.
+Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+import dougong
+from dougong.core.bundle import Manifest
+from dougong.core.config import from_yaml, parse, to_yaml
+from dougong.core.errors import RunError
+from dougong.core.events import Announcer, Listener
+from dougong.core.files import write_atomic, write_json
+from dougong.core.seeds import derive_seed
+from dougong.core.signature import SignalInput, VolumeInput
+from dougong.data.collate import View
+from dougong.data.loader import Loader, LoaderConfig
+from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.table import Table
+from dougong.data.target import infer_target
+from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.evaluate import Evaluation, evaluate
+from dougong.engine.metrics import primary_metric
+from dougong.engine.trainer import Watch, train
+from dougong.model.sandwich import Sandwich
+from dougong.nn.batch import Batch
+from dougong.objectives.decision import decision_loss
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.samples import write_samples
+from dougong.recipes.tables import Tables, open_tables
+from dougong.serve.model import Model
+from dougong.watch.progress import Progress
+from dougong.watch.report import write_report
+from dougong.watch.tensorboard import TensorBoard
+
+SETTINGS: Final = "run.yaml"
+JUDGED_AT_ONCE: Final = 256
+MOST_CONDITIONS: Final = 5
+"""Modalities up to which each is judged alone and withheld, where the recipe names no conditions."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    model: Model
+    evaluations: dict[str, Evaluation]
+    """On the test records, by condition."""
+
+    tables: Tables
+    num_parameters: int
+    train_seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.folder),
+            "bundle": str(self.folder / "bundle"),
+            "report": str(self.folder / "report.html"),
+            "parameters": self.num_parameters,
+            "seconds": round(self.train_seconds, 1),
+            "figures": {name: found.metrics for name, found in self.evaluations.items()},
+            "notes": list(self.notes),
+        }
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+) -> RunResult:
+    """Train, judge, save the bundle and write the report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+    """
+    recipe = _settle(recipe, folder, resume=resume)
+    say = _say_nothing if quiet else _say
+    tables = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
+    preparation, notes = _prepare(recipe, tables, folder)
+    say(_describe(tables, preparation))
+    for note in (*tables.notes, *notes):
+        say(f"note: {note}")
+
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    model = recipe.model.build(preparation.signature())
+    started = time.perf_counter()
+    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
+    if not quiet:
+        listeners.append(Progress())
+    _train(recipe, model, tables, preparation, folder, listeners, resume=resume)
+    train_seconds = time.perf_counter() - started
+
+    views = judged_views(recipe, preparation)
+    evaluations = {name: _judge(recipe, model, tables.test, preparation, view) for name, view in views.items()}
+    manifest = Manifest(
+        name=recipe.name,
+        signature=preparation.signature(),
+        model=model.config.model_dump(mode="json"),
+        provenance=_provenance(recipe, tables, (*tables.notes, *notes)),
+        metrics={name: found.metrics for name, found in evaluations.items()},
+    )
+    result = RunResult(
+        folder=folder,
+        model=Model(model, preparation, manifest),
+        evaluations=evaluations,
+        tables=tables,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_seconds=train_seconds,
+        notes=(*tables.notes, *notes),
+    )
+    result.model.save(folder / "bundle")
+    write_evaluation(result, views)
+    write_samples(folder, result.model, tables.test, views, evaluations)
+    write_report(folder)
+    return result
+
+
+def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
+    """What to judge under: the recipe's conditions, else everything, without each, each alone."""
+    names = tuple(preparation.modalities)
+    if recipe.data.conditions:
+        narrowed = {
+            condition: tuple(name for name in keep if name in names)
+            for condition, keep in recipe.data.conditions.items()
+        }
+        return {condition: View(keep=keep) for condition, keep in narrowed.items() if keep}
+    views = {"all": View(keep=names)}
+    if 1 < len(names) <= MOST_CONDITIONS:
+        views.update({f"without {name}": View(keep=tuple(n for n in names if n != name)) for name in names})
+    if 2 < len(names) <= MOST_CONDITIONS:
+        views.update({f"{name} alone": View(keep=(name,)) for name in names})
+    return views
+
+
+def write_evaluation(result: RunResult, views: Mapping[str, View], more: Mapping[str, Any] | None = None) -> None:
+    """evaluation.json, which the report reads; `more` adds a comparison."""
+    tables = result.tables
+    conditions = {
+        name: {
+            "split": "validation" if tables.test_is_validation else "test",
+            "keep": list(views[name].keep),
+            "metrics": found.metrics,
+            "confusion": None if found.confusion is None else found.confusion.tolist(),
+            "gate": found.gate or None,
+            "num_records": found.num_records,
+            "seconds": round(found.seconds, 3),
+        }
+        for name, found in result.evaluations.items()
+    }
+    bad = [record for found in result.evaluations.values() for record in found.bad]
+    distinct = sorted(set(bad))
+    write_json(
+        result.folder / "evaluation.json",
+        {
+            "target": result.model.preparation.target.model_dump(mode="json"),
+            "data": {
+                "name": tables.train.path.name,
+                "rows": {
+                    "train": tables.train.num_rows,
+                    "validation": tables.validation.num_rows,
+                    "test": tables.test.num_rows,
+                },
+                "notes": list(result.notes),
+            },
+            "conditions": conditions,
+            "comparison": [],
+            "gain": None,
+            "bad": {
+                "count": len(distinct),
+                "seen": tables.test.num_rows,
+                "first": [record._asdict() for record in distinct[:50]],
+            },
+            **(more or {}),
+        },
+    )
+
+
+def _settle(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
+    """The recipe that is really run: the folder's own when it is resumed."""
+    settings = folder / SETTINGS
+    if resume:
+        if not settings.is_file():
+            raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
+        return parse(Recipe, from_yaml(settings.read_text(encoding="utf-8"), where=str(settings)), where=str(settings))
+    if settings.exists():
+        raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
+    write_atomic(settings, to_yaml(recipe))
+    return recipe
+
+
+def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation, tuple[str, ...]]:
+    """What the columns hold, learnt once per run; and what was left out."""
+    kept = folder / "preparation"
+    if (kept / "preparation.json").exists():
+        return Preparation.load(kept), ()
+    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
+    notes: list[str] = []
+    for name, modality in list(preparation.modalities.items()):
+        if isinstance(modality.signature(), SignalInput | VolumeInput):
+            notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
+            del preparation.modalities[name]
+    if recipe.data.modalities is not None:
+        strange = [name for name in recipe.data.modalities if name not in preparation.modalities]
+        if strange:
+            known = ", ".join(preparation.modalities)
+            raise RunError(f"data.modalities names {strange[0]!r}, which is no modality here. Use some of {known}.")
+        preparation = preparation.only(recipe.data.modalities)
+    if not preparation.modalities:
+        raise RunError("no modality is left that has an encoder. Name other roles in data.columns.")
+    preparation.save(kept)
+    return preparation, tuple(notes)
+
+
+def _train(
+    recipe: Recipe,
+    model: Sandwich,
+    tables: Tables,
+    preparation: Preparation,
+    folder: Path,
+    listeners: list[Listener],
+    *,
+    resume: bool,
+) -> None:
+    target = preparation.target
+    views = tuple(_narrowed(recipe.data.views, preparation))
+    loader = Loader(
+        tables.train,
+        preparation,
+        recipe.data.loader,
+        seed=recipe.seed,
+        train=True,
+        views=views,
+        one_view_a_batch=recipe.data.one_view_a_batch,
+        withhold=recipe.data.withhold,
+    )
+    metric = primary_metric(target.task)
+    # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
+    judged = judged_views(recipe, preparation)
+    judged = judged if recipe.data.conditions else {"all": judged["all"]}
+
+    def loss(output: Any, batch: Batch) -> Tensor:
+        assert batch.target is not None
+        return decision_loss(output.output_BC, batch.target, target.task)
+
+    def judge() -> dict[str, Evaluation]:
+        return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
+
+    train(
+        model,
+        loss,
+        loader,
+        recipe.train,
+        folder=folder,
+        watch=Watch(judge, metric.name, higher_is_better=metric.higher_is_better),
+        announce=Announcer(*listeners),
+        seed=recipe.seed,
+        resume=resume,
+    )
+    load_weights(model, best_weights(folder))
+
+
+def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
+    """The views of a recipe, as far as these modalities go."""
+    narrowed = [
+        View(keep=tuple(name for name in view.keep if name in preparation.modalities), weight=view.weight)
+        for view in views
+    ]
+    return [view for view in narrowed if view.keep]
+
+
+def _judge(recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View) -> Evaluation:
+    config = LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers)
+    return evaluate(model, Loader(table, preparation, config, views=(view,)), preparation.target)
+
+
+def _provenance(recipe: Recipe, tables: Tables, notes: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "dougong": dougong.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seed": recipe.seed,
+        "trained on": f"{tables.train.path.name}, {tables.train.num_rows} records",
+        "judged on": f"{tables.test.path.name}, {tables.test.num_rows} records",
+        "notes": list(notes),
+    }
+
+
+def _describe(tables: Tables, preparation: Preparation) -> str:
+    lines = [f"{tables.train.path.name}: {tables.train.num_rows} training records"]
+    lines += [f"  {name:20} {role:9} {reason}" for name, (role, reason) in tables.roles.items()]
+    lines.append(f"  predicts {tables.target} ({preparation.target.task.replace('_', ' ')})")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _tell_progress(what: str, done: int, total: int) -> None:
+    if done == total or done % max(1, total // 10) == 0:
+        print(f"{what}: {done} of {total}", file=sys.stderr)

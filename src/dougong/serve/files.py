@@ -1,0 +1,102 @@
+"""Predictions from file to file.
+
+Here        predict_file.
+Elsewhere   answering records (serve/model.py); reading tables (data/table.py).
+Promise     the answers appear whole or not at all, one for each record, in the records' order.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dougong.core.bundle import is_bundle
+from dougong.core.errors import BundleError, ConfigError
+from dougong.core.files import whole_file
+from dougong.data.table import open_table
+from dougong.serve.model import Model, Prediction, load
+
+ENDINGS: Final = (".jsonl", ".csv", ".parquet")
+ROWS_PER_GROUP: Final = 5000
+
+
+def load_from(folder: Path) -> Model:
+    """A model from a bundle, or from the run that made one.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if is_bundle(folder) or not folder.exists():
+        return load(folder)
+    if is_bundle(folder / "bundle"):
+        return load(folder / "bundle")
+    raise BundleError(f"{folder} is neither a bundle nor a finished run: it has no bundle.json and no bundle/ in it.")
+
+
+def predict_file(model: Path, records: Path, answers: Path, withhold: Sequence[str] = ()) -> dict[str, int | str]:
+    """Answer every record of a table into a file; says how many were answered and how many refused.
+
+    Raises:
+        ConfigError: `answers` has no known ending, or is the table itself.
+    """
+    if answers.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"{answers.name} ends in {answers.suffix!r}: answers are written as {', '.join(ENDINGS)}.")
+    if answers.exists() and records.exists() and answers.samefile(records):
+        raise ConfigError(f"{answers} is the table of records itself: give the answers another file.")
+    loaded = load_from(model)
+    table = open_table(records)
+    counts = {"answered": 0, "refused": 0}
+    with whole_file(answers) as temporary:
+        writer = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}[answers.suffix.lower()]
+        for counted in writer(temporary, loaded.predictions(table, withhold=withhold)):
+            counts["refused" if counted.error is not None else "answered"] += 1
+    return {**counts, "path": str(answers)}
+
+
+def _flat(prediction: Prediction) -> dict[str, Any]:
+    """One row of a flat file; lists and maps as JSON."""
+    values = prediction.model_dump()
+    return {
+        key: json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else value
+        for key, value in values.items()
+    }
+
+
+def _write_jsonl(path: Path, predictions: Any) -> Any:
+    with path.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            file.write(prediction.model_dump_json() + "\n")
+            yield prediction
+
+
+def _write_csv(path: Path, predictions: Any) -> Any:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(Prediction.model_fields))
+        writer.writeheader()
+        for prediction in predictions:
+            writer.writerow(_flat(prediction))
+            yield prediction
+
+
+def _write_parquet(path: Path, predictions: Any) -> Any:
+    text = pa.string()
+    kinds = {"row": pa.int64(), "confidence": pa.float64()}
+    schema = pa.schema([pa.field(name, kinds.get(name, text)) for name in Prediction.model_fields])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        held: list[dict[str, Any]] = []
+        for prediction in predictions:
+            row = _flat(prediction)
+            row["answer"] = None if row["answer"] is None else str(row["answer"])
+            held.append(row)
+            if len(held) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(held, schema))
+                held = []
+            yield prediction
+        if held:
+            writer.write_table(pa.Table.from_pylist(held, schema))

@@ -1,0 +1,1 @@
+"""Listeners that show what a run announces: TensorBoard files, a progress bar, reports."""
