@@ -276,7 +276,7 @@ def _train(
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
     """The views of a recipe, as far as these modalities go."""
     narrowed = [
-        View(keep=tuple(name for name in view.keep if name in preparation.modalities), weight=view.weight)
+        view.model_copy(update={"keep": tuple(name for name in view.keep if name in preparation.modalities)})
         for view in views
     ]
     return [view for view in narrowed if view.keep]
