@@ -27,7 +27,13 @@ class TinyLoader:
     """Records 0 to `num_records`, shuffled in each epoch; `bad` ones are set aside."""
 
     def __init__(
-        self, num_records: int = 40, batch_size: int = 8, *, seed: int = 0, bad: set[int] | None = None, delay: float = 0.0
+        self,
+        num_records: int = 40,
+        batch_size: int = 8,
+        *,
+        seed: int = 0,
+        bad: set[int] | None = None,
+        delay: float = 0.0,
     ) -> None:
         random = np.random.default_rng(7)
         self.x_ND = random.standard_normal((num_records, WIDTH)).astype(np.float32)

@@ -7,9 +7,9 @@ Promise     it is plain data: the same JSON in a run, in a bundle and in a serve
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dougong.core.config import Config
 
@@ -85,6 +85,12 @@ class Target(Config):
 
     scale: float = 1.0
     """Regression: what it was divided by."""
+
+    @model_validator(mode="after")
+    def _has_labels(self) -> Self:
+        if self.task != "regression" and not self.labels:
+            raise ValueError(f"target {self.name!r} has no labels: a {self.task} target chooses among some.")
+        return self
 
     @property
     def num_outputs(self) -> int:

@@ -58,9 +58,10 @@ class CrossBlock(nn.Module):
     def __init__(self, config: BridgeConfig, names: tuple[str, ...], width: int) -> None:
         super().__init__()
         self.names = names
-        self.norm = ModulesByName({name: nn.LayerNorm(width) for name in names})
+        asking = names if len(names) > 1 else ()  # one alone has nobody to ask
+        self.norm = ModulesByName({name: nn.LayerNorm(width) for name in asking})
         self.attention = ModulesByName(
-            {name: Attention(width=width, num_heads=config.num_heads, dropout=config.dropout) for name in names}
+            {name: Attention(width=width, num_heads=config.num_heads, dropout=config.dropout) for name in asking}
         )
         self.inner_norm = ModulesByName({name: nn.LayerNorm(width) for name in names})
         self.feedforward = ModulesByName(
@@ -72,7 +73,7 @@ class CrossBlock(nn.Module):
     ) -> TokensByName:
         """The next tokens; `looked` is filled with the attention where it is given."""
         here = [name for name in self.names if name in tokens]
-        normed = {name: self.norm[name](tokens[name]) for name in here}
+        normed = {name: self.norm[name](tokens[name]) for name in here if len(here) > 1}
         following = {}
         for name in here:
             x_BTD = tokens[name]

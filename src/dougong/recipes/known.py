@@ -68,7 +68,7 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             preparation=PreparationConfig(
                 # Mirrored, a question keeps its answer; upside down a triangle looks like none of the collection's.
                 image_augment=ImageAugment(flip=True, shift_pixels=3),
-                audio_augment=AudioAugment(gain_decibels=3.0, noise=0.1, shift_seconds=0.1),
+                audio_augment=AudioAugment(gain_decibels=3.0, noise=0.1, shift_seconds=0.1, speed=0.2),
             ),
             loader=LoaderConfig(batch_size=128, group_by="image", records_per_medium=4),
             views=(
@@ -90,9 +90,10 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
                     num_layers=1,
                     num_heads=4,
                     feedforward_ratio=2.0,
-                    conv_dim=(48, 96),
-                    conv_kernel=(128, 16),
-                    conv_stride=(64, 8),
+                    conv_dim=(96, 96),
+                    conv_kernel=(256, 8),
+                    conv_stride=(128, 4),
+                    first_filters="gabor",
                 ),
             },
             bridge=BridgeConfig(num_blocks=1, num_heads=6),

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import soundfile
 import soxr
+from pydantic import field_validator
 
 from dougong.core.config import Config
 from dougong.core.signature import AudioInput
@@ -40,6 +41,18 @@ class AudioAugment(Config):
 
     shift_seconds: float = 0.0
     """Begin later by up to so much."""
+
+    speed: float = 0.0
+    """Play faster or slower by up to this share, voice and all (Ko et al. 2015): as if others had spoken."""
+
+    @field_validator("speed")
+    @classmethod
+    def _below_half(cls, speed: float) -> float:
+        if not 0 <= speed <= 0.5:
+            raise ValueError(
+                f"{speed} must be from 0 to 0.5: it is a share of the speed. Use 0.0 for none, 0.2 for much."
+            )
+        return speed
 
 
 class AudioConfig(Config):
@@ -70,7 +83,8 @@ class AudioModality(Modality):
 
     def signature(self) -> AudioInput:
         later = int(self.config.augment.shift_seconds * self.config.sample_rate)
-        return AudioInput(sample_rate=self.config.sample_rate, max_samples=self.max_samples + later + PAD_TO)
+        slowest = int(self.max_samples / (1 - self.config.augment.speed))
+        return AudioInput(sample_rate=self.config.sample_rate, max_samples=slowest + later + PAD_TO)
 
     def key(self, cells: tuple[Any, ...]) -> Hashable:
         return media_key(cells[0])
@@ -102,6 +116,9 @@ class AudioModality(Modality):
 
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         change = self.config.augment
+        if augment is not None and change.speed:
+            speeds = augment.uniform(1 - change.speed, 1 + change.speed, len(media))
+            media = [_played(medium, speed) for medium, speed in zip(media, speeds, strict=True)]
         late = np.zeros(len(media), np.int64)
         if augment is not None and change.shift_seconds:
             late = augment.integers(0, int(change.shift_seconds * self.config.sample_rate) + 1, len(media))
@@ -118,6 +135,16 @@ class AudioModality(Modality):
             samples_UT *= (10 ** (decibels / 20)).astype(np.float32)
         samples_UT *= mask_UT
         return {"samples_UT": samples_UT, "mask_UT": mask_UT}
+
+
+def _played(medium: Array, speed: float) -> Array:
+    """The same samples at another speed, by linear interpolation: what it blurs at the top is part of the change."""
+    count = max(1, int((len(medium) - 1) / speed))
+    at = np.arange(count, dtype=np.float32) * np.float32(speed)
+    before = at.astype(np.int32)
+    low = medium[before].astype(np.float32)
+    high = medium[np.minimum(before + 1, len(medium) - 1)]
+    return low + (at - before) * (high - low)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from transformers import Wav2Vec2Model
 from dougong.core.errors import ConfigError
 from dougong.core.signature import AudioInput, Input
 from dougong.model.encoders.encoder import Encoder, Tokens, TransformerConfig, TransformerLayer, wrong_input
+from dougong.model.encoders.filterbank import PHASES, gabor_filters
 from dougong.model.encoders.pretrained import architecture_of, make_model, read_json
 
 
@@ -38,6 +39,10 @@ class AudioEncoderConfig(TransformerConfig):
     conv_stride: tuple[int, ...] = (5, 4, 4, 4)
     """Steps that each of them moves by; their product is the number of samples per frame."""
 
+    first_filters: Literal["random", "gabor"] = "random"
+    """gabor: the first convolution begins as a filter bank, and learns on from there. It then wants about 32
+    milliseconds of samples in its kernel, and channels in fours."""
+
     position_kernel: int = Field(default=16, gt=0)
     """Neighbouring frames that tell a frame its place."""
 
@@ -53,6 +58,7 @@ class AudioEncoderConfig(TransformerConfig):
             "conv_dim",
             "conv_kernel",
             "conv_stride",
+            "first_filters",
             "position_kernel",
             "stable_layer_norm",
         )
@@ -67,6 +73,11 @@ class AudioEncoderConfig(TransformerConfig):
             )
         if min(*self.conv_dim, *self.conv_kernel, *self.conv_stride) < 1:
             raise ValueError("conv_dim, conv_kernel and conv_stride must be 1 or more: they count.")
+        if self.first_filters == "gabor" and self.conv_dim[0] % PHASES:
+            raise ValueError(
+                f"first_filters=gabor cannot share out conv_dim[0]={self.conv_dim[0]}: each band takes {PHASES}. "
+                f"Use {max(PHASES, self.conv_dim[0] // PHASES * PHASES)}, or first_filters random."
+            )
         return self
 
     def build(self, given: Input) -> Encoder:
@@ -103,6 +114,16 @@ class AudioEncoderConfig(TransformerConfig):
                 f"{origin} needs {needed} samples for one frame and the sounds have at most {given.max_samples}. "
                 "Use smaller conv_kernel and conv_stride, or longer sounds."
             )
+        if self.first_filters == "gabor":
+            first = model.get_submodule("feature_extractor.conv_layers.0.conv")
+            assert isinstance(first, nn.Conv1d)
+            assert first.bias is not None
+            filters = gabor_filters(
+                num_filters=self.conv_dim[0], kernel=self.conv_kernel[0], sample_rate=given.sample_rate
+            )
+            with torch.no_grad():
+                first.weight.copy_(filters)
+                first.bias.zero_()
         config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
         layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.encoder.layers]
         tail = AudioTail(model, self.pool)
