@@ -94,6 +94,8 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
                     conv_kernel=(256, 8),
                     conv_stride=(128, 4),
                     first_filters="gabor",
+                    activation="relu",
+                    position_kernel=8,
                 ),
             },
             bridge=BridgeConfig(num_blocks=1, num_heads=6),

@@ -43,6 +43,7 @@ def test_a_sound_too_short_for_a_frame_or_empty_still_has_one() -> None:
 
 def test_training_asks_for_no_gradient_of_the_samples() -> None:
     encoder = AudioEncoderConfig(width=16, num_layers=1).build(SOUND)
+    encoder.stem.by_products = False  # transformers' own path, which is the one that would ask
     asked: list[bool] = []
     encoder.stem.features.conv_layers[0].register_forward_pre_hook(lambda _, args: asked.append(args[0].requires_grad))
 
@@ -50,6 +51,26 @@ def test_training_asks_for_no_gradient_of_the_samples() -> None:
 
     assert encoder.training
     assert asked == [False]
+
+
+def test_sounds_packed_behind_each_other_give_the_frames_they_give_alone() -> None:
+    encoder = AudioEncoderConfig(
+        width=16, num_layers=1, conv_dim=(8, 16), conv_kernel=(64, 8), conv_stride=(32, 4), first_filters="gabor"
+    ).build(SOUND)
+    encoder.double()
+    length_U = torch.tensor([4000, 1, 287, 288, 289, 1700])  # 288 make one frame
+    mask_UT = torch.arange(4000) < length_U[:, None]
+    samples_UT = torch.randn(mask_UT.shape, dtype=torch.double) * mask_UT
+    found = []
+    for packed in (True, False):
+        encoder.stem.by_products = packed
+        encoder.zero_grad()
+        tokens = encoder({"samples_UT": samples_UT, "mask_UT": mask_UT})
+        tokens.x_UTD[tokens.mask_UT].square().sum().backward()
+        found.append((tokens.x_UTD[tokens.mask_UT], tokens.mask_UT, [p.grad for p in encoder.parameters()]))
+
+    torch.testing.assert_close(found[0], found[1])
+    assert found[0][1].sum(dim=1).tolist() == [30, 1, 1, 1, 1, 12]
 
 
 def test_pooled_frames_are_the_mean_of_those_there_are() -> None:

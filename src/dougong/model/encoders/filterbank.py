@@ -36,7 +36,8 @@ def gabor_filters(*, num_filters: int, kernel: int, sample_rate: int) -> Tensor:
     phase_P11 = torch.arange(PHASES, dtype=torch.float64)[:, None, None] * (2.0 * math.pi / PHASES)
     filters_PFK = bell_FK * torch.cos(2.0 * math.pi * centre_F1 * seconds_K + phase_P11)
     filters_FPK = filters_PFK.transpose(0, 1).reshape(num_bands * PHASES, kernel)
-    return (filters_FPK / filters_FPK.norm(dim=1, keepdim=True))[:, None].float()
+    filters_F1K: Tensor = (filters_FPK / filters_FPK.norm(dim=1, keepdim=True))[:, None].float()
+    return filters_F1K
 
 
 def _mel(hertz: float) -> float:
