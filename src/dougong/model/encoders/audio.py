@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -222,10 +222,11 @@ class AudioStem(nn.Module):
         block_UNS = functional.pad(samples_UT, (0, lacking)).view(-1, num_blocks, hop)
         kept_UN = torch.arange(num_blocks) < num_blocks_U[:, None]
         x_TC = block_UNS[kept_UN].view(1, -1, 1)
-        for layer in self.features.conv_layers:
+        layers: Any = self.features.conv_layers  # a list of modules knows nothing of their kind
+        for layer in layers:
             x_TC = strided_conv1d(x_TC, layer.conv.weight, layer.conv.bias, layer.conv.stride[0])
             x_TC = layer.activation(layer.layer_norm(x_TC))
-        frame_TD = self.projection(x_TC)[0][0]
+        frame_TD: Tensor = self.projection(x_TC)[0][0]
         first_U = num_blocks_U.cumsum(0) - num_blocks_U
         place_UT = (first_U[:, None] + torch.arange(num_frames)).clamp(max=len(frame_TD) - 1)
         return frame_TD.index_select(0, place_UT.flatten()).unflatten(0, place_UT.shape)
