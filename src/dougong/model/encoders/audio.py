@@ -229,7 +229,7 @@ class AudioStem(nn.Module):
         frame_TD: Tensor = self.projection(x_TC)[0][0]
         first_U = num_blocks_U.cumsum(0) - num_blocks_U
         place_UT = (first_U[:, None] + torch.arange(num_frames)).clamp(max=len(frame_TD) - 1)
-        return frame_TD.index_select(0, place_UT.flatten()).unflatten(0, place_UT.shape)
+        return frame_TD.index_select(0, place_UT.flatten()).view(*place_UT.shape, -1)
 
     def _num_frames(self, num_samples: Tensor) -> Tensor:
         for kernel, stride in self.steps:
