@@ -17,7 +17,7 @@ import click
 import typer
 from typer import Argument, Option
 
-from dougong.core.errors import DougongError
+from dougong.core.errors import ConfigError, DougongError
 
 app = typer.Typer(
     name="dougong",
@@ -145,6 +145,33 @@ def predict(
         print(json.dumps(summary))
     else:
         print(f"{summary['answered']} answered, {summary['refused']} could not be read: {answers}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, Argument(help="A benchmark; without one, all of them.")] = None,
+    listed: Annotated[bool, Option("--list", help="Name them and what they measure.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Fewer repetitions; not to be quoted.")] = False,
+    check_figures: Annotated[bool, Option("--check", help="Exit 1 if a figure falls short.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Measure the claims: each script's figures beside what was asked of them."""
+    from dougong.cli.bench import about, print_measured, run_script, scripts
+
+    known = scripts()
+    if listed:
+        lines = {key: about(path) for key, path in known.items()}
+        print(json.dumps(lines) if as_json else "\n".join(f"{key:16} {line}" for key, line in lines.items()))
+        return 0
+    if name is not None and name not in known:
+        raise ConfigError(f"{name!r} is no benchmark. Use one of {', '.join(known)}.")
+    measured = {key: run_script(path, quick=quick) for key, path in known.items() if name in (None, key)}
+    if as_json:
+        print(json.dumps({key: [figure.model_dump() for figure in figures] for key, figures in measured.items()}))
+    else:
+        print_measured(measured, quick=quick)
+    short = any(figure.holds is False for figures in measured.values() for figure in figures)
+    return 1 if check_figures and short else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

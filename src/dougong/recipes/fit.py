@@ -10,13 +10,23 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dougong.core.config import parse
 from dougong.core.signature import Task
+from dougong.data.table import open_table
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
 from dougong.serve.model import Model
+
+BATCH_SIZE: Final = 32
+FEWEST_STEPS: Final = 600
+MOST_STEPS: Final = 20_000
+EPOCHS: Final = 20
+JUDGED: Final = 30
+"""Times at most, over a whole training."""
+
+PATIENCE: Final = 8
 
 
 def fit(
@@ -43,7 +53,7 @@ def fit(
         modalities: columns to use; None uses all that have a role and an encoder.
         test: records to judge on; None judges on the held-out ones.
         unit: a column whose values must not be on two sides of the split, such as the patient.
-        steps: optimizer steps; None trains until the held-out figure no longer improves.
+        steps: optimizer steps; None: 20 passes, within limits, or until the held-out figure no longer improves.
         seed: the same seed gives the same model.
         out: the run's folder, with its report; None keeps it in a temporary folder that is named in `provenance`.
         quiet: print nothing.
@@ -63,11 +73,18 @@ def fit(
             "modalities": None if modalities is None else list(modalities),
             "unit": unit,
             "withhold": 0.15,
-            "loader": {"group_by": "auto"},
+            "loader": {"group_by": "auto", "batch_size": BATCH_SIZE},
         },
     }
-    if steps is not None:
-        values["train"] = {"steps": steps}
+    values["train"] = _training(open_table(table).num_rows, steps)
     recipe = parse(Recipe, values, where="fit")
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="dougong-")) / "run"
     return run_recipe(recipe, folder, quiet=quiet).model
+
+
+def _training(num_rows: int, steps: int | None) -> dict[str, Any]:
+    """A small table is passed over more often, a large one judged more rarely."""
+    an_epoch = max(1, num_rows // BATCH_SIZE)
+    patience = None if steps is not None else PATIENCE
+    steps = steps or min(max(EPOCHS * an_epoch, FEWEST_STEPS), MOST_STEPS)
+    return {"steps": steps, "evaluate_every": max(an_epoch, steps // JUDGED, 1), "patience": patience}

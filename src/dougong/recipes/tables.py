@@ -101,7 +101,8 @@ def _shared_medium(table: Table, roles: dict[str, ColumnRole]) -> str | None:
     """A media column whose values repeat: its records must not be on two sides."""
     for name, found in roles.items():
         if found.role in ("image", "audio"):
-            cells = table.read(0, [name]).column(name).to_pylist()[:2000]
-            if len({media_key(cell) for cell in cells}) < 0.9 * len(cells):
+            keys = [media_key(cell) for cell in table.read(0, [name]).column(name).to_pylist()[:2000]]
+            there = [key for key in keys if key is not None]
+            if len(set(there)) < 0.9 * len(there):
                 return name
     return None
