@@ -8,9 +8,9 @@ Promise     the same numbers as transformers' ViTModel with the same weights, wi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import ViTModel
 
@@ -28,11 +28,24 @@ class ImageEncoderConfig(TransformerConfig):
     patch_size: int = Field(default=8, gt=0)
     """Pixels along each side of a patch; one patch is one token."""
 
+    stem: Literal["patch", "convolution"] = "patch"
+    """convolution: several small convolutions in place of one as large as a patch, after Xiao et al. 2021
+    (arXiv:2106.14881): learns shapes from scratch in far fewer steps. `patch_size` is then a power of 2."""
+
     pool: int = Field(default=1, gt=0)
     """Average pool x pool neighbouring patches after the last layer, for a shorter bridge."""
 
     def _sizes(self) -> tuple[str, ...]:
-        return (*super()._sizes(), "patch_size")
+        return (*super()._sizes(), "patch_size", "stem")
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        if self.stem == "convolution" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(
+                f"patch_size={self.patch_size} cannot be reached by halving, as stem=convolution does. "
+                "Use 4, 8 or 16, or stem patch."
+            )
+        return self
 
     def build(self, given: Input) -> Encoder:
         """Raises: ConfigError: the pretrained folder, or the architecture, does not fit the input."""
@@ -66,6 +79,8 @@ class ImageEncoderConfig(TransformerConfig):
                 f"pool={self.pool} cannot share out {grid[0]}x{grid[1]} patches: every neighbourhood needs as many. "
                 f"Use pool in {fits}."
             )
+        if self.stem == "convolution":
+            model.embeddings.patch_embeddings.projection = _convolutions(given.channels, self.width, self.patch_size)
         config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
         layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.layers]
         tail = ImageTail(model, grid, self.pool)
@@ -94,6 +109,17 @@ class ImageEncoderConfig(TransformerConfig):
             "intermediate_size": max(1, round(self.width * self.feedforward_ratio)),
             "initializer_range": self.initializer_range,
         }
+
+
+def _convolutions(channels: int, width: int, patch_size: int) -> nn.Sequential:
+    """Pixels to patches: each layer halves the sides; the channels double up to the width."""
+    layers: list[nn.Module] = []
+    halvings = patch_size.bit_length() - 1
+    for left in reversed(range(halvings)):
+        wider = max(8, width >> left)
+        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.ReLU()]
+        channels = wider
+    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
 
 
 class ImageStem(nn.Module):
