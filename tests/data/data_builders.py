@@ -90,3 +90,7 @@ def fitted(
 
 
 LABELS = Target(name="label", task="single_label", labels=("no", "yes"))
+
+
+def array_cells(count: int) -> list[list[float]]:
+    return [[float(row), 1.0, 2.0] for row in range(count)]

@@ -51,6 +51,7 @@ def test_bytes_and_paths_alone_or_in_a_struct_are_read(cell: Any, folder: Path) 
         (7, "holds int, not a file's bytes or path"),
         ([1.0], "holds list, not a file's bytes or path"),
         ({"bytes": None, "path": None}, "holds NoneType, not a file's bytes or path"),
+        ({"byte": b"a", "name": "b"}, "holds a struct of byte, name, not of bytes and path"),
         ({"bytes": None, "path": 7}, "holds int, not a file's bytes or path"),
     ],
 )
@@ -90,3 +91,9 @@ def test_a_long_name_has_a_short_key_of_its_own() -> None:
     assert one != two
     assert isinstance(one, bytes)
     assert len(one) < 100
+
+
+@pytest.mark.parametrize("cell", [7, [1.0], {"byte": b"a"}, {"bytes": None, "path": [7]}])
+def test_what_is_of_a_wrong_type_has_a_key_so_that_it_is_not_taken_for_nothing(cell: Any) -> None:
+    assert hash(media_key(cell)) is not None
+    assert media_key(cell) is not None

@@ -60,13 +60,10 @@ class Modality(ABC):
 
 def media_key(cell: Any) -> Hashable:
     """What tells two media apart: the bytes where they are inline (names repeat), else the path."""
+    if isinstance(cell, dict) and not _is_other_struct(cell):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if cell is None:
         return None
-    if isinstance(cell, dict):
-        content = cell.get("bytes")
-        if content is None:
-            return cell.get("path") or None
-        cell = content
     if isinstance(cell, bytes):
         return _digest(cell)
     if not isinstance(cell, str):
@@ -82,6 +79,8 @@ def media_bytes(cell: Any, folder: Path) -> bytes:
         BadValue: wrong type, no such file, out of the folder, too large.
     """
     if isinstance(cell, dict):
+        if _is_other_struct(cell):
+            raise BadValue(f"holds a struct of {', '.join(map(str, cell))}, not of bytes and path"[:100])
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, bytes):
         content = cell
@@ -110,6 +109,10 @@ def _file_bytes(name: str, folder: Path) -> bytes:
         # Too long a name, links in a circle, no right to read, half a character: the system's own words say which.
         reason = getattr(error, "strerror", None) or str(error).split(" from ")[0]
         raise BadValue(f"path {_short(name)} cannot be read ({reason[:80]})") from None
+
+
+def _is_other_struct(cell: dict[Any, Any]) -> bool:
+    return bool(cell) and not {"bytes", "path"} & cell.keys()
 
 
 def _digest(content: bytes) -> bytes:
