@@ -9,6 +9,8 @@ Promise     a batch depends on its records, the seed and its number alone, so it
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from dougong.core.config import Config
+from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import Array, BadRecord, BatchArrays, MediaArrays
 from dougong.data.modality.medium import BadValue, Modality
@@ -44,9 +47,18 @@ class View(Config):
     @field_validator("weight")
     @classmethod
     def _above_zero(cls, weight: float) -> float:
-        if weight <= 0:
+        if not 0 < weight < math.inf:
             raise ValueError(f"{weight} must be above 0: a view that is never seen is no view. Leave it out.")
         return weight
+
+    @model_validator(mode="after")
+    def _some_epoch(self) -> View:
+        if self.until_epoch is not None and self.until_epoch <= self.from_epoch:
+            raise ValueError(
+                f"until_epoch {self.until_epoch} must be above from_epoch {self.from_epoch}: "
+                "a view that is never seen is no view. Leave it out."
+            )
+        return self
 
 
 class Request(NamedTuple):
@@ -77,7 +89,16 @@ class Collator:
         """`withhold` is each modality's chance to be left out of a record, never of one that has no other.
 
         With `one_view_a_batch`, all records of a batch are seen alike, so that a withheld modality costs nothing.
+
+        Raises:
+            ConfigError: two of these say different things, or one of them says nothing.
         """
+        if views and withhold:
+            raise ConfigError("views and withhold both say what is left out. Give one of them.")
+        if one_view_a_batch and not views:
+            raise ConfigError("one_view_a_batch has no views to choose from. Give views, or leave it out.")
+        if not 0 <= withhold < 1:
+            raise ConfigError(f"withhold {withhold} is no chance. Use 0 or more and less than 1.")
         self.preparation = preparation
         self.folder = folder
         self._seed = seed
@@ -166,15 +187,17 @@ class Collator:
             return encode_target(cells, target)
         except BadValue:
             pass
-        rows = []
+        usable = []
         for index, cell in enumerate(cells):
             try:
-                rows.append(encode_target([cell], target)[0])
+                encode_target([cell], target)
+                usable.append(index)
             except BadValue as error:
                 reasons.setdefault(index, (target.name, str(error)))
-                rows.append(None)
-        spare = next((row for row in rows if row is not None), 0)
-        return np.array([spare if row is None else row for row in rows])
+        encoded = encode_target([cells[index] for index in usable], target)
+        padded = np.zeros((len(cells), *encoded.shape[1:]), encoded.dtype)
+        padded[usable] = encoded
+        return padded
 
     def _random(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive_seed(self._seed, *purpose))
@@ -231,12 +254,19 @@ class _Cache:
         return None
 
     def put(self, key: Hashable, medium: Array | str) -> None:
-        # 500: about what a key and its place cost.
-        size = 500 + (len(medium) if isinstance(medium, str) else medium.nbytes)
+        size = _size(key, medium)
         if size > self._most_bytes:
             return
         self._kept[key] = medium
         self._bytes += size
         while self._bytes > self._most_bytes:
-            _, old = self._kept.popitem(last=False)
-            self._bytes -= 500 + (len(old) if isinstance(old, str) else old.nbytes)
+            self._bytes -= _size(*self._kept.popitem(last=False))
+
+
+def _size(key: Hashable, medium: Array | str) -> int:
+    """About what they take, with their place in the cache: the arrays' numbers may be the least of it."""
+    return 300 + _key_bytes(key) + (len(medium) if isinstance(medium, str) else medium.nbytes)
+
+
+def _key_bytes(key: Hashable) -> int:
+    return sys.getsizeof(key) + (sum(map(_key_bytes, key)) if isinstance(key, tuple) else 0)

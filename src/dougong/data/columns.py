@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dougong.core.errors import ConfigError, DataError
-from dougong.data.table import MEDIA_ENDINGS, Table
+from dougong.data.table import MEDIA_ENDINGS, Table, cells_of
 
 Role = Literal["text", "image", "audio", "signal", "volume", "number", "category", "target", "ignore"]
 ROLES: Final = get_args(Role)
@@ -44,6 +44,8 @@ def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -
             raise ConfigError(f"column {column!r} is not in {table.path.name}. It has {', '.join(names)}.")
         if role not in ROLES:
             raise ConfigError(f"column {column!r}: {role!r} is not a role. Use one of {', '.join(ROLES)}.")
+        if column == target and role != "target":
+            raise ConfigError(f"column {column!r} is named as target and as {role}: it can be one of them.")
     target = _find_target(names, target, named, table)
     sample = table.head(LOOKED_AT)
     roles: dict[str, ColumnRole] = {}
@@ -53,7 +55,7 @@ def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -
         elif name in named:
             roles[name] = ColumnRole(named[name], "named in the recipe")  # type: ignore[arg-type]
         else:
-            roles[name] = _infer(sample.column(name).combine_chunks(), name)
+            roles[name] = _infer(sample.column(name), name)
     if all(found.role in ("ignore", "target") for found in roles.values()):
         raise DataError(
             f"{table.path.name} leaves nothing to predict {target!r} from: every other column is ignored. "
@@ -63,21 +65,25 @@ def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -
 
 
 def _find_target(names: list[str], target: str | None, named: Mapping[str, str], table: Table) -> str:
-    chosen = [target] if target is not None else [name for name, role in named.items() if role == "target"]
+    chosen = list(dict.fromkeys([*([target] if target is not None else []), *_named_targets(named)]))
     if len(chosen) > 1:
         raise ConfigError(f"{', '.join(chosen)} are all named as target: a model here has one.")
     if not chosen:
-        chosen = [name for name in names if name.lower() in TARGET_NAMES][:1]
+        chosen = [name for name in names if name.lower() in TARGET_NAMES and name not in named][:1]
     if not chosen or chosen[0] not in names:
         given = f"target {chosen[0]!r} is not a column" if chosen else "no column is named as the target"
         raise DataError(f"{given} of {table.path.name}. Name one of {', '.join(names)} as target.")
     return chosen[0]
 
 
-def _infer(column: pa.Array, name: str) -> ColumnRole:
+def _named_targets(named: Mapping[str, str]) -> list[str]:
+    return [name for name, role in named.items() if role == "target"]
+
+
+def _infer(column: pa.ChunkedArray, name: str) -> ColumnRole:
     """From the type, then from the values."""
     kind = column.type
-    values = [value for value in column.to_pylist()[:LOOKED_AT] if value is not None]
+    values = [value for value in cells_of(column) if value is not None]
     if not values:
         return ColumnRole("ignore", "it is empty")
     if pa.types.is_struct(kind) and {"bytes", "path"} >= {field.name for field in kind}:
@@ -93,18 +99,18 @@ def _infer(column: pa.Array, name: str) -> ColumnRole:
         if depth is None:
             return ColumnRole("ignore", f"lists of {kind.value_type} are no modality")
         return ColumnRole("volume", "3 nested lists") if depth == 3 else ColumnRole("signal", "lists of numbers")
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
+    if _is_string(kind) or pa.types.is_dictionary(kind):
         return _infer_string([str(value) for value in values])
     return ColumnRole("ignore", f"{kind} is no modality")
 
 
 def _infer_media(values: list[dict[str, Any]]) -> ColumnRole:
-    heads = [bytes(value["bytes"][:16]) for value in values if value.get("bytes")]
+    heads = [value["bytes"][:16] for value in values if isinstance(value.get("bytes"), bytes)]
     if heads:
         by_content = [kind for kind in ("image", "audio", "array") if any(_looks_like(head, kind) for head in heads)]
         if by_content:
             return _media_role(by_content[0], "by its first bytes")
-    by_name = _ending_kind([value["path"] for value in values if value.get("path")])
+    by_name = _ending_kind([value["path"] for value in values if isinstance(value.get("path"), str)])
     return _media_role(by_name, "by its file names") if by_name else ColumnRole("ignore", "bytes of no known kind")
 
 
@@ -156,6 +162,10 @@ def _infer_string(values: list[str]) -> ColumnRole:
     if words < 3 and distinct <= FEW_CATEGORIES and distinct < 0.5 * len(values):
         return ColumnRole("category", f"{distinct} short values that repeat")
     return ColumnRole("text", f"text of {words:.0f} words on average")
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _depth(kind: pa.DataType) -> int | None:

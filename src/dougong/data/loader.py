@@ -13,15 +13,15 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError, DataError
@@ -33,11 +33,14 @@ from dougong.data.modality.image import ImageModality
 from dougong.data.modality.medium import media_key
 from dougong.data.position import Position
 from dougong.data.preparation import Preparation
-from dougong.data.table import Table
+from dougong.data.table import Table, cells_of
 
 Indices = npt.NDArray[np.int64]
 AHEAD: Final = 2
 """Batches in the making per worker."""
+
+BLOCK_BYTES: Final = 32 * 2**20
+ROWS_AT_ONCE: Final = 1000
 
 
 class LoaderConfig(Config):
@@ -78,6 +81,12 @@ class LoaderConfig(Config):
             raise ValueError(f"{workers} must be 0 (decode in this process) or more.")
         return workers
 
+    @model_validator(mode="after")
+    def _something_to_limit(self) -> LoaderConfig:
+        if self.records_per_medium is not None and self.group_by is None:
+            raise ValueError("records_per_medium limits groups, and group_by makes none. Name a media column there.")
+        return self
+
 
 class _Window(NamedTuple):
     """Neighbours in the order of an epoch, held together."""
@@ -105,6 +114,7 @@ class Loader:
 
         Raises:
             ConfigError: `group_by` or a view names what is not there.
+            DataError: the table has no records, or lacks a column of the preparation.
         """
         self._table, self._config, self._seed, self._train = table, config, seed, train
         for view in views:
@@ -112,6 +122,11 @@ class Loader:
             if strange:
                 known = ", ".join(preparation.modalities)
                 raise ConfigError(f"a view keeps {strange[0]!r}, which is no modality. Use some of {known}.")
+        missing = [name for name in preparation.columns if name not in table.schema.names]
+        if missing:
+            raise DataError(f"{table.path.name} lacks the column {missing[0]!r}. Leave its cells empty where unknown.")
+        if table.num_rows == 0:
+            raise DataError(f"{table.path.name} holds no records.")
         target = preparation.target.name
         self._columns = [*preparation.columns, *([target] if target in table.schema.names else [])]
         self._group_by = self._find_group(preparation) if train else None
@@ -126,7 +141,7 @@ class Loader:
             cache_bytes=config.cache_bytes,
         )
         self.workers = _choose_workers(config, preparation)
-        self._held: tuple[tuple[int, ...], pa.Table, list[Indices] | None] | None = None
+        self._held: tuple[tuple[int, ...], list[pa.Table], list[Indices] | None] | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -185,14 +200,12 @@ class Loader:
     def _window_requests(
         self, epoch: int, place: int, window: _Window, passed: int, first: int, total: int
     ) -> Iterator[tuple[Position, Request]]:
-        held, groups = self._hold(window)
+        blocks, groups = self._hold(window)
         rows = np.concatenate([self._table.numbers_of(chunk) for chunk in window.chunks])
         order = self._order(epoch, place, window, groups)
         for inner in range(max(0, first - passed), self._num_batches(window)):
             chosen = order[inner * self._config.batch_size :][: self._config.batch_size]
-            # Neighbours in the window are read faster in order; a batch has no order of its own.
-            taken = held.take(pa.array(chosen))
-            cells = {name: taken.column(name).to_pylist() for name in self._columns}
+            cells = _take(blocks, chosen, self._columns)
             number = passed + inner
             after = Position(epoch, number + 1) if number + 1 < total else Position(epoch + 1, 0)
             yield after, Request(rows[chosen], cells, (epoch, number))
@@ -210,15 +223,15 @@ class Loader:
             parts.extend(mixed[start : start + most] for start in range(0, len(mixed), most))
         return np.concatenate([parts[index] for index in random.permutation(len(parts))])
 
-    def _hold(self, window: _Window) -> tuple[pa.Table, list[Indices] | None]:
+    def _hold(self, window: _Window) -> tuple[list[pa.Table], list[Indices] | None]:
         """The window's rows, and which of them share a medium; kept while it is the same window."""
         if self._held is None or self._held[0] != window.chunks:
             self._held = None  # let the old rows go before the new ones come
             # What groups need not be read by the model: a model of fewer modalities gets the same batches.
             columns = list(dict.fromkeys([*self._columns, *([self._group_by] if self._group_by else [])]))
-            held = pa.concat_tables([self._table.read(chunk, columns) for chunk in window.chunks])
-            groups = None if self._group_by is None else _groups(held.column(self._group_by))
-            self._held = (window.chunks, held, groups)
+            blocks = list(_blocks(self._table.read(chunk, columns) for chunk in window.chunks))
+            groups = None if self._group_by is None else _groups(block.column(self._group_by) for block in blocks)
+            self._held = (window.chunks, blocks, groups)
         return self._held[1], self._held[2]
 
     def _find_group(self, preparation: Preparation) -> str | None:
@@ -236,10 +249,10 @@ class Loader:
                 known = ", ".join(self._table.schema.names)
                 raise ConfigError(f"group_by {wanted!r} is no column of the table. Use one of {known}.")
             return wanted
-        sample = self._table.read(0, media) if media else None
+        sample = self._table.first(0, 2000, media) if media else None
         for column in media:
             assert sample is not None
-            cells = sample.column(column).to_pylist()[:2000]
+            cells = cells_of(sample.column(column))
             if len({media_key(cell) for cell in cells}) < 0.5 * len(cells):
                 return column
         return None
@@ -273,12 +286,44 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _groups(column: pa.ChunkedArray) -> list[Indices]:
+def _blocks(chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in fewer pieces, each without gaps: a batch's rows are gathered piece by piece."""
+    held: list[pa.Table] = []
+    size = 0
+    for chunk in chunks:
+        held.append(chunk)
+        size += chunk.nbytes
+        if size >= BLOCK_BYTES:
+            yield pa.concat_tables(held).combine_chunks()
+            held, size = [], 0
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _take(blocks: list[pa.Table], chosen: Indices, columns: list[str]) -> dict[str, list[Any]]:
+    """The chosen rows' cells, in the order in which they are chosen."""
+    starts = np.cumsum([0, *(block.num_rows for block in blocks)])
+    block_B = np.searchsorted(starts, chosen, side="right") - 1
+    cells: dict[str, list[Any]] = {name: [None] * len(chosen) for name in columns}
+    for number in np.unique(block_B):
+        places = np.flatnonzero(block_B == number)
+        taken = blocks[number].take(pa.array(chosen[places] - starts[number]))
+        for name in columns:
+            for place, cell in zip(places.tolist(), cells_of(taken.column(name)), strict=True):
+                cells[name][place] = cell
+    return cells
+
+
+def _groups(columns: Iterable[pa.ChunkedArray]) -> list[Indices]:
     """Places of rows with the same medium; a row without one stands alone."""
     places: dict[Hashable, list[int]] = {}
-    for index, cell in enumerate(column.to_pylist()):
-        key = media_key(cell)
-        places.setdefault(index if key is None else key, []).append(index)
+    index = 0
+    for column in columns:
+        for start in range(0, len(column), ROWS_AT_ONCE):  # as Python's own objects all of them would fill the memory
+            for cell in cells_of(column.slice(start, ROWS_AT_ONCE)):
+                key = media_key(cell)
+                places.setdefault(index if key is None else key, []).append(index)
+                index += 1
     return [np.array(group, np.int64) for group in places.values()]
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import soundfile
-from pydantic import Field
+from PIL import Image
+from pydantic import Field, field_validator
 from tokenizers import Tokenizer
 
 from dougong.core.config import Config, parse
@@ -27,13 +31,24 @@ from dougong.data.modality.array import SignalConfig, SignalModality, VolumeConf
 from dougong.data.modality.audio import AudioAugment, AudioConfig, AudioModality
 from dougong.data.modality.image import ImageAugment, ImageConfig, ImageModality, open_picture
 from dougong.data.modality.medium import BadValue, Modality, media_bytes
-from dougong.data.modality.numbers import CategoryColumn, NumberColumn, TableConfig, TableModality, to_number
+from dougong.data.modality.numbers import (
+    CategoryColumn,
+    NumberColumn,
+    TableConfig,
+    TableModality,
+    to_category,
+    to_number,
+)
 from dougong.data.modality.text import TextConfig, TextModality, learn_tokenizer
-from dougong.data.table import Table
+from dougong.data.table import Table, cells_of
 
 LEARNT_FROM: Final = 20_000
 MEDIA_LOOKED_AT: Final = 200
+LOOKED_AT_PIXELS: Final = 256
+MOST_CATEGORIES: Final = 1000
 TABLE_MODALITY: Final = "table"
+
+FoundT = TypeVar("FoundT")
 
 ModalityConfig = Annotated[
     TextConfig | ImageConfig | AudioConfig | TableConfig | SignalConfig | VolumeConfig, Field(discriminator="kind")
@@ -72,6 +87,20 @@ class PreparationConfig(Config):
 
     image_scale: tuple[float, float, float] | None = None
     """The standard deviation, likewise."""
+
+    @field_validator("image_size", "sample_rate", "vocabulary_size", "max_seconds", "image_scale")
+    @classmethod
+    def _above_zero(cls, value: Any) -> Any:
+        if value is not None and any(number <= 0 for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{value} must be above 0.")
+        return value
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _room_for_a_word(cls, max_tokens: int) -> int:
+        if max_tokens < 3:
+            raise ValueError(f"{max_tokens} must be at least 3: a text begins with [CLS] and ends with [SEP].")
+        return max_tokens
 
 
 class _Saved(Config):
@@ -120,7 +149,7 @@ class Preparation:
             BundleError: a file is missing or is not what was saved.
         """
         try:
-            values = json.loads((folder / "preparation.json").read_text())
+            values = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
             saved = parse(_Saved, values, where="preparation.json")
             modalities = {
                 name: _build(config, folder / _tokenizer_file(place))
@@ -138,7 +167,12 @@ def _tokenizer_file(place: int) -> str:
 
 def _build(config: ModalityConfig, tokenizer_file: Path) -> Modality:
     if isinstance(config, TextConfig):
-        return TextModality(config, Tokenizer.from_str(tokenizer_file.read_text()))
+        text = tokenizer_file.read_text(encoding="utf-8")
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ConfigError(f"{tokenizer_file.name}: {error}") from None
+        return TextModality(config, tokenizer)
     kinds: dict[type[Any], type[Any]] = {
         ImageConfig: ImageModality,
         AudioConfig: AudioModality,
@@ -158,14 +192,15 @@ def fit_preparation(
     Raises:
         DataError: a column has not one usable value.
     """
-    sample = table.head(LEARNT_FROM)
     modalities: dict[str, Modality] = {}
     numbers: list[NumberColumn] = []
     categories: list[CategoryColumn] = []
     for name, (role, _) in roles.items():
         if role in ("ignore", "target"):
             continue
-        cells = [cell for cell in sample.column(name).to_pylist() if cell is not None]
+        # Column by column, and of media no more than is looked at: they are what makes a table large.
+        few = role in ("image", "audio", "signal", "volume")
+        cells = _spread_cells(table.head(LEARNT_FROM, [name]).column(name), MEDIA_LOOKED_AT if few else LEARNT_FROM)
         if not cells:
             raise DataError(f"column {name!r} has no value in the records looked at. Set columns: {{{name}: ignore}}.")
         if role == "text":
@@ -177,18 +212,22 @@ def fit_preparation(
         elif role == "number":
             numbers.append(_fit_number(name, cells))
         elif role == "category":
-            seen = sorted({str(cell) for cell in cells})
-            categories.append(CategoryColumn(name=name, values=tuple(seen[:1000])))
+            commonest = Counter(map(to_category, cells)).most_common(MOST_CATEGORIES)
+            categories.append(CategoryColumn(name=name, values=tuple(sorted(value for value, _ in commonest))))
         else:
             modalities[name] = _fit_array(name, role, cells, table.folder)
     if numbers or categories:
-        name = TABLE_MODALITY if TABLE_MODALITY not in modalities else "columns"
+        name = TABLE_MODALITY
+        while name in modalities:
+            name += "_"
         modalities[name] = TableModality(TableConfig(numbers=tuple(numbers), categories=tuple(categories)))
     return Preparation(modalities, target)
 
 
 def _fit_text(name: str, cells: list[Any], config: PreparationConfig) -> TextModality:
-    texts = sorted({cell for cell in cells if isinstance(cell, str)})
+    texts = sorted({cell for cell in cells if isinstance(cell, str) and cell.strip()})
+    if not texts:
+        raise DataError(f"column {name!r} has no text in the records looked at: the first holds {_short(cells[0])}.")
     if config.tokenizer is not None:
         try:
             tokenizer = Tokenizer.from_file(config.tokenizer)
@@ -203,11 +242,23 @@ def _fit_text(name: str, cells: list[Any], config: PreparationConfig) -> TextMod
     return TextModality(TextConfig(column=name, max_tokens=min(config.max_tokens, max(16, 2 * longest))), tokenizer)
 
 
-def _usable(name: str, cells: list[Any], read: Any) -> list[Any]:
-    """What can be decoded of an even choice of cells; a few bad ones do not matter here."""
-    step = max(1, len(cells) // MEDIA_LOOKED_AT)
-    found, reason = [], ""
-    for cell in cells[::step]:
+def _short(cell: Any) -> str:
+    text = repr(cell)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _spread_cells(column: pa.ChunkedArray, most: int) -> list[Any]:
+    """Values of an even choice of rows, the missing ones left out first."""
+    column = column.drop_null()
+    step = max(1, len(column) // most)
+    return cells_of(column.take(pa.array(range(0, len(column), step)))) if step > 1 else cells_of(column)
+
+
+def _usable(name: str, cells: list[Any], read: Callable[[Any], FoundT]) -> list[FoundT]:
+    """What can be decoded of cells; a few bad ones do not matter here."""
+    found: list[FoundT] = []
+    reason = ""
+    for cell in cells:
         try:
             found.append(read(cell))
         except BadValue as bad:
@@ -219,8 +270,14 @@ def _usable(name: str, cells: list[Any], read: Any) -> list[Any]:
 
 def _fit_image(name: str, cells: list[Any], folder: Path, config: PreparationConfig) -> ImageModality:
     largest = ImageConfig(column=name).largest_pixels
-    pictures = _usable(name, cells, lambda cell: open_picture(media_bytes(cell, folder), largest))
-    sizes = [picture.size for picture in pictures]
+
+    def look(cell: Any) -> tuple[tuple[int, int], Image.Image]:
+        picture = open_picture(media_bytes(cell, folder), largest)
+        size = picture.size
+        picture.thumbnail((LOOKED_AT_PIXELS, LOOKED_AT_PIXELS))  # hundreds of photographs would fill the memory
+        return size, picture
+
+    sizes, pictures = zip(*_usable(name, cells, look), strict=True)
     side = config.image_size
     if side is None:
         side = max(16, min(64, round(float(np.median([max(size) for size in sizes])) / 8) * 8))
@@ -244,10 +301,10 @@ def _fit_audio(name: str, cells: list[Any], folder: Path, config: PreparationCon
             info = soundfile.info(io.BytesIO(media_bytes(cell, folder)))
         except soundfile.LibsndfileError:
             raise BadValue("is not sound") from None
-        return info.samplerate, info.duration
+        return int(info.samplerate), float(info.duration)
 
     found = _usable(name, cells, look)
-    rate = config.sample_rate or min(16_000, int(np.median([rate for rate, _ in found])))
+    rate = config.sample_rate or min(16_000, statistics.mode(sorted(rate for rate, _ in found)))
     seconds = min(config.max_seconds, 1.2 * max(seconds for _, seconds in found))
     settings = AudioConfig(
         column=name, sample_rate=rate, max_seconds=round(max(0.2, seconds), 2), augment=config.audio_augment
@@ -257,19 +314,34 @@ def _fit_audio(name: str, cells: list[Any], folder: Path, config: PreparationCon
 
 def _fit_number(name: str, cells: list[Any]) -> NumberColumn:
     numbers = np.array(_usable(name, cells, lambda cell: to_number(cell, name)))
-    return NumberColumn(name=name, mean=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
+    if numbers.min() == numbers.max():  # the standard deviation of equal numbers is a rounding error, not always 0
+        return NumberColumn(name=name, mean=float(numbers[0]))
+    # Against overflow the numbers are made small first.
+    largest = float(np.abs(numbers).max())
+    small = numbers / largest
+    return NumberColumn(name=name, mean=largest * float(small.mean()), scale=largest * float(small.std()))
 
 
 def _fit_array(name: str, role: str, cells: list[Any], folder: Path) -> Modality:
-    arrays = _usable(name, cells, lambda cell: read_array(cell, folder))
-    mean = float(np.mean([array.mean() for array in arrays]))
-    scale = float(np.mean([array.std() for array in arrays])) or 1.0
-    if role == "volume" or arrays[0].ndim == 3:
-        shapes = np.array([array.shape for array in arrays if array.ndim == 3])
-        depth, height, width = (int(size) for size in np.median(shapes, axis=0))
+    def look(cell: Any) -> tuple[tuple[int, ...], float, float]:
+        array = read_array(cell, folder)
+        dims = (3,) if role == "volume" else (1, 2, 3)
+        if array.ndim not in dims:
+            raise BadValue(f"has {array.ndim} dimensions, which is no {role}")
+        return array.shape, float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
+
+    found = _usable(name, cells, look)
+    mean, scale = (float(np.mean([figures[place] for figures in found])) for place in (1, 2))
+    # What most are; a record that is otherwise is set aside.
+    num_dims = statistics.mode(len(shape) for shape, _, _ in found)
+    shapes = [shape for shape, _, _ in found if len(shape) == num_dims]
+    if num_dims == 3:
+        depth, height, width = (int(size) for size in np.median(np.array(shapes), axis=0))
         return VolumeModality(
-            VolumeConfig(column=name, depth=depth, height=height, width=width, mean=mean, scale=scale)
+            VolumeConfig(column=name, depth=depth, height=height, width=width, mean=mean, scale=scale or 1.0)
         )
-    channels = 1 if arrays[0].ndim == 1 else int(arrays[0].shape[0])
-    longest = max(array.shape[-1] for array in arrays)
-    return SignalModality(SignalConfig(column=name, num_channels=channels, max_samples=longest, mean=mean, scale=scale))
+    channels = 1 if num_dims == 1 else statistics.mode(shape[0] for shape in shapes)
+    longest = max(shape[-1] for shape in shapes)
+    return SignalModality(
+        SignalConfig(column=name, num_channels=channels, max_samples=longest, mean=mean, scale=scale or 1.0)
+    )

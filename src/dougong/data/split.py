@@ -17,7 +17,7 @@ import pyarrow as pa
 from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.modality.medium import media_key
-from dougong.data.table import Table
+from dougong.data.table import Table, cells_of
 
 
 class _Part(Table):
@@ -34,6 +34,13 @@ class _Part(Table):
 
     def bytes_of(self, chunk: int) -> int:
         return self._whole.bytes_of(self._kept[chunk])
+
+    def first(self, chunk: int, num_rows: int, columns: list[str]) -> pa.Table:
+        # As many rows of the whole as hold so many of this side.
+        mask = self._masks[chunk]
+        whole_rows = int(np.searchsorted(np.cumsum(mask), num_rows)) + 1
+        part = self._whole.first(self._kept[chunk], whole_rows, columns)
+        return part.filter(pa.array(mask[: part.num_rows]))
 
     def read(self, chunk: int, columns: list[str]) -> pa.Table:
         return self._whole.read(self._kept[chunk], columns).filter(pa.array(self._masks[chunk]))
@@ -55,7 +62,7 @@ def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> t
             random = np.random.default_rng(derive_seed(seed, "split", chunk))
             masks.append(random.random(len(table.rows_of(chunk))) < share)
             continue
-        keys = [media_key(cell) for cell in table.read(chunk, [unit]).column(unit).to_pylist()]
+        keys = [media_key(cell) for cell in cells_of(table.read(chunk, [unit]).column(unit))]
         for key in keys:
             if key not in aside:
                 aside[key] = (

@@ -8,10 +8,12 @@ Promise     Parquet is read a row group at a time, so a table may be larger than
 
 from __future__ import annotations
 
-import bisect
+import contextlib
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,9 @@ from dougong.core.errors import DataError
 
 LARGEST_TEXT_TABLE_BYTES: Final = 2 * 2**30
 ROWS_PER_CHUNK: Final = 5000
+LOOKED_INTO: Final = 8
+"""Chunks that stand for a whole table."""
+
 MEDIA_ENDINGS: Final = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".opus"),
@@ -66,13 +71,20 @@ class Table(ABC):
         """About what one chunk takes in memory."""
         return int(self.read(chunk, self.schema.names).nbytes)
 
-    def head(self, num_rows: int) -> pa.Table:
+    def first(self, chunk: int, num_rows: int, columns: list[str]) -> pa.Table:
+        """The same of a chunk's first rows alone."""
+        return self.read(chunk, columns).slice(0, num_rows)
+
+    def head(self, num_rows: int, columns: list[str] | None = None) -> pa.Table:
         """Rows from all over the table, at most about `num_rows`, in order; for looking at, not for training."""
-        wanted = max(1, min(self.num_chunks, 8))
-        chosen = sorted({round(i * (self.num_chunks - 1) / max(1, wanted - 1)) for i in range(wanted)})
-        parts = [self.read(chunk, self.schema.names) for chunk in chosen]
-        share = -(-num_rows // len(parts))
-        return pa.concat_tables([part.slice(0, share) for part in parts])
+        chosen = self._spread(LOOKED_INTO)
+        share = -(-num_rows // len(chosen))
+        return pa.concat_tables([self.first(chunk, share, columns or self.schema.names) for chunk in chosen])
+
+    def _spread(self, wanted: int) -> list[int]:
+        """Some chunks, from all over the table."""
+        last = self.num_chunks - 1
+        return sorted({round(place * last / max(1, wanted - 1)) for place in range(wanted)})
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One whole column; for targets and groups, which are small."""
@@ -101,9 +113,12 @@ class _Parquet(Table):
     def __init__(self, path: Path) -> None:
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         try:
-            self._files = [pq.ParquetFile(file, memory_map=True) for file in files]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is not a whole Parquet file ({_first_line(error)}). Write it again.") from None
+            self._files = []
+            for file in files:
+                self._files.append(pq.ParquetFile(file))
+        except (pa.ArrowException, OSError) as error:
+            broken = files[len(self._files)]
+            raise DataError(f"{broken} is not a whole Parquet file ({_first_line(error)}). Write it again.") from None
         schemas = [file.schema_arrow for file in self._files]
         for file, schema in zip(files, schemas, strict=True):
             if not schema.equals(schemas[0]):
@@ -115,18 +130,43 @@ class _Parquet(Table):
         groups = [(f, g) for f, g in groups if self._files[f].metadata.row_group(g).num_rows]
         counts = [self._files[f].metadata.row_group(g).num_rows for f, g in groups]
         super().__init__(path, path if path.is_dir() else path.parent, schemas[0], counts)
+        self._names = [file.name for file in files]
         self._groups = groups
 
     def bytes_of(self, chunk: int) -> int:
+        return int(self._encoded_bytes(chunk) * self._growth)
+
+    @functools.cached_property
+    def _growth(self) -> float:
+        """How much larger rows are in memory than in the file, where a value that repeats stands once."""
+        looked_at = [(chunk, self.read(chunk, self.schema.names).nbytes) for chunk in self._spread(LOOKED_INTO)]
+        return max(1.0, *(float(held) / max(1, self._encoded_bytes(chunk)) for chunk, held in looked_at))
+
+    def _encoded_bytes(self, chunk: int) -> int:
         file, group = self._groups[chunk]
         return int(self._files[file].metadata.row_group(group).total_byte_size)
 
     def read(self, chunk: int, columns: list[str]) -> pa.Table:
         file, group = self._groups[chunk]
-        try:
+        with self._damage_said(chunk):
             return self._files[file].read_row_group(group, columns=columns, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.path}: row group {group} is damaged ({_first_line(error)}).") from None
+
+    def first(self, chunk: int, num_rows: int, columns: list[str]) -> pa.Table:
+        # A row group may be the whole file: no more of it is read than what is wanted.
+        file, group = self._groups[chunk]
+        with self._damage_said(chunk):
+            pieces = self._files[file].iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False)
+            return pa.Table.from_batches([next(pieces)]).select(columns)
+
+    @contextlib.contextmanager
+    def _damage_said(self, chunk: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            file, group = self._groups[chunk]
+            raise DataError(
+                f"{self._names[file]}: row group {group} is damaged ({_first_line(error)}). Write it again."
+            ) from None
 
 
 def open_table(path: str | Path) -> Table:
@@ -150,6 +190,9 @@ def open_table(path: str | Path) -> Table:
         table = opener[path.suffix.lower()](path)
     if table.num_rows == 0:
         raise DataError(f"{path} holds no records.")
+    twice = sorted({name for name in table.schema.names if table.schema.names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path.name} has two columns {twice[0]!r}: give each its own name.")
     return table
 
 
@@ -166,11 +209,17 @@ def _check_fits(path: Path) -> None:
         )
 
 
+def _whole(path: Path) -> int:
+    """Read in one block: then every value, not only the first ones, says what kind a column is of, and a row may be
+    as long as it likes."""
+    return max(2**20, min(path.stat().st_size + 1, 2**31 - 1))
+
+
 def _open_csv(path: Path) -> Table:
     _check_fits(path)
     try:
         options = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
-        rows = pyarrow.csv.read_csv(path, convert_options=options)
+        rows = pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(block_size=_whole(path)), convert_options=options)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path.name} is not a CSV table with one header line: {_first_line(error)}") from None
     return _InMemory(path, path.parent, rows)
@@ -179,7 +228,7 @@ def _open_csv(path: Path) -> Table:
 def _open_jsonl(path: Path) -> Table:
     _check_fits(path)
     try:
-        rows = pyarrow.json.read_json(path)
+        rows = pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=_whole(path)))
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{path.name} is not one JSON object a line with the same kinds of values: {_first_line(error)}"
@@ -205,9 +254,20 @@ def _open_class_folders(path: Path) -> Table:
     return _InMemory(path, path, table)
 
 
-def chunk_of(table: Table, row: int) -> int:
-    """The chunk that holds a row."""
-    return bisect.bisect_right(table.first_rows, row) - 1
+def cells_of(column: pa.ChunkedArray | pa.Array) -> list[Any]:
+    """The values in Python. A string that is not UTF-8 stays bytes, for its own record to be set aside."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        buffer = scalar.as_buffer() if hasattr(scalar, "as_buffer") else None
+        return b"" if buffer is None else buffer.to_pybytes()
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,7 +18,8 @@ from dougong.core.errors import DataError
 from dougong.core.signature import Target, Task
 from dougong.data.batch import Array
 from dougong.data.modality.medium import BadValue
-from dougong.data.modality.numbers import to_number
+from dougong.data.modality.numbers import LARGEST_NUMBER, to_category, to_number
+from dougong.data.table import cells_of
 
 MOST_LABELS: Final = 10_000
 FEW_NUMBERS: Final = 20
@@ -37,19 +38,21 @@ def infer_target(column: pa.ChunkedArray, name: str, task: Task | None) -> Targe
     if task is None:
         task = _infer_task(values, kind)
     if task == "regression":
-        numbers = values.cast(pa.float64()).to_numpy()
-        numbers = numbers[np.isfinite(numbers)]
-        scale = float(numbers.std()) if len(numbers) else 0.0
-        if scale == 0:
-            raise DataError(f"target {name!r} has no two different numbers: there is nothing to learn.")
-        return Target(name=name, task=task, mean=float(numbers.mean()), scale=scale)
+        return _regression(values, name)
+    if _is_list(kind) != (task == "multi_label") or pa.types.is_struct(kind):
+        raise DataError(
+            f"target {name!r} holds {kind}, which task: {task} cannot learn. "
+            "Lists of labels are multi_label, single values single_label, numbers regression."
+        )
     if task == "multi_label":
-        found = {str(label) for labels in values.to_pylist() for label in labels if label is not None}
+        found = {to_category(label) for labels in values.to_pylist() for label in labels if not _is_missing(label)}
     else:
-        found = {_label(value) for value in pc.unique(values).to_pylist()}
+        found = {to_category(value) for value in cells_of(pc.unique(values)) if not _is_missing(value)}
+    if not found:
+        raise DataError(f"target {name!r} is empty: it has no value to learn.")
     if len(found) < 2 and task == "single_label":
         raise DataError(f"target {name!r} has one value only, {next(iter(found))!r}: there is nothing to learn.")
-    if not found or len(found) > MOST_LABELS:
+    if len(found) > MOST_LABELS:
         raise DataError(
             f"target {name!r} has {len(found):,} different values. For classes use at most {MOST_LABELS:,}; "
             "for numbers set task: regression."
@@ -57,8 +60,33 @@ def infer_target(column: pa.ChunkedArray, name: str, task: Task | None) -> Targe
     return Target(name=name, task=task, labels=tuple(sorted(found, key=_natural)))
 
 
+def _regression(values: pa.ChunkedArray, name: str) -> Target:
+    numbers = np.array([number for number in map(_number, cells_of(values)) if number is not None])
+    if len(numbers) == 0 or numbers.min() == numbers.max():
+        raise DataError(f"target {name!r} has no two different numbers: there is nothing to learn.")
+    # Against overflow the numbers are made small first.
+    largest = float(np.abs(numbers).max())
+    mean, scale = largest * float((numbers / largest).mean()), largest * float((numbers / largest).std())
+    return Target(name=name, task="regression", mean=mean, scale=scale)
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return to_number(cell, "target")
+    except BadValue:
+        return None  # its record is set aside later, with the reason
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
 def _infer_task(values: pa.ChunkedArray, kind: pa.DataType) -> Task:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if _is_list(kind):
         return "multi_label"
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return "regression"
@@ -91,25 +119,26 @@ def _standardised(cell: Any, target: Target) -> float:
     number = to_number(cell, target.name)
     if math.isnan(number):
         raise BadValue("the target is missing")
-    return (number - target.mean) / target.scale
+    standardised = (number - target.mean) / target.scale
+    if abs(standardised) > LARGEST_NUMBER:
+        raise BadValue(f"target holds {number}, which is too far from the others to be learnt")
+    return standardised
 
 
 def _place(cell: Any, index: dict[str, int], target: Target) -> int:
-    if cell is None:
+    if _is_missing(cell):
         raise BadValue("the target is missing")
-    place = index.get(_label(cell))
+    place = index.get(to_category(cell))
     if place is None:
         raise BadValue(f"target {str(cell)[:40]!r} was not among the {len(index)} labels of the training data")
     return place
 
 
-def _label(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
 def _natural(label: str) -> tuple[int, float, str]:
     """Numbers by size, then words by alphabet."""
     try:
-        return (0, float(label), label)
+        number = float(label)
     except ValueError:
-        return (1, 0.0, label)
+        number = math.nan
+    # "nan" is a word here: as a number it would stand anywhere.
+    return (1, 0.0, label) if math.isnan(number) else (0, number, label)

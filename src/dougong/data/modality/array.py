@@ -55,7 +55,13 @@ class _ArrayModality(Modality):
 
     def key(self, cells: tuple[Any, ...]) -> Hashable:
         cell = cells[0]
-        return np.asarray(cell, np.float32).tobytes() if isinstance(cell, list) and _is_plain(cell) else media_key(cell)
+        if not isinstance(cell, list):
+            return media_key(cell)
+        try:
+            array = _grid(cell)
+        except BadValue:
+            return media_key(cell)
+        return (array.shape, media_key(array.tobytes()))  # the same numbers in another shape are another medium
 
 
 class SignalModality(_ArrayModality):
@@ -73,7 +79,7 @@ class SignalModality(_ArrayModality):
         samples = samples[None] if samples.ndim == 1 else samples
         if samples.ndim != 2 or samples.shape[0] != self.config.num_channels:
             raise BadValue(f"has shape {samples.shape}, not ({self.config.num_channels}, time)")
-        return (samples[:, : self.config.max_samples] - self.config.mean) / self.config.scale
+        return _standardised(samples[:, : self.config.max_samples], self.config)
 
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         longest = max((medium.shape[1] for medium in media), default=1)
@@ -99,7 +105,7 @@ class VolumeModality(_ArrayModality):
         voxels = read_array(cells[0], folder)
         if voxels.ndim != 3:
             raise BadValue(f"has {voxels.ndim} dimensions, not the 3 of a volume")
-        voxels = (voxels - self.config.mean) / self.config.scale
+        voxels = _standardised(voxels, self.config)
         for axis, size in enumerate((self.config.depth, self.config.height, self.config.width)):
             extra = voxels.shape[axis] - size
             if extra > 0:
@@ -108,7 +114,7 @@ class VolumeModality(_ArrayModality):
                 around = [(0, 0)] * 3
                 around[axis] = (-extra // 2, -extra - -extra // 2)
                 voxels = np.pad(voxels, around)
-        return voxels.astype(np.float32)
+        return voxels
 
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         size = (self.config.depth, self.config.height, self.config.width)
@@ -122,10 +128,7 @@ def read_array(cell: Any, folder: Path) -> Array:
         BadValue: not numbers, ragged, too many, or not finite.
     """
     if isinstance(cell, list):
-        try:
-            array = np.asarray(cell, np.float32)
-        except (TypeError, ValueError):
-            raise BadValue("is not an even grid of numbers") from None
+        array = _grid(cell)
     else:
         content = io.BytesIO(media_bytes(cell, folder))
         try:
@@ -136,8 +139,14 @@ def read_array(cell: Any, folder: Path) -> Array:
                 raise BadValue("holds Python objects, which are never unpickled")
             if int(np.prod(shape, dtype=np.float64)) > LARGEST_NUMBERS:
                 raise BadValue(f"claims {shape} numbers, over the limit of {LARGEST_NUMBERS:,}")
+            missing = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize - len(content.getbuffer()) + content.tell()
+            if missing > 0:
+                raise BadValue(f"is truncated: {missing} bytes of its numbers are not there")
+            if dtype.kind not in "biuf":
+                raise BadValue(f"holds {dtype}, not real numbers")
             content.seek(0)
-            array = np.load(content, allow_pickle=False).astype(np.float32)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+                array = np.load(content, allow_pickle=False).astype(np.float32)
         except BadValue:
             raise
         except Exception as error:  # a broken header may raise anything, SyntaxError among it
@@ -149,9 +158,17 @@ def read_array(cell: Any, folder: Path) -> Array:
     return array
 
 
-def _is_plain(cell: list[Any]) -> bool:
+def _grid(cell: list[Any]) -> Array:
     try:
-        np.asarray(cell, np.float32)
+        with np.errstate(over="ignore"):
+            return np.asarray(cell, np.float32)
     except (TypeError, ValueError):
-        return False
-    return True
+        raise BadValue("is not an even grid of numbers") from None
+
+
+def _standardised(array: Array, config: SignalConfig | VolumeConfig) -> Array:
+    with np.errstate(over="ignore"):
+        changed: Array = ((array - config.mean) / config.scale).astype(np.float32)
+    if not np.isfinite(changed).all():
+        raise BadValue("has values too far from the others to be computed with")
+    return changed

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 import soundfile
 import soxr
 from pydantic import field_validator
@@ -28,6 +29,19 @@ PAD_TO: Final = 800
 
 KEPT_SCALE: Final = 4096.0
 """Decoded sound is kept as 16-bit numbers of so many steps per standard deviation: +-8 of them fit."""
+
+
+UNKNOWN_FRAMES: Final = 2**62
+"""The library claims more than this for a file that does not say how long it is."""
+
+MOST_CHUNKS: Final = 1000
+"""Of a WAV file, looked at for its samples."""
+
+BLOCK_NUMBERS: Final = 2**18
+"""Decoded at a time, so that a long recording of which the beginning is kept takes no more room than that."""
+
+MARGIN_SECONDS: Final = 0.1
+"""Read beyond what is kept: the filter of another rate looks ahead."""
 
 
 class AudioAugment(Config):
@@ -91,28 +105,44 @@ class AudioModality(Modality):
 
     def decode(self, cells: tuple[Any, ...], folder: Path) -> Array:
         content = media_bytes(cells[0], folder)
+        missing = _missing_bytes(content)
+        if missing:
+            raise BadValue(f"is truncated: {missing} bytes of its samples are not there")
         try:
             with soundfile.SoundFile(io.BytesIO(content)) as file:
-                rate, frames = file.samplerate, file.frames
-                if frames > self.config.largest_seconds * rate:
-                    raise BadValue(f"claims {frames / rate:.0f} seconds, over the limit of largest_seconds")
-                sound = file.read(dtype="float32", always_2d=True)
+                rate = file.samplerate
+                samples = self._read(file)
         except soundfile.LibsndfileError as error:
-            raise BadValue(f"is not sound, or is cut short ({str(error).strip()[:80]})") from None
-        if len(sound) < frames:
-            raise BadValue(f"is truncated: {len(sound)} of {frames} samples are there")
-        samples = sound.mean(axis=1)
-        if not np.isfinite(samples).all():
-            raise BadValue("has samples that are not numbers")
+            raise BadValue(f"is not sound, or is cut short ({_reason(error)})") from None
         if rate != self.config.sample_rate:
             samples = soxr.resample(samples, rate, self.config.sample_rate)
         samples = samples[: self.max_samples]
         if len(samples) == 0:
             raise BadValue("has no samples")
-        samples = samples - samples.mean()
+        samples = samples - samples.mean(dtype=np.float64)
         samples = samples / max(float(samples.std()), 1e-4)
         kept: Array = (samples * KEPT_SCALE).clip(-32767, 32767).astype(np.int16)
         return kept
+
+    def _read(self, file: soundfile.SoundFile) -> npt.NDArray[np.float32]:
+        """The channels' mean, a little longer than what is kept; the rest is read only to see that it is there."""
+        rate, frames = file.samplerate, file.frames
+        if frames >= UNKNOWN_FRAMES:
+            raise BadValue("does not say how long it is, as a stream that was never closed. Write it again whole")
+        if frames > self.config.largest_seconds * rate:
+            raise BadValue(f"claims {frames / rate:.0f} seconds, over the limit of largest_seconds")
+        wanted = int((self.config.max_seconds + MARGIN_SECONDS) * rate) + 1
+        kept: list[npt.NDArray[np.float32]] = []
+        done = 0
+        while len(block := file.read(max(1, BLOCK_NUMBERS // file.channels), dtype="float32", always_2d=True)):
+            if not np.isfinite(block).all():
+                raise BadValue("has samples that are not numbers")
+            if done < wanted:
+                kept.append(block.mean(axis=1, dtype=np.float64).astype(np.float32)[: wanted - done])
+            done += len(block)
+        if done < frames:
+            raise BadValue(f"is truncated: {done} of {frames} samples are there")
+        return np.concatenate(kept) if kept else np.zeros(0, np.float32)
 
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         change = self.config.augment
@@ -145,6 +175,28 @@ def _played(medium: Array, speed: float) -> Array:
     low = medium[before].astype(np.float32)
     high = medium[np.minimum(before + 1, len(medium) - 1)]
     return low + (at - before) * (high - low)
+
+
+def _missing_bytes(content: bytes) -> int:
+    """How many bytes of its samples a WAV or AIFF file lacks; the library would read on as if it had never had them."""
+    big = content[:4] == b"FORM"
+    if content[:4] != b"RIFF" and not big:
+        return 0
+    start = 12
+    for _ in range(MOST_CHUNKS):
+        if start + 8 > len(content):
+            break
+        size = int.from_bytes(content[start + 4 : start + 8], "big" if big else "little")
+        if content[start : start + 4] in (b"data", b"SSND"):
+            # A recorder that writes into a pipe cannot know the size and claims one beyond all bounds.
+            return 0 if size >= 0x7FFF0000 else max(0, start + 8 + size - len(content))
+        start += 8 + size + size % 2
+    return 0
+
+
+def _reason(error: soundfile.LibsndfileError) -> str:
+    """Its words without the address of what was opened, which differs at each run."""
+    return str(error.error_string).strip().rstrip(".")[:80]
 
 
 @functools.cache

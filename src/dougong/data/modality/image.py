@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,6 +20,20 @@ from dougong.core.config import Config
 from dougong.core.signature import ImageInput
 from dougong.data.batch import Array
 from dougong.data.modality.medium import BadValue, Modality, media_bytes, media_key
+
+FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Of Pillow's many. Some of the others start other programs on what the file says."""
+
+TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
 
 
 class ImageAugment(Config):
@@ -109,15 +123,16 @@ def open_picture(content: bytes, largest_pixels: int) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            # We draw the line ourselves; Pillow warns at another size.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture: Image.Image = Image.open(io.BytesIO(content))
-        if picture.width * picture.height > largest_pixels:
-            raise BadValue(
-                f"claims {picture.width} x {picture.height} pixels, over the limit of {largest_pixels:,} "
-                "(a decompression bomb, or raise largest_pixels)"
-            )
-        picture.load()
+            # We draw the line of sizes ourselves, and an odd note beside good pixels is no matter.
+            warnings.simplefilter("ignore")
+            picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if picture.width * picture.height > largest_pixels:
+                raise BadValue(
+                    f"claims {picture.width} x {picture.height} pixels, over the limit of {largest_pixels:,} "
+                    "(a decompression bomb, or raise largest_pixels)"
+                )
+            picture.load()
+            return _rgb(_upright(picture))
     except BadValue:
         raise
     except Image.DecompressionBombError:
@@ -126,10 +141,23 @@ def open_picture(content: bytes, largest_pixels: int) -> Image.Image:
         raise BadValue("is not a picture") from None
     except Exception as error:  # Pillow's decoders raise whatever they meet in a broken file.
         raise BadValue(f"is a broken or truncated picture ({str(error)[:80]})") from None
-    orientation = picture.getexif().get(0x0112, 1)
-    turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
-    if orientation in turns:
-        picture = picture.transpose(turns[orientation])
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(0x0112, 1)
+    except Exception:  # a broken note, whatever Pillow makes of it, leaves the pixels as good as they are
+        return picture
+    turn = TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise BadValue("has pixels of floating point, of which none can say what is white. Store it as a volume")
+    if picture.mode.startswith("I"):
+        # 16 bits a pixel. Pillow's own conversion would make white of all above 255.
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))

@@ -22,6 +22,7 @@ from dougong.core.signature import Input
 from dougong.data.batch import Array
 
 LARGEST_FILE_BYTES: Final = 256 * 2**20
+LONGEST_KEY: Final = 200
 
 
 class BadValue(Exception):
@@ -59,16 +60,16 @@ class Modality(ABC):
 
 def media_key(cell: Any) -> Hashable:
     """What tells two media apart: the bytes where they are inline (names repeat), else the path."""
+    if isinstance(cell, dict) and not _is_other_struct(cell):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if cell is None:
         return None
-    if isinstance(cell, dict):
-        content = cell.get("bytes")
-        if content is None:
-            return cell.get("path") or None
-        cell = content
     if isinstance(cell, bytes):
-        return hashlib.blake2b(cell, digest_size=16).digest()
-    return str(cell)
+        return _digest(cell)
+    if not isinstance(cell, str):
+        cell = repr(cell)  # of a wrong type: its decoding will say so
+    # A long name takes the room of a short one in a cache; an empty one says as little as none.
+    return (cell if len(cell) <= LONGEST_KEY else _digest(cell.encode("utf-8", "surrogatepass"))) or None
 
 
 def media_bytes(cell: Any, folder: Path) -> bytes:
@@ -78,18 +79,13 @@ def media_bytes(cell: Any, folder: Path) -> bytes:
         BadValue: wrong type, no such file, out of the folder, too large.
     """
     if isinstance(cell, dict):
+        if _is_other_struct(cell):
+            raise BadValue(f"holds a struct of {', '.join(map(str, cell))}, not of bytes and path"[:100])
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, bytes):
         content = cell
     elif isinstance(cell, str):
-        path = inside(folder, cell)
-        if path is None:
-            raise BadValue(f"path {_short(cell)} leads out of the table's folder")
-        if not path.is_file():
-            raise BadValue(f"there is no file {_short(cell)}")
-        if path.stat().st_size > LARGEST_FILE_BYTES:
-            raise BadValue(f"file {_short(cell)} has over {LARGEST_FILE_BYTES // 2**20} MiB")
-        content = path.read_bytes()
+        content = _file_bytes(cell, folder)
     else:
         raise BadValue(f"holds {type(cell).__name__}, not a file's bytes or path")
     if not content:
@@ -97,6 +93,30 @@ def media_bytes(cell: Any, folder: Path) -> bytes:
     if len(content) > LARGEST_FILE_BYTES:
         raise BadValue(f"has over {LARGEST_FILE_BYTES // 2**20} MiB")
     return content
+
+
+def _file_bytes(name: str, folder: Path) -> bytes:
+    try:
+        path = inside(folder, name)
+        if path is None:
+            raise BadValue(f"path {_short(name)} leads out of the table's folder")
+        if not path.is_file():
+            raise BadValue(f"there is no file {_short(name)}")
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise BadValue(f"file {_short(name)} has over {LARGEST_FILE_BYTES // 2**20} MiB")
+        return path.read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:
+        # Too long a name, links in a circle, no right to read, half a character: the system's own words say which.
+        reason = getattr(error, "strerror", None) or str(error).split(" from ")[0]
+        raise BadValue(f"path {_short(name)} cannot be read ({reason[:80]})") from None
+
+
+def _is_other_struct(cell: dict[Any, Any]) -> bool:
+    return bool(cell) and not {"bytes", "path"} & cell.keys()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def pad(rows: Sequence[npt.NDArray[Any]], width: int, dtype: npt.DTypeLike) -> tuple[Array, npt.NDArray[np.bool_]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from dougong.core.config import Config
 from dougong.core.signature import TableInput
 from dougong.data.batch import Array
 from dougong.data.modality.medium import BadValue, Modality
+
+LARGEST_NUMBER: Final = float(np.finfo(np.float32).max)
 
 
 class NumberColumn(Config):
@@ -67,8 +69,12 @@ class TableModality(Modality):
         row = np.zeros(len(cells), np.float64)
         for place, column in enumerate(self.config.numbers):
             row[place] = (to_number(cells[place], column.name) - column.mean) / column.scale
+            if abs(row[place]) > LARGEST_NUMBER:
+                raise BadValue(
+                    f"{column.name} holds {cells[place]}, which is too far from the others to be computed with"
+                )
         for place, index in enumerate(self._index, start=len(self.config.numbers)):
-            row[place] = 0 if cells[place] is None else index.get(str(cells[place]), 0)
+            row[place] = 0 if cells[place] is None else index.get(to_category(cells[place]), 0)
         return row
 
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
@@ -83,6 +89,11 @@ class TableModality(Modality):
         }
 
 
+def to_category(cell: Any) -> str:
+    """A category's name; a whole number has one name, however a file format may store it."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
 def to_number(cell: Any, column: str) -> float:
     """A finite float, or NaN for a missing value.
 
@@ -93,6 +104,8 @@ def to_number(cell: Any, column: str) -> float:
         return math.nan
     try:
         number = float(cell)
+    except OverflowError:
+        raise BadValue(f"{column} holds a number of {len(str(cell))} digits: nothing computes with those") from None
     except (TypeError, ValueError):
         raise BadValue(f"{column} holds {str(cell)[:40]!r}, not a number") from None
     if not math.isfinite(number):

@@ -7,6 +7,7 @@ Promise     the tokenizer is the one file that `tokenizers` writes, so any other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,9 +18,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from dougong.core.config import Config
 from dougong.core.signature import TextInput
 from dougong.data.batch import Array
-from dougong.data.modality.medium import BadValue, Modality, pad
+from dougong.data.modality.medium import BadValue, Modality, media_key, pad
 
 LARGEST_CHARACTERS: Final = 1_000_000
+PRIVATE: Final = 0xF0000
+"""The first letter of Unicode's largest private area."""
+
 SPECIAL: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -54,7 +58,7 @@ class TextModality(Modality):
     def key(self, cells: tuple[Any, ...]) -> Hashable:
         text = cells[0]
         # An empty text says as little as none.
-        return (text if text.strip() else None) if isinstance(text, str) else text
+        return media_key(text.strip() and text) if isinstance(text, str) else text
 
     def decode(self, cells: tuple[Any, ...], folder: Path) -> Array:
         text = cells[0]
@@ -62,7 +66,13 @@ class TextModality(Modality):
             raise BadValue(f"holds {type(text).__name__}, not text")
         if len(text) > LARGEST_CHARACTERS:
             raise BadValue(f"has over {LARGEST_CHARACTERS:,} characters")
-        return np.array(self.tokenizer.encode(text).ids, np.int64)
+        try:
+            ids = self.tokenizer.encode(text).ids
+        except TypeError:  # what the Rust side makes of a lone surrogate
+            raise BadValue("holds half a character, which no UTF-8 can spell") from None
+        if not ids:
+            raise BadValue("has nothing that the tokenizer can read")
+        return np.array(ids, np.int64)
 
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         longest = max((len(ids) for ids in media), default=1)
@@ -72,15 +82,51 @@ class TextModality(Modality):
 
 def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """Word pieces, lower case (Schuster and Nakajima 2012, as BERT uses them)."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106, a token of text
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary_size, special_tokens=list(SPECIAL), show_progress=False, min_frequency=2
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = (
+        word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(_spellable(text)))
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = _word_pieces(Counter(words), vocabulary_size)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106, a token of text
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     )
     return tokenizer
+
+
+def _word_pieces(counts: Counter[str], vocabulary_size: int) -> dict[str, int]:
+    """The pieces by number, the same at every call.
+
+    The library's own trainer of word pieces numbers the "##" letters in the order of a hash table, which differs at
+    every call, and ties follow. Its trainer of byte pairs sorts single letters: here it learns from words in which
+    every letter but the first is replaced by one of Unicode's private ones.
+    """
+    letters = sorted({letter for word in counts for letter in word[1:]})
+    private = {letter: chr(PRIVATE + place) for place, letter in enumerate(letters)}
+    public = {other: letter for letter, other in private.items()}
+    inner = str.maketrans(private)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        min_frequency=2,
+        limit_alphabet=2**30,  # a limit would leave out the rarest in the order of a hash table
+    )
+    lines = (" ".join([word[0] + word[1:].translate(inner)] * count) for word, count in sorted(counts.items()))
+    tokenizer.train_from_iterator(lines, trainer)
+    pieces: dict[str, int] = tokenizer.get_vocab()
+    return {_public(piece, public): number for piece, number in pieces.items()}
+
+
+def _public(piece: str, public: dict[str, str]) -> str:
+    letters = "".join(public.get(letter, letter) for letter in piece)
+    return f"##{letters}" if piece[0] in public else letters
+
+
+def _spellable(text: str) -> str:
+    return text.encode("utf-8", "ignore").decode("utf-8")
