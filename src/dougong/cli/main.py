@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer import Argument, Option
 
@@ -32,6 +31,9 @@ Settings = Annotated[
     list[str] | None, Option("--set", help="A setting laid over the recipe, like train.steps=200. May be repeated.")
 ]
 
+
+# What typer raises at a typing mistake. It brings click as a part of its own or as another package, by version.
+ClickError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 # Heavy parts are imported inside commands, so that --help and a typing mistake answer at once.
 
@@ -181,10 +183,10 @@ def main(arguments: list[str] | None = None) -> int:
     except DougongError as error:
         print(f"dougong: {error}", file=sys.stderr)
         return 2
-    except click.ClickException as error:
+    except ClickError as error:
         print(f"dougong: {error.format_message()} See dougong --help.", file=sys.stderr)
         return 2
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("dougong: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:

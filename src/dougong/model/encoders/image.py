@@ -80,7 +80,8 @@ class ImageEncoderConfig(TransformerConfig):
                 f"Use pool in {fits}."
             )
         if self.stem == "convolution":
-            model.embeddings.patch_embeddings.projection = _convolutions(given.channels, self.width, self.patch_size)
+            convolutions = _convolutions(given.channels, self.width, self.patch_size)
+            model.embeddings.patch_embeddings.projection = convolutions  # type: ignore[assignment]  # it takes any map
         config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
         layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.layers]
         tail = ImageTail(model, grid, self.pool)
