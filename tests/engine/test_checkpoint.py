@@ -190,6 +190,18 @@ def test_averages_that_the_manifest_does_not_know_are_not_loaded(tmp_path: Path)
         load_weights(model, path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "random.json"])
+def test_a_file_that_the_manifest_does_not_miss_is_needed_all_the_same(tmp_path: Path, name: str) -> None:
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, state(1), model, optimizer)
+    (path / name).unlink()
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"{name} is missing$"):
+        check_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "", "a\0b"])
 def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     model, optimizer = trained()
