@@ -138,6 +138,16 @@ def test_files_that_cannot_be_written_are_told_once_and_the_run_goes_on(
     assert err.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_written_is_closed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = TensorBoard(full(tmp_path, monkeypatch))
+    write._flushed = -1e12
+    write(started())
+    assert "no more curves" in capsys.readouterr().err
+    assert write._file is None
+
+
 def test_speeds_of_a_step_without_duration_are_finite() -> None:
     event = StepDone(
         step=1, loss=1.0, grad_norm=1.0, learning_rate=1.0, num_records=8, epoch=0, seconds=0.0, wait_seconds=0.0
