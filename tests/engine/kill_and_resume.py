@@ -5,6 +5,7 @@ Forked from here rather than started anew, since loading torch takes longer than
 the step that each process got to before it was killed, and what stood in the checkpoints' folder after it.
 """
 
+import functools
 import json
 import os
 import random
@@ -12,24 +13,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_run import TinyLoader, TinyModel, TinyOutput, losses_of, tiny_loss
+from tiny_run import Judged, TinyLoader, TinyModel, TinyOutput, losses_of, tiny_loss
 from torch import Tensor
 
 from dougong.engine.trainer import TrainConfig, Watch, train
 from dougong.nn.batch import Batch
 
 STEPS = 60
-
-
-@dataclass
-class Judged:
-    metrics: dict[str, float]
-    num_records: int = 1
 
 
 def run(folder: Path, before: Callable[[], None]) -> None:
@@ -71,14 +65,13 @@ def at_sync(number: int) -> Callable[[], None]:
     """Die at the `number`th time that something is put on the disk: in the middle of a checkpoint."""
 
     def arm() -> None:
-        real, count = os.fsync, 0
+        count = 0
 
         def fsync(handle: int) -> None:
             nonlocal count
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(handle)
 
         os.fsync = fsync
 
@@ -86,6 +79,7 @@ def at_sync(number: int) -> Callable[[], None]:
 
 
 def main() -> None:
+    os.fsync = lambda handle: None  # a kill loses nothing that was written; only a power failure would
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     chance = random.Random(seed)
     torch.set_num_threads(1)
@@ -101,7 +95,7 @@ def main() -> None:
             status = forked(lambda: run(killed, lambda: None), kill_after=chance.uniform(0.05, 0.4) * seconds)
         else:
             sync = chance.randrange(1, 40)
-            status = forked(lambda: run(killed, at_sync(sync)))
+            status = forked(functools.partial(run, killed, at_sync(sync)))
         if status == 0:
             break
         assert status == signal.SIGKILL, f"the process ended with {status}"

@@ -1,7 +1,10 @@
 """A model, a loader and a loss that train in milliseconds, and still draw random numbers in every step."""
 
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dougong.core.events import read_events
+from dougong.core.events import Announcer, Event, Listener, StepDone, read_events
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import Target
 from dougong.data.batch import BadRecord, BatchArrays, MediaArrays
 from dougong.data.position import Position
 from dougong.engine.batches import to_tensors
+from dougong.engine.trainer import TrainConfig, TrainResult, Watch, train
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 
@@ -117,3 +121,57 @@ def same_weights(left: nn.Module | dict[str, Tensor], right: nn.Module | dict[st
     a = left if isinstance(left, dict) else left.state_dict()
     b = right if isinstance(right, dict) else right.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def train_tiny(
+    folder: Path,
+    *,
+    model: TinyModel | None = None,
+    loader: TinyLoader | None = None,
+    loss: Callable[[TinyOutput, Batch], Tensor] = tiny_loss,
+    watch: Watch | None = None,
+    hear: Listener | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    **settings: Any,
+) -> tuple[TrainResult, TinyModel]:
+    """Train for 20 steps, four epochs, unless told otherwise."""
+    model = model or TinyModel()
+    config = TrainConfig(**{"steps": 20, "precision": "fp32", "checkpoint_every": 4, **settings})
+    announce = Announcer(*([hear] if hear is not None else []))
+    result = train(
+        model,
+        loss,
+        loader or TinyLoader(),
+        config,
+        folder=folder,
+        watch=watch,
+        announce=announce,
+        seed=seed,
+        resume=resume,
+    )
+    return result, model
+
+
+def interrupt_at(step: int) -> Listener:
+    """Ctrl-C in the middle of a run."""
+
+    def hear(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return hear
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An evaluation of which only the figures matter."""
+
+    metrics: dict[str, float]
+    num_records: int = 1
+
+
+def watch_scores(*scores: float, higher_is_better: bool = True) -> Watch:
+    """Each evaluation finds the next of these scores."""
+    left = iter(scores)
+    return Watch(lambda: {"all": Judged({"score": next(left)})}, "score", higher_is_better=higher_is_better)

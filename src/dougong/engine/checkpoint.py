@@ -116,7 +116,9 @@ def check_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing or damaged") from None
     if found_format != FORMAT:
         raise CheckpointError(f"{folder}: its format is {found_format!r}, this version reads {FORMAT}")
-    for name in dict.fromkeys([*NEEDED, *sums]):
+    # Averages that the manifest does not know would be loaded unseen.
+    unlisted = [AVERAGE] if (folder / AVERAGE).exists() else []
+    for name in dict.fromkeys([*NEEDED, *sums, *unlisted]):
         file = inside(folder, name)
         if file is None or not file.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -75,25 +74,26 @@ class DecisionMetrics:
 
     single label   accuracy, balanced_accuracy (mean recall of the classes that occur), macro_f1
     multi label    micro_f1, macro_f1, mean_average_precision (over the labels that occur)
+                   macro_f1 is over the classes or labels that occur or are predicted
     regression     rmse, mae, r2 (where the target varies)
     """
 
     def __init__(self, target: Target, device: torch.device | str = "cpu") -> None:
         self._target = target
         num_outputs = target.num_outputs
-        # torchmetrics refuses a single class or label; one that never occurs changes no figure below.
-        self._num = max(2, num_outputs)
+        # torchmetrics refuses a single class; one that never occurs changes no figure below.
+        num_classes = max(2, num_outputs)
         metrics: dict[str, Metric]
         if target.task == "single_label":
             metrics = {
-                "accuracy": MulticlassAccuracy(self._num, average="micro", validate_args=False),
-                "macro_f1": MulticlassF1Score(self._num, average="macro", validate_args=False),
-                "confusion": MulticlassConfusionMatrix(self._num, validate_args=False),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "macro_f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
+                "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
             }
         elif target.task == "multi_label":
             metrics = {
-                "micro_f1": MultilabelF1Score(self._num, average="micro", validate_args=False),
-                "macro_f1": MultilabelF1Score(self._num, average="macro", validate_args=False),
+                "micro_f1": MultilabelF1Score(num_outputs, average="micro", validate_args=False),
+                "f1_C": MultilabelF1Score(num_outputs, average="none", validate_args=False),
             }
         else:
             metrics = {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError(), "r2": R2Score()}
@@ -103,6 +103,7 @@ class DecisionMetrics:
         self._num_records = 0
         self._probabilities: list[Tensor] = []  # average precision needs them all
         self._known: list[Tensor] = []
+        self._predicted_C = torch.zeros(num_outputs, dtype=torch.bool, device=device)
         self._lowest, self._highest = float("inf"), float("-inf")
 
     def update(self, decided: Decided, target_B: Tensor) -> None:
@@ -112,11 +113,11 @@ class DecisionMetrics:
             self._add(decided.prediction_B, target_B)
         elif self._target.task == "multi_label":
             assert decided.probability_BC is not None
-            absent = self._num - target_B.shape[1]
-            known_BC = functional.pad(target_B.long(), (0, absent))
+            known_BC = target_B.long()
             self._probabilities.append(decided.probability_BC)
             self._known.append(known_BC)
-            self._add(functional.pad(decided.probability_BC, (0, absent)), known_BC)
+            self._predicted_C |= decided.prediction_B.bool().any(dim=0)
+            self._add(decided.prediction_B, known_BC)
         elif target_B.shape[0]:
             value_B = in_own_units(self._target, target_B)
             self._lowest = min(self._lowest, float(value_B.min()))
@@ -137,9 +138,15 @@ class DecisionMetrics:
                 "macro_f1": self._value("macro_f1").item(),
             }
         if self._target.task == "multi_label":
-            figures = {name: self._value(name).item() for name in ("micro_f1", "macro_f1")}
+            figures: dict[str, float] = {}
             probability_NC, known_NC = torch.cat(self._probabilities), torch.cat(self._known)
-            occurring = known_NC.any(dim=0).nonzero()[:, 0].tolist()
+            known_C = known_NC.any(dim=0)
+            met_C = known_C | self._predicted_C
+            if met_C.any():
+                figures["micro_f1"] = self._value("micro_f1").item()
+                f1_C = self._value("f1_C").reshape(-1)  # of one label torchmetrics makes a scalar
+                figures["macro_f1"] = f1_C[met_C].mean().item()
+            occurring = known_C.nonzero()[:, 0].tolist()
             if occurring:
                 each = [binary_average_precision(probability_NC[:, c], known_NC[:, c]) for c in occurring]
                 figures["mean_average_precision"] = torch.stack(each).mean().item()

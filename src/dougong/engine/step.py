@@ -56,6 +56,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     `num_records` counts all of them, so that uneven batches weigh each record the same.
     """
     parts.optimizer.zero_grad(set_to_none=True)
+    buffers = list(parts.model.buffers())
+    before = [buffer.clone() for buffer in buffers]
     losses = [_backward(parts, batch, num_records) for batch in batches]
     gradients = _gradients(parts.optimizer)
 
@@ -64,6 +66,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         parts.optimizer.zero_grad(set_to_none=True)
+        for buffer, kept in zip(buffers, before, strict=True):
+            buffer.copy_(kept)  # a running mean that met a NaN would never lose it
         return StepReport(loss, grad_norm, skipped=True)
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         torch._foreach_mul_(gradients, parts.max_grad_norm / grad_norm)

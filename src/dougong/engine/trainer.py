@@ -9,6 +9,7 @@ Promise     the same seed gives the same losses; a run that was killed at any mo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -199,24 +200,20 @@ def train(
     found = latest_checkpoint(checkpoints_of(folder))
     if not resume and (found.checkpoint is not None or found.skipped):
         raise RunError(f"{folder} holds a run already. Go on with it by resume, or name another folder.")
-    clear_leftovers(checkpoints_of(folder))
     start = found.checkpoint
-    step = 0 if start is None else start.state.step
-
-    events = EventFile(folder / EVENTS, resume_at=None if start is None else step)
-    announcer = Announcer(events, *(announce.listeners if announce is not None else ()))
-    try:
-        for skipped in found.skipped:
-            set_aside(skipped)
-            announcer(CheckpointSkipped(step=step, path=str(skipped.folder), reason=skipped.reason))
-        with interruptible() as interruption:
-            run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption)
-            try:
-                return run.train()
-            finally:
-                run.intake.close()
-    finally:
-        events.close()
+    announcer = Announcer(*(announce.listeners if announce is not None else ()))
+    with interruptible() as interruption:
+        # Before anything on the disk changes: a run that is refused stays as it was.
+        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption)
+        clear_leftovers(checkpoints_of(folder))
+        events = EventFile(folder / EVENTS, resume_at=None if start is None else run.step)
+        announcer.listeners.insert(0, events)
+        with contextlib.closing(events), contextlib.closing(run.intake):
+            for skipped in found.skipped:
+                set_aside(skipped)
+                announcer(CheckpointSkipped(step=run.step, path=str(skipped.folder), reason=skipped.reason))
+            prune_checkpoints(checkpoints_of(folder), config.keep)  # a kill may have come before it
+            return run.train()
 
 
 class _Run:
@@ -316,7 +313,7 @@ class _Run:
 
         report = train_step(self.parts, [to_tensors(each, self.device) for each in arrays], num_records=num_records)
         self.step += 1
-        if self.average is not None:
+        if self.average is not None and not report.skipped:
             self.average.update(self.step)
         self.announce(
             StepDone(
@@ -339,8 +336,10 @@ class _Run:
             )
 
     def _announce_set_aside(self, tally: Tally) -> None:
+        # Of the step that is being taken: after a kill it is met, and told, again.
+        step = self.step + 1
         self.announce(
-            RecordsSetAside(step=self.step, count=len(tally.bad_rows), seen=tally.seen, first=list(tally.first_bad))
+            RecordsSetAside(step=step, count=len(tally.bad_rows), seen=tally.seen, first=list(tally.first_bad))
         )
 
     # Evaluation ----------------------------------------------------------------------------------------------

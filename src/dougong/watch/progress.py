@@ -8,6 +8,7 @@ Promise     writes to stderr only, so that a command's output stays its own; wha
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -110,7 +111,7 @@ class Progress:
 
     def _step(self, event: StepDone) -> None:
         self._records += event.num_records
-        if event.loss == event.loss:  # a step that was skipped shows no NaN for ever after
+        if math.isfinite(event.loss):  # a step that was skipped shows no NaN for ever after
             before = event.loss if self._loss is None else self._loss
             self._loss = before + SMOOTHING * (event.loss - before)
         now = time.monotonic()

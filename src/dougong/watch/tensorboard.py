@@ -41,7 +41,7 @@ class TensorBoard:
         if self._failed:
             return
         try:
-            if isinstance(event, RunStarted) and event.resumed:
+            if isinstance(event, RunStarted):  # also of a run that was killed before its first checkpoint
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
                 self._write(event_pb2.Event(wall_time=event.time, step=event.step + 1, session_log=start))
             scalars = scalars_of(event)
@@ -49,11 +49,10 @@ class TensorBoard:
                 values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
                 summary = summary_pb2.Summary(value=values)
                 self._write(event_pb2.Event(wall_time=event.time, step=event.step, summary=summary))
-            if isinstance(event, RunFinished):
-                self.close()
         except OSError as error:
-            self._failed = True
-            print(f"dougong: no more curves in {self._folder}: {error}", file=sys.stderr)
+            self._fail(error)
+        if isinstance(event, RunFinished):
+            self.close()
 
     def __enter__(self) -> TensorBoard:
         return self
@@ -67,7 +66,16 @@ class TensorBoard:
         """Put everything on the disk; a later event opens another file."""
         if self._file is not None:
             file, self._file, self._records = self._file, None, None
-            file.close()
+            try:
+                file.close()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed = True
+            print(f"dougong: no more curves in {self._folder}: {error}", file=sys.stderr)
+        self.close()
 
     def _write(self, record: event_pb2.Event) -> None:
         if self._file is None:
