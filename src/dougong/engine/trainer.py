@@ -388,11 +388,11 @@ class _Run:
         value = sum(values) / len(values)
         best = self.best_metric
         better = best is None or (value > best if self.watch.higher_is_better else value < best)
-        if not better or value != value:  # NaN is never the best
-            self.evaluations_without_gain += 1
+        self.evaluations_without_gain = 0 if better else self.evaluations_without_gain + 1
+        # Of weights that are judged the same, the longer trained; NaN is never the best, nor equal to it.
+        if value != value or not (better or value == best):
             return False
         self.best_metric, self.best_step = value, self.step
-        self.evaluations_without_gain = 0
         return True
 
     def _judge(self, watch: Watch) -> Mapping[str, Judgement]:
