@@ -216,3 +216,64 @@ def test_a_kind_without_an_encoder_is_refused() -> None:
     signal = SIGNATURE.model_copy(update={"inputs": {"ecg": SignalInput(num_channels=2, max_samples=100)}})
     with pytest.raises(ConfigError, match=r"'ecg' is a signal, which has no encoder yet\. Leave it out"):
         build({}, signal)
+
+
+@pytest.mark.parametrize("fusion", ["bridge", "late"])
+def test_aligned_modalities_give_vectors_that_see_nothing_of_each_other(fusion: str) -> None:
+    model = build({"align": ["text", "sound"], "fusion": fusion}).train()
+    whole = model(batch({}))
+    other = batch({})
+    noise = torch.randn_like(other.media["sound"].values["samples_UT"])
+    other.media["sound"].values["samples_UT"].copy_(noise)
+
+    heard = model(other)
+
+    torch.testing.assert_close(heard.aligned["text"], whole.aligned["text"], rtol=0, atol=0)
+    assert not torch.allclose(heard.aligned["sound"], whole.aligned["sound"])
+    torch.testing.assert_close(whole.aligned["sound"].norm(dim=-1), torch.ones(3))
+
+
+def test_only_training_is_asked_for_aligned_vectors() -> None:
+    model = build({"align": ["text", "sound"]})
+    assert set(model.train()(batch({})).aligned) == {"text", "sound"}
+    assert set(model(batch({"sound": [False] * 3}))[-1]) == {"text", "sound"}
+    assert model.eval()(batch({})).aligned == {}
+
+
+def test_a_pair_to_align_is_two_modalities_that_are_there() -> None:
+    with pytest.raises(ValueError, match="must name two modalities, or none"):
+        SandwichConfig(align=("text",))
+    with pytest.raises(ConfigError, match="model.align names 'smell', which is no modality here. Use some of text"):
+        build({"align": ["text", "smell"]})
+
+
+def test_heads_that_cannot_share_out_the_width_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"bridge.num_heads=3 cannot share out width=16: .* Use num_heads in \[1, 2, 4"
+    ):
+        build({"bridge": {"num_heads": 3}})
+
+
+def test_one_modality_alone_has_nobody_to_ask_and_no_weights_for_it() -> None:
+    alone = Signature(inputs={"text": SIGNATURE.inputs["text"]}, target=SIGNATURE.target)
+    model = build({}, alone)
+    text = batch({}).media["text"]
+
+    model(Batch({"text": text}, None)).output_BC.sum().backward()
+
+    idle = [name for name, p in model.named_parameters() if p.grad is None]
+    assert idle == []
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"), [((64, 64), 8), ((50, 50), 10), ((48, 36), 6), ((20, 24), 4), ((53, 53), 53)]
+)
+def test_an_image_of_any_size_gets_patches_that_share_it_out(size: tuple[int, int], patch: int) -> None:
+    signature = Signature(inputs={"image": ImageInput(height=size[0], width=size[1])}, target=SIGNATURE.target)
+    model = build({}, signature)
+    pixels = {"pixels_UCHW": torch.randn(2, 3, *size)}
+
+    output = model(Batch({"image": MediaBatch(pixels, torch.arange(2), torch.ones(2, dtype=torch.bool))}, None))
+
+    assert output.output_BC.shape == (2, 3)
+    assert model.grids["image"] == (size[0] // patch, size[1] // patch)

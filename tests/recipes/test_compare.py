@@ -10,7 +10,7 @@ from PIL import Image
 
 from dougong.recipes.compare import compare
 from dougong.recipes.interval import paired_gain
-from dougong.recipes.recipe import read_recipe
+from dougong.recipes.known import read_recipe
 
 
 def small_vqa(path: Path, pictures: int) -> Path:

@@ -12,8 +12,8 @@ from dougong.core.events import read_events
 from dougong.core.signature import Task
 from dougong.recipes.fit import fit
 from dougong.recipes.judge import judge
-from dougong.recipes.known import KNOWN
-from dougong.recipes.recipe import DataConfig, Recipe, read_recipe
+from dougong.recipes.known import KNOWN, read_recipe
+from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.run import run_recipe
 
 

@@ -63,8 +63,7 @@ def show(
 ) -> None:
     """Print a recipe as YAML, every setting included."""
     from dougong.core.config import to_yaml
-    from dougong.recipes.known import KNOWN
-    from dougong.recipes.recipe import read_recipe
+    from dougong.recipes.known import KNOWN, read_recipe
 
     if recipe == "list":
         about = {name: (make.__doc__ or "").splitlines()[0] for name, make in KNOWN.items()}
@@ -102,7 +101,7 @@ def train(
 ) -> None:
     """Train, judge, and write a run's folder: checkpoints, bundle, report."""
     from dougong.cli.show import print_run
-    from dougong.recipes.recipe import read_recipe
+    from dougong.recipes.known import read_recipe
     from dougong.recipes.run import run_recipe
 
     found = read_recipe(recipe, settings or ())

@@ -1,8 +1,8 @@
-"""What is made of the fused vector.
+"""What is made of the fused vector, and of one modality's tokens alone.
 
-Here        DecisionHead (classes or a number) and its config.
-Elsewhere   what its outputs mean and how wrong they are (objectives/decision.py).
-Promise     one row of outputs per record, whatever the record has.
+Here        DecisionHead (classes or a number) and its config; ContrastiveHead.
+Elsewhere   what their outputs mean and how wrong they are (objectives/).
+Promise     one row of outputs per record, whatever the record has; a contrastive vector has length 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dougong.core.config import Config
+from dougong.nn.pooling import AttentionPooling
 
 
 class DecisionConfig(Config):
@@ -46,3 +47,20 @@ class DecisionHead(nn.Module):
     def forward(self, fused_BD: Tensor) -> Tensor:
         output_BC: Tensor = self.out(self.dropout(functional.gelu(self.hidden(self.norm(fused_BD)))))
         return output_BC
+
+
+class ContrastiveHead(nn.Module):
+    """A medium's tokens to one vector of length 1, to be held against another modality's.
+
+    Shapes: U media, T tokens, D channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.pool = AttentionPooling(width=width)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_UTD: Tensor, mask_UT: Tensor) -> Tensor:
+        pooled_UD = self.pool(self.norm(x_UTD), mask_UT).x_BD
+        return functional.normalize(self.project(pooled_UD), dim=-1)

@@ -26,7 +26,7 @@ from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.gate import GateConfig
-from dougong.model.heads import DecisionConfig
+from dougong.model.heads import ContrastiveHead, DecisionConfig
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.modules_by_name import ModulesByName
@@ -49,6 +49,10 @@ class SandwichConfig(Config):
     encoders: dict[str, EncoderConfig] = {}
     """By modality. One that is not named here gets a small encoder from scratch, `width` wide."""
 
+    align: tuple[str, ...] = ()
+    """Two modalities that say the same, such as a sentence and a recording of it: each gets a vector before the bridge,
+    for a contrastive loss to draw together."""
+
     bridge: BridgeConfig = BridgeConfig()
 
     gate_temperature: float = Field(default=1.0, gt=0)
@@ -56,6 +60,12 @@ class SandwichConfig(Config):
     """Hidden channels of the head, as a multiple of `width`."""
 
     head_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _a_pair(self) -> Self:
+        if len(set(self.align)) not in (0, 2) or len(self.align) > 2:
+            raise ValueError(f"align={list(self.align)} must name two modalities, or none.")
+        return self
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
@@ -91,6 +101,9 @@ class SandwichState(NamedTuple):
     present_BM: Tensor
     """Which modalities each record has."""
 
+    aligned: dict[str, Tensor]
+    """(U, D): vectors of length 1 of the media that are to be drawn together."""
+
 
 class SandwichOutput(NamedTuple):
     """Shapes: B records, C outputs, D channels, M modalities."""
@@ -102,6 +115,9 @@ class SandwichOutput(NamedTuple):
 
     vector_BMD: Tensor
     """Each modality's own vector; zero where it is absent."""
+
+    aligned: dict[str, Tensor]
+    """As SandwichState has them."""
 
 
 class Explanation(NamedTuple):
@@ -139,6 +155,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             if isinstance(encoder.tail, ImageTail):
                 self.grids[name] = encoder.tail.grid
         self.embedders = ModulesByName(embedders)
+        blocks += [AlignBlock(name, config.width) for name in config.align]
         self.late = config.fusion == "late"
         if not self.late:
             blocks.append(JoinBlock(self.names))
@@ -171,7 +188,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
                 tokens[name], masks[name] = self.embedders[name](media.values)
                 medium[name] = media.index_B
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
-        return SandwichState(tokens, masks, medium, present_BM)
+        return SandwichState(tokens, masks, medium, present_BM, {})
 
     def head(self, state: SandwichState) -> SandwichOutput:
         return self._decide(state, pooled=None)
@@ -210,7 +227,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             fused_BD, weight_BM = vector_BMD.flatten(1), None
         else:
             fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM)
-        return SandwichOutput(self.decision(fused_BD), fused_BD, weight_BM, vector_BMD)
+        return SandwichOutput(self.decision(fused_BD), fused_BD, weight_BM, vector_BMD, state.aligned)
 
 
 class EncoderBlock(nn.Module):
@@ -241,6 +258,22 @@ class FinishBlock(nn.Module):
             return state
         finished = self.finisher(Tokens(state.tokens[self.name], state.masks[self.name]))
         return _with(state, self.name, Tokens(self.project(finished.x_UTD), finished.mask_UT))
+
+
+class AlignBlock(nn.Module):
+    """One modality's vectors for a contrastive loss, beside its tokens, which go on as they are."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name = name
+        self.contrastive = ContrastiveHead(width)
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        # Only for the loss: a model in use is not asked for it.
+        if not self.training or self.name not in state.tokens:
+            return state
+        vector_UD = self.contrastive(state.tokens[self.name], state.masks[self.name])
+        return state._replace(aligned={**state.aligned, self.name: vector_UD})
 
 
 class JoinBlock(nn.Module):
@@ -279,10 +312,11 @@ def _with(state: SandwichState, name: str, tokens: Tokens) -> SandwichState:
 
 def _settled_encoders(config: SandwichConfig, signature: Signature) -> dict[str, EncoderConfig]:
     """An encoder for each input, in the signature's order."""
-    strange = [name for name in config.encoders if name not in signature.inputs]
-    if strange:
-        known = ", ".join(signature.inputs)
-        raise ConfigError(f"model.encoders names {strange[0]!r}, which is no modality here. Use some of {known}.")
+    for setting, names in (("encoders", config.encoders), ("align", config.align)):
+        strange = [name for name in names if name not in signature.inputs]
+        if strange:
+            known = ", ".join(signature.inputs)
+            raise ConfigError(f"model.{setting} names {strange[0]!r}, which is no modality here. Use some of {known}.")
     settled: dict[str, EncoderConfig] = {}
     for name, shape in signature.inputs.items():
         chosen = config.encoders.get(name) or _default_encoder(name, shape, config.width)

@@ -16,8 +16,8 @@ from dougong.data.check import TableReport, check_table
 from dougong.data.columns import ColumnRole
 from dougong.data.preparation import fit_preparation
 from dougong.data.target import infer_target
-from dougong.recipes.known import KNOWN
-from dougong.recipes.recipe import DataConfig, Recipe, read_recipe
+from dougong.recipes.known import KNOWN, read_recipe
+from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import open_tables
 
 

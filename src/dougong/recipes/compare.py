@@ -23,7 +23,8 @@ from dougong.data.modality.medium import media_key
 from dougong.data.table import Table
 from dougong.engine.evaluate import Evaluation
 from dougong.recipes.interval import Gain, paired_gain
-from dougong.recipes.recipe import Recipe, read_recipe
+from dougong.recipes.known import read_recipe
+from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, judged_views, run_recipe, write_evaluation
 from dougong.recipes.tables import Tables, open_tables
 from dougong.watch.report import write_report
@@ -111,6 +112,7 @@ def _altered(recipe: Recipe, *, modalities: tuple[str, ...] | None, fusion: str)
         values["model"]["encoders"] = {
             name: encoder for name, encoder in values["model"]["encoders"].items() if name in modalities
         }
+        values["model"]["align"] = values["model"]["align"] if set(values["model"]["align"]) <= set(modalities) else []
     return parse(Recipe, values, where=f"recipe {recipe.name}")
 
 

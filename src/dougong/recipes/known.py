@@ -1,15 +1,18 @@
 """The recipes that have names.
 
-Here        vqa, vqa-demo, digits; KNOWN.
+Here        vqa, vqa-demo, digits; KNOWN; reading a recipe by its name or from YAML.
 Elsewhere   what a recipe may say (recipes/recipe.py).
 Promise     each trains as it stands: `dougong train NAME`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
+from dougong.core.config import from_yaml, override, parse
+from dougong.core.errors import ConfigError
 from dougong.data.collate import View
 from dougong.data.loader import LoaderConfig
 from dougong.data.modality.audio import AudioAugment
@@ -26,6 +29,7 @@ from dougong.recipes.recipe import DataConfig, Recipe
 
 WRITTEN: Final = ("image", "question")
 SPOKEN: Final = ("image", "speech")
+PAIRED: Final = ("question", "speech")
 
 
 def vqa_demo() -> Recipe:
@@ -72,7 +76,10 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             ),
             loader=LoaderConfig(batch_size=128, group_by="image", records_per_medium=4),
             views=(
-                View(keep=WRITTEN, weight=0.3),
+                View(keep=WRITTEN, weight=1.0, until_epoch=written_first),
+                View(keep=PAIRED, weight=1.0, until_epoch=written_first),
+                View(keep=WRITTEN, weight=0.15, from_epoch=written_first),
+                View(keep=PAIRED, weight=0.15, from_epoch=written_first),
                 View(keep=SPOKEN, weight=0.7, from_epoch=written_first),
             ),
             one_view_a_batch=True,
@@ -80,9 +87,16 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
         ),
         model=SandwichConfig(
             width=96,
+            align=PAIRED,
             encoders={
                 "image": ImageEncoderConfig(
-                    width=96, num_layers=2, num_heads=3, feedforward_ratio=2.0, patch_size=8, pool=2
+                    width=96,
+                    num_layers=1,
+                    num_heads=3,
+                    feedforward_ratio=2.0,
+                    patch_size=8,
+                    stem="convolution",
+                    pool=2,
                 ),
                 "question": TextEncoderConfig(width=96, num_layers=1, num_heads=4, feedforward_ratio=2.0),
                 "speech": AudioEncoderConfig(
@@ -104,9 +118,27 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             steps=steps,
             # Measured on this model: bf16 was slower on two cores, and a demo should not spend time on finding out.
             precision="fp32",
-            optimizer=OptimizerConfig(learning_rate=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.1),
+            optimizer=OptimizerConfig(learning_rate=7e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.1),
         ),
     )
 
 
 KNOWN: Final[dict[str, Callable[[], Recipe]]] = {"vqa-demo": vqa_demo, "vqa": vqa, "digits": digits}
+
+
+def read_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe by its name, or from a YAML file, with `a.b=value` settings laid over it.
+
+    Raises:
+        ConfigError: there is no such recipe or file, or a setting is wrong.
+    """
+    if name in KNOWN:
+        values = KNOWN[name]().model_dump(mode="json")
+    elif name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"{name} does not exist. Write one with: dougong show {next(iter(KNOWN))} > {name}")
+        values = from_yaml(path.read_text(encoding="utf-8"), where=name)
+    else:
+        raise ConfigError(f"{name!r} is no recipe. Use one of {', '.join(KNOWN)}, or a file that ends in .yaml.")
+    return parse(Recipe, override(values, settings), where=f"recipe {name}")

@@ -1,20 +1,17 @@
 """The whole description of a run.
 
-Here        Recipe and DataConfig; reading a recipe by its name or from YAML.
-Elsewhere   the recipes that have names (recipes/known.py); carrying one out (recipes/run.py).
+Here        Recipe, DataConfig and ObjectiveConfig.
+Elsewhere   the recipes that have names, and reading one (recipes/known.py); carrying one out (recipes/run.py).
 Promise     `dougong show` prints all of it, and what it prints runs as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from dougong.core.config import Config, from_yaml, override, parse
-from dougong.core.errors import ConfigError
+from dougong.core.config import Config
 from dougong.core.signature import Task
 from dougong.data.collate import View
 from dougong.data.loader import LoaderConfig
@@ -90,6 +87,23 @@ class DataConfig(Config):
         return self
 
 
+class ObjectiveConfig(Config):
+    """What is learnt besides deciding."""
+
+    label_smoothing: float = 0.0
+    """Probability taken from the true label."""
+
+    align_weight: float = 1.0
+    """Of the contrastive loss between the modalities in model.align, in batches that have both."""
+
+    @field_validator("align_weight")
+    @classmethod
+    def _above_zero(cls, weight: float) -> float:
+        if not weight > 0:
+            raise ValueError(f"{weight} must be above 0. To align nothing, leave model.align empty.")
+        return weight
+
+
 class Recipe(Config):
     """One run."""
 
@@ -98,24 +112,5 @@ class Recipe(Config):
     seed: int = 0
     data: DataConfig = DataConfig()
     model: SandwichConfig = SandwichConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
-
-
-def read_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe by its name, or from a YAML file, with `a.b=value` settings laid over it.
-
-    Raises:
-        ConfigError: there is no such recipe or file, or a setting is wrong.
-    """
-    from dougong.recipes.known import KNOWN
-
-    if name in KNOWN:
-        values = KNOWN[name]().model_dump(mode="json")
-    elif name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"{name} does not exist. Write one with: dougong show {next(iter(KNOWN))} > {name}")
-        values = from_yaml(path.read_text(encoding="utf-8"), where=name)
-    else:
-        raise ConfigError(f"{name!r} is no recipe. Use one of {', '.join(KNOWN)}, or a file that ends in .yaml.")
-    return parse(Recipe, override(values, settings), where=f"recipe {name}")

@@ -35,8 +35,9 @@ from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
 from dougong.engine.trainer import Watch, train
-from dougong.model.sandwich import Sandwich
+from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
+from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.decision import decision_loss
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
@@ -252,9 +253,12 @@ def _train(
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
-    def loss(output: Any, batch: Batch) -> Tensor:
+    def loss(output: SandwichOutput, batch: Batch) -> Tensor:
         assert batch.target is not None
-        return decision_loss(output.output_BC, batch.target, target.task)
+        decided = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
+        if len(output.aligned) < 2:
+            return decided
+        return decided + recipe.objective.align_weight * _alignment(output, batch)
 
     def judge() -> dict[str, Evaluation]:
         return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
@@ -271,6 +275,13 @@ def _train(
         resume=resume,
     )
     load_weights(model, best_weights(folder))
+
+
+def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
+    """The contrastive loss over the records that have both."""
+    (left, left_UD), (right, right_VD) = output.aligned.items()
+    both_B = batch.media[left].present_B & batch.media[right].present_B
+    return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:

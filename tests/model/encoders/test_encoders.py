@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dougong.core.signature import AudioInput, ImageInput, TableInput, TextInput
 from dougong.model.encoders.audio import AudioEncoderConfig
 from dougong.model.encoders.encoder import Tokens
+from dougong.model.encoders.filterbank import gabor_filters
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
@@ -126,3 +128,28 @@ def test_every_word_learns_even_the_first_id() -> None:
 
     weight = encoder.stem.embeddings.word_embeddings.weight
     assert weight.grad[0].abs().sum() > 0
+
+
+def test_a_filter_bank_hears_each_tone_in_its_own_band() -> None:
+    filters_FK = gabor_filters(num_filters=96, kernel=256, sample_rate=8000)[:, 0]
+    seconds_K = torch.arange(256) / 8000
+    loudest = []
+    for hertz in (200.0, 500.0, 1000.0, 2000.0, 3500.0):
+        for turn in (0.0, 1.0, 2.0):
+            heard_F = (filters_FK @ torch.sin(2 * torch.pi * hertz * seconds_K + turn)).square()
+            loudest.append(int(heard_F.view(24, 4).sum(dim=1).argmax()))
+
+    assert loudest == sorted(loudest)
+    assert len(set(loudest)) == 5  # whenever the wave began
+    torch.testing.assert_close(filters_FK.norm(dim=1), torch.ones(96))
+
+
+def test_a_convolutional_stem_gives_the_same_patches_in_number() -> None:
+    pixels = {"pixels_UCHW": torch.randn(2, 3, 32, 48)}
+    shape = ImageInput(height=32, width=48)
+    by_patch = ImageEncoderConfig(width=16, num_layers=1).build(shape)
+    by_convolution = ImageEncoderConfig(width=16, num_layers=1, stem="convolution").build(shape)
+
+    assert by_convolution(pixels).x_UTD.shape == by_patch(pixels).x_UTD.shape == (2, 24, 16)
+    with pytest.raises(ValueError, match="patch_size=6 cannot be reached by halving"):
+        ImageEncoderConfig(patch_size=6, stem="convolution")
