@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from dougong.core.config import Config
 from dougong.nn.pooling import AttentionPooling
+from dougong.nn.start import keep_variance
 
 
 class DecisionConfig(Config):
@@ -40,9 +41,9 @@ class DecisionHead(nn.Module):
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.width)
-        self.hidden = nn.Linear(config.width, config.hidden)
+        self.hidden = keep_variance(nn.Linear(config.width, config.hidden))
         self.dropout = nn.Dropout(config.dropout)
-        self.out = nn.Linear(config.hidden, config.num_outputs)
+        self.out = keep_variance(nn.Linear(config.hidden, config.num_outputs))
 
     def forward(self, fused_BD: Tensor) -> Tensor:
         output_BC: Tensor = self.out(self.dropout(functional.gelu(self.hidden(self.norm(fused_BD)))))
@@ -59,7 +60,7 @@ class ContrastiveHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.pool = AttentionPooling(width=width)
-        self.project = nn.Linear(width, width, bias=False)
+        self.project = keep_variance(nn.Linear(width, width, bias=False))
 
     def forward(self, x_UTD: Tensor, mask_UT: Tensor) -> Tensor:
         pooled_UD = self.pool(self.norm(x_UTD), mask_UT).x_BD

@@ -31,6 +31,7 @@ from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.modules_by_name import ModulesByName
 from dougong.nn.pooling import AttentionPooling
+from dougong.nn.start import keep_variance
 
 EncoderConfig = Annotated[
     TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig, Field(discriminator="kind")
@@ -251,7 +252,7 @@ class FinishBlock(nn.Module):
         super().__init__()
         self.name = name
         self.finisher = finisher
-        self.project = nn.Linear(width, shared_width)
+        self.project = keep_variance(nn.Linear(width, shared_width))
 
     def forward(self, state: SandwichState) -> SandwichState:
         if self.name not in state.tokens:

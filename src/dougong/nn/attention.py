@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dougong.nn.start import keep_variance
+
 
 class Attended(NamedTuple):
     """What the queries saw. Shapes: B records, H heads, T queries, S keys, D channels."""
@@ -43,9 +45,9 @@ class Attention(nn.Module):
         assert width % num_heads == 0, f"width {width} is not a multiple of num_heads {num_heads}"
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = keep_variance(nn.Linear(width, width))
+        self.key_value = keep_variance(nn.Linear(width, 2 * width))
+        self.out = keep_variance(nn.Linear(width, width))
 
     def forward(
         self, x_BTD: Tensor, context_BSD: Tensor, mask_BS: Tensor | None = None, *, need_weights: bool = False

@@ -10,6 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dougong.nn.start import keep_variance
+
 
 class FeedForward(nn.Module):
     """Widen, bend, narrow. Shapes: B records, T tokens, D channels."""
@@ -17,9 +19,9 @@ class FeedForward(nn.Module):
     def __init__(self, *, width: int, ratio: float, dropout: float = 0.0) -> None:
         super().__init__()
         hidden = max(1, round(width * ratio))
-        self.widen = nn.Linear(width, hidden)
+        self.widen = keep_variance(nn.Linear(width, hidden))
         self.dropout = nn.Dropout(dropout)
-        self.narrow = nn.Linear(hidden, width)
+        self.narrow = keep_variance(nn.Linear(hidden, width))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTD: Tensor = self.narrow(self.dropout(functional.gelu(self.widen(x_BTD))))

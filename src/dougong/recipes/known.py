@@ -34,7 +34,7 @@ PAIRED: Final = ("question", "speech")
 
 def vqa_demo() -> Recipe:
     """easy-VQA, questions written or spoken, in a few minutes on two cores."""
-    return _vqa("vqa-demo", "A few minutes on two cores.", steps=1500, written_first=2)
+    return _vqa("vqa-demo", "A few minutes on two cores.", steps=1050, written_first=1)
 
 
 def vqa() -> Recipe:
@@ -76,11 +76,11 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             ),
             loader=LoaderConfig(batch_size=128, group_by="image", records_per_medium=4),
             views=(
-                View(keep=WRITTEN, weight=1.0, until_epoch=written_first),
-                View(keep=PAIRED, weight=1.0, until_epoch=written_first),
-                View(keep=WRITTEN, weight=0.15, from_epoch=written_first),
-                View(keep=PAIRED, weight=0.15, from_epoch=written_first),
-                View(keep=SPOKEN, weight=0.7, from_epoch=written_first),
+                View(keep=WRITTEN, weight=0.7, until_epoch=written_first),
+                View(keep=PAIRED, weight=0.3, until_epoch=written_first),
+                View(keep=WRITTEN, weight=0.25, from_epoch=written_first),
+                View(keep=PAIRED, weight=0.1, from_epoch=written_first),
+                View(keep=SPOKEN, weight=0.65, from_epoch=written_first),
             ),
             one_view_a_batch=True,
             conditions={"written": WRITTEN, "spoken": SPOKEN},
@@ -105,8 +105,8 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
                     num_heads=4,
                     feedforward_ratio=2.0,
                     conv_dim=(96, 96),
-                    conv_kernel=(256, 8),
-                    conv_stride=(128, 4),
+                    conv_kernel=(256, 16),
+                    conv_stride=(128, 8),
                     first_filters="gabor",
                     activation="relu",
                     position_kernel=8,
