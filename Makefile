@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup test check fix
+.PHONY: setup demo test check fix bench
 
 setup: $(STAMP)  ## a working checkout
 
@@ -14,6 +14,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
+demo: $(STAMP)  ## the main job on real data: runs/demo, with its report
+	$(BIN)/dougong demo $(if $(wildcard runs/demo),--out runs/demo-$(shell date +%H%M%S))
+
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest
 
@@ -22,6 +25,9 @@ check: $(STAMP)  ## formatting, lint, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## measure the claims
+	$(BIN)/dougong bench
 
 fix: $(STAMP)  ## what a tool can mend by itself
 	$(BIN)/ruff check --fix .

@@ -252,6 +252,18 @@ def test_an_epoch_that_no_view_is_meant_for_sees_them_all() -> None:
     assert {name for seen in views_seen(small, views) for name in seen} == {"question", "table"}
 
 
+def test_what_stands_beside_a_view_is_there_and_not_present(preparation: Preparation) -> None:
+    views = (View(keep=("image",), beside=("speech",)),)
+    batch = collator(preparation, views=views)(request(preparation, speech=[None, *[inline(sound(seed=1))] * 3]))
+
+    heard, seen = batch.media["speech"], batch.media["image"]
+    assert len(heard.values["samples_UT"]) == 1
+    assert heard.there_B is not None
+    assert heard.there_B.tolist() == [False, True, True, True]
+    assert not heard.present_B.any()
+    assert seen.present_B.all()
+
+
 def test_one_view_a_batch_shows_all_its_records_alike(preparation: Preparation) -> None:
     views = (View(keep=("image",)), View(keep=("question", "speech")))
     collate = collator(preparation, views=views, one_view_a_batch=True)

@@ -270,7 +270,7 @@ def test_a_table_is_refused_that_the_preparation_cannot_read(preparation: Prepar
 def test_names_that_are_not_there_are_refused(table: Table, preparation: Preparation) -> None:
     with pytest.raises(ConfigError, match=r"group_by 'picture' is no column of the table\. Use one of image, x, label"):
         loader(table, preparation, group_by="picture")
-    with pytest.raises(ConfigError, match=r"a view keeps 'pixels', which is no modality\. Use some of image, table"):
+    with pytest.raises(ConfigError, match=r"a view names 'pixels', which is no modality\. Use some of image, table"):
         Loader(table, preparation, LoaderConfig(), views=(View(keep=("pixels",)),))
 
 

@@ -1,14 +1,16 @@
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TinyModel
+from tiny_run import TinyLoader, TinyModel, tiny_loss
 from torch import nn
 
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
 from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.trainer import TrainConfig, train
 
 
 def test_only_matrices_decay() -> None:
@@ -97,3 +99,43 @@ def test_nonsense_is_refused_by_name(setting: str, value: object, message: str) 
         parse(OptimizerConfig, {setting: value}, where="optimizer")
     assert setting in str(refused.value)
     assert message in str(refused.value)
+
+
+class Parted(TinyModel):
+    def parts(self) -> dict[str, list[torch.nn.Parameter]]:
+        return {"first": list(self.first.parameters()), "last": list(self.last.parameters())}
+
+
+def test_a_part_may_learn_faster_than_the_others() -> None:
+    model = Parted()
+    groups = OptimizerConfig(multipliers={"first": 4.0}).build(model).param_groups
+
+    multiplier_of = {id(p): group["multiplier"] for group in groups for p in group["params"]}
+
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert all(multiplier_of[id(p)] == 4.0 for p in model.first.parameters())
+    assert all(multiplier_of[id(p)] == 1.0 for p in model.last.parameters())
+
+
+def test_the_trainer_obeys_the_multipliers(tmp_path: Path) -> None:
+    slow, model = Parted(), Parted()
+    before = slow.first.weight.clone()
+    for each, multiplier in ((slow, 1.0), (model, 4.0)):
+        config = TrainConfig(
+            steps=1,
+            precision="fp32",
+            optimizer=OptimizerConfig(warmup_ratio=0, weight_decay=0, multipliers={"first": multiplier}),
+        )
+        train(each, tiny_loss, TinyLoader(), config, folder=tmp_path / str(multiplier))
+
+    torch.testing.assert_close(model.first.weight - before, 4 * (slow.first.weight - before), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(model.last.weight, slow.last.weight)
+
+
+def test_a_multiplier_for_no_part_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="multipliers names 'third', which is no part of the model. Use some of first, last"
+    ):
+        OptimizerConfig(multipliers={"third": 2.0}).build(Parted())
+    with pytest.raises(ValueError, match="first: 0.0 must be above 0"):
+        OptimizerConfig(multipliers={"first": 0.0})

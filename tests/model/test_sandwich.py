@@ -277,3 +277,24 @@ def test_an_image_of_any_size_gets_patches_that_share_it_out(size: tuple[int, in
 
     assert output.output_BC.shape == (2, 3)
     assert model.grids["image"] == (size[0] // patch, size[1] // patch)
+
+
+@pytest.mark.parametrize("fusion", ["bridge", "late"])
+def test_what_is_encoded_for_the_loss_alone_leaves_no_trace_in_the_answer(fusion: str) -> None:
+    model = build({"align": ["text", "sound"], "fusion": fusion}).train()
+    hidden = batch({"sound": [False] * 3})
+    sound = hidden.media["sound"]
+    beside = hidden.media | {"sound": sound._replace(index_B=torch.arange(3), there_B=torch.ones(3, dtype=torch.bool))}
+    without = hidden.media | {"sound": MediaBatch({k: v[:0] for k, v in sound.values.items()}, *sound[1:])}
+
+    found, plain = model(Batch(beside, None)), model(Batch(without, None))
+
+    torch.testing.assert_close(found.output_BC, plain.output_BC)
+    assert set(found.aligned) == {"text", "sound"}
+    assert set(plain.aligned) == {"text"}
+
+
+def test_every_encoder_is_a_part_by_its_modality() -> None:
+    parts = build({}).parts()
+    assert set(parts) == set(SIGNATURE.inputs)
+    assert len({id(p) for part in parts.values() for p in part}) == sum(map(len, parts.values()))

@@ -31,6 +31,8 @@ class MediaArrays(NamedTuple):
     values: dict[str, Array]
     index_B: npt.NDArray[np.int64]
     present_B: npt.NDArray[np.bool_]
+    there_B: npt.NDArray[np.bool_] | None = None
+    """As nn/batch.py has it."""
 
 
 class BatchArrays(NamedTuple):

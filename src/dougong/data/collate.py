@@ -35,6 +35,9 @@ class View(Config):
     keep: tuple[str, ...]
     """Names of modalities. What a record lacks anyway stays absent."""
 
+    beside: tuple[str, ...] = ()
+    """Names of modalities that are encoded for a contrastive loss alone: the answer is found without them."""
+
     weight: float = 1.0
     """How often, in proportion to the other views' weights."""
 
@@ -107,6 +110,7 @@ class Collator:
         names = list(preparation.modalities)
         self._views = tuple(views)
         self._view_VM = np.array([[name in view.keep for name in names] for view in views], np.bool_)
+        self._beside_VM = np.array([[name in view.beside for name in names] for view in views], np.bool_)
         self._one_view_a_batch = one_view_a_batch
         self._cache = _Cache(cache_bytes)
 
@@ -114,38 +118,43 @@ class Collator:
         names = list(self.preparation.modalities)
         keys = {name: self._keys(modality, request) for name, modality in self.preparation.modalities.items()}
         has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_).T
-        kept_BM = self._choose(has_BM, request)
+        kept_BM, there_BM = self._choose(has_BM, request)
 
         reasons: dict[int, tuple[str, str]] = {}
         media: dict[str, dict[Hashable, Array]] = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
-            media[name] = self._decode(name, modality, request, keys[name], kept_BM[:, place], reasons)
+            media[name] = self._decode(name, modality, request, keys[name], there_BM[:, place], reasons)
         target = self._target(request, reasons)
 
         good = np.array([index for index in range(len(request.rows)) if index not in reasons], np.int64)
         arrays = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
             random = self._random("augment", name, *request.number) if self._augment else None
-            arrays[name] = _share(modality, media[name], [keys[name][i] for i in good], kept_BM[good, place], random)
+            shared = _share(modality, media[name], [keys[name][i] for i in good], there_BM[good, place], random)
+            arrays[name] = shared._replace(present_B=kept_BM[good, place])
         bad = tuple(BadRecord(int(request.rows[index]), *why) for index, why in sorted(reasons.items()))
         return BatchArrays(arrays, None if target is None else target[good], request.rows[good], bad)
 
     def _keys(self, modality: Modality, request: Request) -> list[Hashable]:
         return [_key(modality, cells) for cells in _cells(modality, request)]
 
-    def _choose(self, has_BM: npt.NDArray[np.bool_], request: Request) -> npt.NDArray[np.bool_]:
-        """What each record is seen with."""
+    def _choose(
+        self, has_BM: npt.NDArray[np.bool_], request: Request
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """What each record is seen with; and that with what is only encoded."""
         random = self._random("views", *request.number)
         if self._views:
             chance = _chances(self._views, request.number[0])
             size = 1 if self._one_view_a_batch else len(has_BM)
-            return has_BM & self._view_VM[random.choice(len(self._views), size, p=chance)]
+            chosen = random.choice(len(self._views), size, p=chance)
+            kept_BM = has_BM & self._view_VM[chosen]
+            return kept_BM, kept_BM | (has_BM & self._beside_VM[chosen])
         if not self._withhold:
-            return has_BM
+            return has_BM, has_BM
         kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
         emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
-        return kept_BM
+        return kept_BM, kept_BM
 
     def _decode(
         self,
@@ -228,15 +237,15 @@ def _share(
     modality: Modality,
     media: dict[Hashable, Array],
     keys: list[Hashable],
-    kept_B: npt.NDArray[np.bool_],
+    there_B: npt.NDArray[np.bool_],
     random: np.random.Generator | None,
 ) -> MediaArrays:
     """The distinct media of good records, in the order in which they are first met."""
     place: dict[Hashable, int] = {}
     index_B = np.zeros(len(keys), np.int64)
-    for index in np.flatnonzero(kept_B):
+    for index in np.flatnonzero(there_B):
         index_B[index] = place.setdefault(keys[index], len(place))
-    return MediaArrays(modality.stack([media[key] for key in place], random), index_B, kept_B.copy())
+    return MediaArrays(modality.stack([media[key] for key in place], random), index_B, there_B, there_B)
 
 
 class _Cache:

@@ -118,10 +118,10 @@ class Loader:
         """
         self._table, self._config, self._seed, self._train = table, config, seed, train
         for view in views:
-            strange = [name for name in view.keep if name not in preparation.modalities]
+            strange = [name for name in (*view.keep, *view.beside) if name not in preparation.modalities]
             if strange:
                 known = ", ".join(preparation.modalities)
-                raise ConfigError(f"a view keeps {strange[0]!r}, which is no modality. Use some of {known}.")
+                raise ConfigError(f"a view names {strange[0]!r}, which is no modality. Use some of {known}.")
         missing = [name for name in preparation.columns if name not in table.schema.names]
         if missing:
             raise DataError(f"{table.path.name} lacks the column {missing[0]!r}. Leave its cells empty where unknown.")

@@ -16,6 +16,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from dougong.core.config import Config
+from dougong.core.errors import ConfigError
+from dougong.nn.block_stack import BlockStack
 
 
 class OptimizerConfig(Config):
@@ -33,6 +35,9 @@ class OptimizerConfig(Config):
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises."""
 
+    multipliers: dict[str, float] = {}
+    """Of the learning rate, by part of the model (an encoder has its modality's name). The others have 1."""
+
     schedule: Literal["cosine", "constant"] = "cosine"
     """What comes after the warm-up."""
 
@@ -45,6 +50,14 @@ class OptimizerConfig(Config):
         if not (learning_rate > 0 and math.isfinite(learning_rate)):
             raise ValueError(f"{learning_rate} must be above 0 and finite. Use for example 1e-3.")
         return learning_rate
+
+    @field_validator("multipliers")
+    @classmethod
+    def _each_above_zero(cls, multipliers: dict[str, float]) -> dict[str, float]:
+        for name, multiplier in multipliers.items():
+            if not (multiplier > 0 and math.isfinite(multiplier)):
+                raise ValueError(f"{name}: {multiplier} must be above 0. Use for example 4.0, or 1.0 for no change.")
+        return multipliers
 
     @field_validator("betas")
     @classmethod
@@ -79,11 +92,28 @@ class OptimizerConfig(Config):
         return self.learning_rate * ratio
 
     def build(self, model: nn.Module) -> AdamW:
-        """The optimizer of every parameter that is to be trained."""
+        """The optimizer of every parameter that is to be trained; each group holds its `multiplier`.
+
+        Raises:
+            ConfigError: a multiplier is for no part of this model.
+        """
+        parts = model.parts() if isinstance(model, BlockStack) else {}
+        strange = [name for name in self.multipliers if name not in parts]
+        if strange:
+            known = f"Use some of {', '.join(parts)}." if parts else "This model names no parts."
+            raise ConfigError(f"optimizer.multipliers names {strange[0]!r}, which is no part of the model. {known}")
+        multiplier_of = {parameter: self.multipliers[name] for name in self.multipliers for parameter in parts[name]}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": [
+                    p for p in parameters if (p.ndim >= 2) is decays and multiplier_of.get(p, 1.0) == multiplier
+                ],
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "multiplier": multiplier,
+            }
+            for multiplier in sorted({1.0, *self.multipliers.values()})
+            for decays in (True, False)
         ]
         # Three times faster than the loop on a CPU too; other devices and integers have no fused kernel.
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

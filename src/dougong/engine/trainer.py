@@ -309,7 +309,7 @@ class _Run:
         num_records = sum(len(each.row_B) for each in arrays)
         learning_rate = self.config.optimizer.learning_rate_at(self.step, self.total_steps)
         for group in self.parts.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["multiplier"]
 
         report = train_step(self.parts, [to_tensors(each, self.device) for each in arrays], num_records=num_records)
         self.step += 1

@@ -191,6 +191,14 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
         return SandwichState(tokens, masks, medium, present_BM, {})
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Each encoder, with its way to the shared width, by its modality's name."""
+        found = {name: list(self.embedders[name].parameters()) for name in self.names}
+        for block in self.blocks:
+            if isinstance(block, EncoderBlock | FinishBlock):
+                found[block.name] += block.parameters()
+        return found
+
     def head(self, state: SandwichState) -> SandwichOutput:
         return self._decide(state, pooled=None)
 
@@ -288,9 +296,11 @@ class JoinBlock(nn.Module):
     def forward(self, state: SandwichState) -> SandwichState:
         tokens, masks = {}, {}
         for name in state.tokens:
+            present_B = state.present_BM[:, self.place[name]]
+            if not present_B.any():
+                continue  # what was encoded for a contrastive loss alone ends here
             # index_select, not x[index]: its backward adds rows up several times faster.
             x_BTD = state.tokens[name].index_select(0, state.medium[name])
-            present_B = state.present_BM[:, self.place[name]]
             tokens[name] = x_BTD.masked_fill(~present_B[:, None, None], 0.0)
             masks[name] = state.masks[name].index_select(0, state.medium[name]) & present_B[:, None]
         return state._replace(tokens=tokens, masks=masks)

@@ -24,6 +24,10 @@ class MediaBatch(NamedTuple):
     present_B: Tensor
     """Whether the record has this modality."""
 
+    there_B: Tensor | None = None
+    """Whether its medium is among the U: also where it is encoded for a contrastive loss alone, and hidden from the
+    answer. None: where it is present."""
+
 
 class Batch(NamedTuple):
     """B records."""

@@ -32,6 +32,10 @@ class BlockStack(nn.Module, Generic[StateT, OutputT]):
         """What the model says, from the state after the last block."""
         raise NotImplementedError
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the part they belong to, for whoever treats parts differently; the others are in none."""
+        return {}
+
     def forward(self, batch: Batch) -> OutputT:
         state = self.embed(batch)
         for block in self.blocks:

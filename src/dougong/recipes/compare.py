@@ -112,6 +112,8 @@ def _altered(recipe: Recipe, *, modalities: tuple[str, ...] | None, fusion: str)
         values["model"]["encoders"] = {
             name: encoder for name, encoder in values["model"]["encoders"].items() if name in modalities
         }
+        faster = values["train"]["optimizer"]["multipliers"]
+        values["train"]["optimizer"]["multipliers"] = {name: faster[name] for name in faster if name in modalities}
         values["model"]["align"] = values["model"]["align"] if set(values["model"]["align"]) <= set(modalities) else []
     return parse(Recipe, values, where=f"recipe {recipe.name}")
 

@@ -76,11 +76,10 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             ),
             loader=LoaderConfig(batch_size=128, group_by="image", records_per_medium=4),
             views=(
-                View(keep=WRITTEN, weight=0.7, until_epoch=written_first),
-                View(keep=PAIRED, weight=0.3, until_epoch=written_first),
+                View(keep=WRITTEN, weight=0.6, until_epoch=written_first),
+                View(keep=WRITTEN, beside=("speech",), weight=0.4, until_epoch=written_first),
                 View(keep=WRITTEN, weight=0.25, from_epoch=written_first),
-                View(keep=PAIRED, weight=0.1, from_epoch=written_first),
-                View(keep=SPOKEN, weight=0.65, from_epoch=written_first),
+                View(keep=SPOKEN, beside=("question",), weight=0.75, from_epoch=written_first),
             ),
             one_view_a_batch=True,
             conditions={"written": WRITTEN, "spoken": SPOKEN},
@@ -118,7 +117,9 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             steps=steps,
             # Measured on this model: bf16 was slower on two cores, and a demo should not spend time on finding out.
             precision="fp32",
-            optimizer=OptimizerConfig(learning_rate=7e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.1),
+            optimizer=OptimizerConfig(
+                learning_rate=7e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.1, multipliers={"speech": 4.0}
+            ),
         ),
     )
 

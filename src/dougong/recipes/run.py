@@ -280,14 +280,20 @@ def _train(
 def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
     """The contrastive loss over the records that have both."""
     (left, left_UD), (right, right_VD) = output.aligned.items()
-    both_B = batch.media[left].present_B & batch.media[right].present_B
+    there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
+    both_B = there[0] & there[1]
     return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
     """The views of a recipe, as far as these modalities go."""
     narrowed = [
-        view.model_copy(update={"keep": tuple(name for name in view.keep if name in preparation.modalities)})
+        view.model_copy(
+            update={
+                "keep": tuple(name for name in view.keep if name in preparation.modalities),
+                "beside": tuple(name for name in view.beside if name in preparation.modalities),
+            }
+        )
         for view in views
     ]
     return [view for view in narrowed if view.keep]
