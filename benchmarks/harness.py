@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "numpy", "pyarrow")
 
 
-def run(name: str, about: str, measure: Callable[[bool], Sequence[Figure]]) -> None:
+def run(name: str, about: str, measure: Callable[[bool], Iterable[Figure]]) -> None:
     """Parse the options, measure, and print; `measure` is told whether to be quick."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; not a figure to quote")

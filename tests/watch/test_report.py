@@ -112,7 +112,7 @@ def evaluation_of(task: str, labels: list[str]) -> dict[str, Any]:
         },
         "conditions": conditions,
         "comparison": rows if task == "single_label" else [],
-        "gain": gain if task == "single_label" else None,
+        "gains": [gain] if task == "single_label" else [],
         "bad": {"count": 1, "seen": 1234, "first": [{"row": 3, "column": "image", "reason": "is cut off"}]},
     }
 
@@ -337,7 +337,7 @@ def test_parts_without_figures_are_left_out(tmp_path: Path) -> None:
     evaluation = evaluation_of("single_label", LABELS)
     for condition in evaluation["conditions"].values():
         condition.update(gate=None, metrics={}, confusion=None, num_records=0)
-    write_json(folder / "evaluation.json", {**evaluation, "comparison": [], "gain": None})
+    write_json(folder / "evaluation.json", {**evaluation, "comparison": [], "gains": []})
 
     page = report_of(folder)
 
@@ -357,7 +357,7 @@ def test_validation_figures_come_with_a_warning(tmp_path: Path, pages: dict[str,
 
 def test_a_gain_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run")
-    change(folder, "evaluation.json", gain={"text": "ours", "value": 0.004, "low": -0.011, "high": 0.019})
+    change(folder, "evaluation.json", gains=[{"text": "ours", "value": 0.004, "low": -0.011, "high": 0.019}])
     assert "(95 % interval −1.1 to +1.9). The interval holds 0: this may be chance." in report_of(folder).text
 
 

@@ -157,10 +157,12 @@ def _write(comparison: Comparison, recipe: Recipe) -> None:
         }
         for row in comparison.rows
     ]
-    condition, gain = next(iter(comparison.gains.items()))
     more = {
         "comparison": rows,
-        "gain": {"text": f"sandwich over late concat, {condition}", **gain._asdict()},
+        "gains": [
+            {"text": f"sandwich over late concat, {condition}", **gain._asdict()}
+            for condition, gain in comparison.gains.items()
+        ],
     }
     write_evaluation(comparison.run, judged_views(recipe, comparison.run.model.preparation), more)
     write_json(comparison.run.folder / "comparison.json", comparison.as_json())

@@ -34,7 +34,7 @@ PAIRED: Final = ("question", "speech")
 
 def vqa_demo() -> Recipe:
     """easy-VQA, questions written or spoken, in a few minutes on two cores."""
-    return _vqa("vqa-demo", "A few minutes on two cores.", steps=660, written_first=1)
+    return _vqa("vqa-demo", "A few minutes on two cores.", steps=820, written_first=1)
 
 
 def vqa() -> Recipe:

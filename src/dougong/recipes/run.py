@@ -178,7 +178,7 @@ def write_evaluation(result: RunResult, views: Mapping[str, View], more: Mapping
             },
             "conditions": conditions,
             "comparison": [],
-            "gain": None,
+            "gains": [],
             "bad": {
                 "count": len(distinct),
                 "seen": tables.test.num_rows,

@@ -161,20 +161,20 @@ def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in _NOT_FIGURES))
     best = {column: max((row[column] for row in rows if column in row), default=None) for column in columns}
-    gain = evaluation.get("gain")
     return {
         "columns": columns,
         "rows": rows,
         "best": best,
-        "gain": None
-        if gain is None
-        else {
-            "text": gain["text"],
-            "value": _points(gain["value"]),
-            "low": _points(gain["low"]),
-            "high": _points(gain["high"]),
-            "sure": gain["low"] > 0 or gain["high"] < 0,
-        },
+        "gains": [
+            {
+                "text": gain["text"],
+                "value": _points(gain["value"]),
+                "low": _points(gain["low"]),
+                "high": _points(gain["high"]),
+                "sure": gain["low"] > 0 or gain["high"] < 0,
+            }
+            for gain in evaluation.get("gains") or []
+        ],
     }
 
 
