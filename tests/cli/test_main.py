@@ -112,3 +112,10 @@ def test_importing_takes_under_three_tenths_of_a_second() -> None:
 
 def test_help_takes_under_eight_tenths_of_a_second() -> None:
     assert seconds(sys.executable, "-m", "dougong", "--help") < 0.8
+
+
+def test_nothing_asked_for_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    found = capsys.readouterr()
+    assert "predict" in found.out + found.err
+    assert "dougong: " not in found.err

@@ -183,7 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dougong: {error}", file=sys.stderr)
         return 2
     except ClickError as error:
-        print(f"dougong: {error.format_message()} See dougong --help.", file=sys.stderr)
+        # Without a message, the help was printed already: nothing was asked for.
+        if error.format_message():
+            print(f"dougong: {error.format_message()} See dougong --help.", file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("dougong: interrupted.", file=sys.stderr)
