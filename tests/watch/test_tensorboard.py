@@ -102,7 +102,7 @@ def unmakeable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The disk runs full in the middle of it."""
     if not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full")
+        pytest.skip("only Linux has /dev/full, a disk that is always full")
     opened = Path.open
     monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened(Path("/dev/full"), *a, **k))
     monkeypatch.setattr("dougong.watch.tensorboard.FLUSH_SECONDS", 0.0)

@@ -8,6 +8,7 @@ Promise     calling the model is calling its three parts in a row, so that an en
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -18,19 +19,19 @@ StateT = TypeVar("StateT")
 OutputT = TypeVar("OutputT")
 
 
-class BlockStack(nn.Module, Generic[StateT, OutputT]):
+class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
     """A model as a stack. The state that walks through the blocks is a (nested) tuple or dict of tensors."""
 
     blocks: nn.ModuleList
     """Each takes the state and returns the next one."""
 
+    @abstractmethod
     def embed(self, batch: Batch) -> StateT:
         """The state before the first block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, state: StateT) -> OutputT:
         """What the model says, from the state after the last block."""
-        raise NotImplementedError
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the part they belong to, for whoever treats parts differently; the others are in none."""

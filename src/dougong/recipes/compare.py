@@ -20,7 +20,6 @@ import numpy.typing as npt
 from dougong.core.config import parse
 from dougong.core.files import write_json
 from dougong.data.modality.medium import media_key
-from dougong.data.table import Table
 from dougong.engine.evaluate import Evaluation
 from dougong.recipes.interval import Gain, paired_gain
 from dougong.recipes.known import read_recipe
@@ -81,7 +80,7 @@ def compare(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Comparison:
         figures = {condition: found.metrics["accuracy"] for condition, found in results[name].evaluations.items()}
         rows.append(Row(name, figures, results[name].num_parameters, results[name].train_seconds))
     ours, theirs = results["sandwich"], results["late concat"]
-    units = _units(tables.test)
+    units = _units(tables)
     gains = {
         condition: _gain(ours.evaluations[condition], theirs.evaluations[condition], units)
         for condition in ours.evaluations
@@ -125,10 +124,11 @@ def _majority(tables: Tables, recipe: Recipe) -> Row:
     return Row("majority", dict.fromkeys(recipe.data.conditions, accuracy), 0, 0.0)
 
 
-def _units(table: Table) -> list[Any]:
-    """The picture of each test record."""
-    name = next(field.name for field in table.schema if field.name == "image")
-    return [media_key(cell) for cell in table.column(name).to_pylist()]
+def _units(tables: Tables) -> list[Any]:
+    """What each test record shares with others, by the column that the split went by."""
+    if tables.unit is None:
+        return list(range(tables.test.num_rows))
+    return [media_key(cell) for cell in tables.test.column(tables.unit).to_pylist()]
 
 
 def _gain(ours: Evaluation, theirs: Evaluation, units: list[Any]) -> Gain:

@@ -34,12 +34,12 @@ PAIRED: Final = ("question", "speech")
 
 def vqa_demo() -> Recipe:
     """easy-VQA, questions written or spoken, in a few minutes on two cores."""
-    return _vqa("vqa-demo", "A few minutes on two cores.", steps=820, written_first=1)
+    return _vqa("vqa-demo", "A few minutes on two cores.", steps=820)
 
 
 def vqa() -> Recipe:
     """easy-VQA, questions written or spoken, trained to the end."""
-    return _vqa("vqa", "The same model as vqa-demo, trained for longer.", steps=3000, written_first=1)
+    return _vqa("vqa", "The same model as vqa-demo, trained for longer.", steps=3000)
 
 
 def digits() -> Recipe:
@@ -59,8 +59,8 @@ def digits() -> Recipe:
     )
 
 
-def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
-    """`written_first` epochs are of written questions alone: what a shape is is learnt from them far sooner."""
+def _vqa(name: str, about: str, *, steps: int) -> Recipe:
+    """The first epoch answers written questions alone: to compare is learnt from them far sooner."""
     return Recipe(
         name=name,
         about=about,
@@ -76,10 +76,10 @@ def _vqa(name: str, about: str, *, steps: int, written_first: int) -> Recipe:
             ),
             loader=LoaderConfig(batch_size=128, group_by="image", records_per_medium=4),
             views=(
-                View(keep=WRITTEN, weight=0.6, until_epoch=written_first),
-                View(keep=WRITTEN, beside=("speech",), weight=0.4, until_epoch=written_first),
-                View(keep=WRITTEN, weight=0.25, from_epoch=written_first),
-                View(keep=SPOKEN, beside=("question",), weight=0.75, from_epoch=written_first),
+                View(keep=WRITTEN, weight=0.6, until_epoch=1),
+                View(keep=WRITTEN, beside=("speech",), weight=0.4, until_epoch=1),
+                View(keep=WRITTEN, weight=0.25, from_epoch=1),
+                View(keep=SPOKEN, beside=("question",), weight=0.75, from_epoch=1),
             ),
             one_view_a_batch=True,
             conditions={"written": WRITTEN, "spoken": SPOKEN},

@@ -33,6 +33,9 @@ class Tables(NamedTuple):
     test_is_validation: bool
     roles: dict[str, ColumnRole]
     target: str
+    unit: str | None
+    """The column whose values are never on two sides of a split: what is resampled whole in an interval."""
+
     notes: tuple[str, ...]
     """What a reader of the figures must know."""
 
@@ -54,10 +57,10 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     train = open_table(train_path)
     roles = infer_roles(train, target=data.target, named=data.columns)
     target = next(name for name, found in roles.items() if found.role == "target")
+    unit = data.unit or _shared_medium(train, roles)
     if validation_path is not None:
         validation = open_table(validation_path)
     else:
-        unit = data.unit or _shared_medium(train, roles)
         train, validation = split_table(train, data.validation_share, unit=unit, seed=seed)
         by = f"by {unit}" if unit else "by record"
         notes = (*notes, f"{validation.num_rows} validation records were held out of the training table, {by}")
@@ -71,7 +74,7 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
         missing = [name for name, found in roles.items() if found.role != "ignore" and name not in other.schema.names]
         if missing:
             raise ConfigError(f"{other.path.name} lacks the column {missing[0]!r} of {train.path.name}.")
-    return Tables(train, validation, test, test_path is None, roles, target, notes)
+    return Tables(train, validation, test, test_path is None, roles, target, unit, notes)
 
 
 def _locate(data: DataConfig, announce: Announce | None) -> tuple[Path, Path | None, Path | None, tuple[str, ...]]:
