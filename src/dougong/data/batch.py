@@ -32,7 +32,9 @@ class MediaArrays(NamedTuple):
     index_B: npt.NDArray[np.int64]
     present_B: npt.NDArray[np.bool_]
     there_B: npt.NDArray[np.bool_] | None = None
-    """As nn/batch.py has it."""
+    quality_UQ: npt.NDArray[np.float32] | None = None
+    level_U: npt.NDArray[np.float32] | None = None
+    """These three as nn/batch.py has them."""
 
 
 class BatchArrays(NamedTuple):

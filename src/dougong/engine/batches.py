@@ -25,7 +25,10 @@ def to_tensors(arrays: BatchArrays, device: torch.device = CPU) -> Batch:
             {key: _to_tensor(value, device) for key, value in one.values.items()},
             _to_tensor(one.index_B, device),
             _to_tensor(one.present_B, device),
-            None if one.there_B is None else _to_tensor(one.there_B, device),
+            *(
+                None if each is None else _to_tensor(each, device)
+                for each in (one.there_B, one.quality_UQ, one.level_U)
+            ),
         )
         for name, one in arrays.media.items()
     }

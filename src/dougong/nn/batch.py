@@ -28,6 +28,12 @@ class MediaBatch(NamedTuple):
     """Whether its medium is among the U: also where it is encoded for a contrastive loss alone, and hidden from the
     answer. None: where it is present."""
 
+    quality_UQ: Tensor | None = None
+    """How good each medium is as a recording of anything, by Q named figures of about 0 to 1 (data/quality.py)."""
+
+    level_U: Tensor | None = None
+    """How strongly each medium was corrupted on purpose: 0 not at all, 1 the most (data/corruption.py)."""
+
 
 class Batch(NamedTuple):
     """B records."""
