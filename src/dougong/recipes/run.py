@@ -37,8 +37,7 @@ from dougong.engine.metrics import primary_metric
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.objectives.contrastive import contrastive_loss
-from dougong.objectives.decision import decision_loss
+from dougong.recipes.losses import backward_of, check_blend, check_objective, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -87,6 +86,7 @@ def run_recipe(
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
+    check_objective(recipe.objective, recipe.model)
     recipe = _settle(recipe, folder, resume=resume)
     say = _say_nothing if quiet else _say
     tables = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
@@ -253,12 +253,12 @@ def _train(
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
+    check_blend(recipe.objective, tuple(preparation.modalities))
+    losses = losses_of(recipe.objective, recipe.model, target.task)
+
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
-        assert batch.target is not None
-        decided = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
-        if len(output.aligned) < 2:
-            return decided
-        return decided + recipe.objective.align_weight * _alignment(output, batch)
+        found = losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
 
     def judge() -> dict[str, Evaluation]:
         return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
@@ -273,16 +273,9 @@ def _train(
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,
+        backward=backward_of(recipe.objective, model, losses),
     )
     load_weights(model, best_weights(folder))
-
-
-def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
-    """The contrastive loss over the records that have both."""
-    (left, left_UD), (right, right_VD) = output.aligned.items()
-    there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
-    both_B = there[0] & there[1]
-    return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
