@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from dougong.core.errors import ConfigError
-from dougong.core.signature import AudioInput, ImageInput, SignalInput, Signature, TableInput, Target, TextInput
+from dougong.core.signature import (
+    AudioInput,
+    ImageInput,
+    SignalInput,
+    Signature,
+    TableInput,
+    Target,
+    TextInput,
+    VolumeInput,
+)
 from dougong.model.sandwich import Sandwich, SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 
@@ -18,6 +27,7 @@ SIGNATURE = Signature(
         "image": ImageInput(height=16, width=16),
         "sound": AudioInput(sample_rate=8000, max_samples=4000),
         "facts": TableInput(num_numbers=2, category_sizes=(3,)),
+        "pulse": SignalInput(num_channels=2, max_samples=20),
     },
     target=Target(name="answer", task="single_label", labels=("a", "b", "c")),
 )
@@ -57,6 +67,10 @@ def media(num_media: int) -> dict[str, dict[str, torch.Tensor]]:
             "numbers_UN": torch.randn(num_media, 2, generator=generator),
             "known_UN": torch.ones(num_media, 2, dtype=torch.bool),
             "categories_UK": torch.randint(0, 3, (num_media, 1), generator=generator),
+        },
+        "pulse": {
+            "samples_UCT": torch.randn(num_media, 2, 20, generator=generator),
+            "mask_UT": torch.arange(20) < 4 * length_U[:, None],
         },
     }
 
@@ -220,15 +234,15 @@ def test_settings_of_a_model_build_it_again() -> None:
 
 def test_an_encoder_for_a_modality_that_is_not_there_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"'video', which is no modality here\. Use some of text, image, sound, facts"
+        ConfigError, match=r"'video', which is no modality here\. Use some of text, image, sound, facts, pulse"
     ):
         build({"encoders": {"video": {"kind": "image"}}})
 
 
 def test_a_kind_without_an_encoder_is_refused() -> None:
-    signal = SIGNATURE.model_copy(update={"inputs": {"ecg": SignalInput(num_channels=2, max_samples=100)}})
-    with pytest.raises(ConfigError, match=r"'ecg' is a signal, which has no encoder yet\. Leave it out"):
-        build({}, signal)
+    volume = SIGNATURE.model_copy(update={"inputs": {"scan": VolumeInput(depth=4, height=4, width=4)}})
+    with pytest.raises(ConfigError, match=r"'scan' is a volume, which has no encoder yet\. Leave it out"):
+        build({}, volume)
 
 
 @pytest.mark.parametrize("fusion", ["bridge", "late"])

@@ -23,6 +23,7 @@ from dougong.model.bridge import BridgeConfig, Looked
 from dougong.model.encoders.audio import AudioEncoderConfig
 from dougong.model.encoders.encoder import Tokens
 from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
+from dougong.model.encoders.signal import SignalEncoderConfig
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.evidence import Opinion, Rule, conflict
@@ -36,7 +37,8 @@ from dougong.nn.pooling import AttentionPooling
 from dougong.nn.start import keep_variance
 
 EncoderConfig = Annotated[
-    TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig, Field(discriminator="kind")
+    TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig | SignalEncoderConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -481,7 +483,7 @@ def _settled_encoders(config: SandwichConfig, signature: Signature) -> dict[str,
 
 def _default_encoder(name: str, shape: object, width: int) -> EncoderConfig:
     """Small, from scratch."""
-    if isinstance(shape, SignalInput | VolumeInput):
+    if isinstance(shape, VolumeInput):
         raise ConfigError(
             f"{name!r} is a {shape.kind}, which has no encoder yet. Leave it out: columns: {{{name}: ignore}}."
         )
@@ -502,6 +504,8 @@ def _default_encoder(name: str, shape: object, width: int) -> EncoderConfig:
         return ImageEncoderConfig(width=width, num_heads=heads, patch_size=_patch_size(shape))
     if isinstance(shape, TextInput):
         return TextEncoderConfig(width=width, num_heads=heads, num_layers=1)
+    if isinstance(shape, SignalInput):
+        return SignalEncoderConfig(width=width, num_heads=heads)
     return TableEncoderConfig(width=width)
 
 

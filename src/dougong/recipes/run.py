@@ -25,7 +25,7 @@ from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import SignalInput, VolumeInput
+from dougong.core.signature import VolumeInput
 from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.preparation import Preparation, fit_preparation
@@ -211,7 +211,7 @@ def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation,
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     notes: list[str] = []
     for name, modality in list(preparation.modalities.items()):
-        if isinstance(modality.signature(), SignalInput | VolumeInput):
+        if isinstance(modality.signature(), VolumeInput):
             notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
             del preparation.modalities[name]
     if recipe.data.modalities is not None:
