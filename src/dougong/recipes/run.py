@@ -1,6 +1,6 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, RunResult.
+Here        run_recipe, and train_recipe for the figures alone; RunResult.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses.
 """
@@ -57,6 +57,9 @@ class RunResult:
     """A finished run."""
 
     folder: Path
+    recipe: Recipe
+    """As it was carried out."""
+
     model: Model
     evaluations: dict[str, Evaluation]
     """On the test records, by condition."""
@@ -86,6 +89,23 @@ def run_recipe(
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
+    result = train_recipe(recipe, folder, resume=resume, quiet=quiet, tables=tables)
+    result.model.save(folder / "bundle")
+    views = judged_views(result.recipe, result.model.preparation)
+    write_evaluation(result, views)
+    write_samples(folder, result.model, result.tables.test, views, result.evaluations)
+    write_report(folder)
+    return result
+
+
+def train_recipe(
+    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+) -> RunResult:
+    """Train and judge: a run's folder without its bundle and report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+    """
     check_objective(recipe.objective, recipe.model)
     recipe = _settle(recipe, folder, resume=resume)
     say = _say_nothing if quiet else _say
@@ -95,8 +115,7 @@ def run_recipe(
     for note in (*tables.notes, *notes):
         say(f"note: {note}")
 
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    model = recipe.model.build(preparation.signature())
+    model = build_model(recipe, preparation)
     started = time.perf_counter()
     listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
     if not quiet:
@@ -113,8 +132,9 @@ def run_recipe(
         provenance=_provenance(recipe, tables, (*tables.notes, *notes)),
         metrics={name: found.metrics for name, found in evaluations.items()},
     )
-    result = RunResult(
+    return RunResult(
         folder=folder,
+        recipe=recipe,
         model=Model(model, preparation, manifest),
         evaluations=evaluations,
         tables=tables,
@@ -122,11 +142,12 @@ def run_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-    result.model.save(folder / "bundle")
-    write_evaluation(result, views)
-    write_samples(folder, result.model, tables.test, views, evaluations)
-    write_report(folder)
-    return result
+
+
+def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
+    """The recipe's model before its first step; the same seed draws the same weights."""
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    return recipe.model.build(preparation.signature())
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
