@@ -14,7 +14,14 @@ from pydantic import Field, model_validator
 from dougong.core.config import Config
 
 
-class TextInput(Config):
+class _Measured(Config):
+    """What every input may have besides its values."""
+
+    quality: tuple[str, ...] = ()
+    """The names of its figures of quality, where they are measured: a batch then has `quality_UQ` (data/quality.py)."""
+
+
+class TextInput(_Measured):
     """Token ids. Values: `ids_UT` int64, `mask_UT` bool."""
 
     kind: Literal["text"] = "text"
@@ -22,7 +29,7 @@ class TextInput(Config):
     max_tokens: int
 
 
-class ImageInput(Config):
+class ImageInput(_Measured):
     """Normalised pixels. Values: `pixels_UCHW` float32."""
 
     kind: Literal["image"] = "image"
@@ -31,7 +38,7 @@ class ImageInput(Config):
     channels: int = 3
 
 
-class AudioInput(Config):
+class AudioInput(_Measured):
     """Normalised mono samples. Values: `samples_UT` float32, `mask_UT` bool."""
 
     kind: Literal["audio"] = "audio"
@@ -39,7 +46,7 @@ class AudioInput(Config):
     max_samples: int
 
 
-class TableInput(Config):
+class TableInput(_Measured):
     """Numbers and categories. Values: `numbers_UN` float32, `known_UN` bool, `categories_UK` int64 (0: unknown)."""
 
     kind: Literal["table"] = "table"
@@ -48,7 +55,7 @@ class TableInput(Config):
     """For each categorical column, its number of categories, the unknown one included."""
 
 
-class SignalInput(Config):
+class SignalInput(_Measured):
     """Channels over time. Values: `samples_UCT` float32, `mask_UT` bool."""
 
     kind: Literal["signal"] = "signal"
@@ -56,7 +63,7 @@ class SignalInput(Config):
     max_samples: int
 
 
-class VolumeInput(Config):
+class VolumeInput(_Measured):
     """Voxels. Values: `voxels_U1DHW` float32."""
 
     kind: Literal["volume"] = "volume"

@@ -1,7 +1,8 @@
 """One training step.
 
-Here        TrainParts, StepReport, `train_step`.
-Elsewhere   the loop, events and checkpoints (engine/trainer.py); the loss (objectives/).
+Here        TrainParts, StepReport, `train_step`, `plain_backward`.
+Elsewhere   the loop, events and checkpoints (engine/trainer.py); the loss, and other ways to take its gradients
+            (objectives/).
 Promise     records weigh the same, however they are shared out to micro-batches; a step whose loss or gradient
             is not finite changes nothing.
 """
@@ -25,6 +26,11 @@ Loss = Callable[[Any, Batch], Tensor]
 """From a model's output and its batch to a scalar: the sum over the batch's records."""
 
 
+Backward = Callable[["TrainParts", Batch, int], Tensor]
+"""Adds a batch's gradients to those of the micro-batches before it, and returns its loss; both are parts of a mean over
+so many records."""
+
+
 @dataclass(frozen=True)
 class TrainParts:
     """What a step needs."""
@@ -35,6 +41,8 @@ class TrainParts:
     max_grad_norm: float | None = 1.0
     precision: Chosen = "fp32"
     device_type: str = "cpu"
+    backward: Backward | None = None
+    """None: plain_backward."""
 
 
 class StepReport(NamedTuple):
@@ -58,7 +66,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     parts.optimizer.zero_grad(set_to_none=True)
     buffers = list(parts.model.buffers())
     before = [buffer.clone() for buffer in buffers]
-    losses = [_backward(parts, batch, num_records) for batch in batches]
+    backward = parts.backward or plain_backward
+    losses = [backward(parts, batch, num_records) for batch in batches]
     gradients = _gradients(parts.optimizer)
 
     # The one wait for the device: whether to step at all depends on both numbers.
@@ -75,7 +84,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     return StepReport(loss, grad_norm, skipped=False)
 
 
-def _backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+def plain_backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    """Every parameter's gradient of the one loss."""
     with autocast(parts.precision, parts.device_type):
         loss = parts.loss(parts.model(batch), batch).float() / num_records
     loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types

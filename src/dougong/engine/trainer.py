@@ -52,7 +52,7 @@ from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.random_state import random_state_kept, seed_all
-from dougong.engine.step import Loss, TrainParts, train_step
+from dougong.engine.step import Backward, Loss, TrainParts, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -182,10 +182,12 @@ def train(
     announce: Announcer | None = None,
     seed: int = 0,
     resume: bool = False,
+    backward: Backward | None = None,
 ) -> TrainResult:
     """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
 
-    The model ends with its last weights; `best_weights(folder)` says where the best are.
+    The model ends with its last weights; `best_weights(folder)` says where the best are. `backward` takes the
+    gradients in another way than the plain one.
     With `resume`, go on from the newest whole checkpoint, or start where there is none.
 
     Raises:
@@ -204,7 +206,7 @@ def train(
     announcer = Announcer(*(announce.listeners if announce is not None else ()))
     with interruptible() as interruption:
         # Before anything on the disk changes: a run that is refused stays as it was.
-        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption)
+        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward)
         clear_leftovers(checkpoints_of(folder))
         events = EventFile(folder / EVENTS, resume_at=None if start is None else run.step)
         announcer.listeners.insert(0, events)
@@ -231,6 +233,7 @@ class _Run:
         seed: int,
         start: Checkpoint | None,
         interruption: Interruption,
+        backward: Backward | None,
     ) -> None:
         self.config, self.folder, self.watch, self.announce, self.seed = config, folder, watch, announce, seed
         self.interruption = interruption
@@ -259,7 +262,7 @@ class _Run:
             seed_all(derive_seed(seed, "train"))
             self.precision = self._choose_precision(model, loss)
         self.parts = TrainParts(
-            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type
+            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type, backward
         )
 
     def train(self) -> TrainResult:

@@ -1,7 +1,8 @@
 """The whole description of a run.
 
-Here        Recipe, DataConfig and ObjectiveConfig.
-Elsewhere   the recipes that have names, and reading one (recipes/known.py); carrying one out (recipes/run.py).
+Here        Recipe and DataConfig.
+Elsewhere   what is minimised (recipes/losses.py); the recipes that have names, and reading one (recipes/known.py);
+            carrying one out (recipes/run.py).
 Promise     `dougong show` prints all of it, and what it prints runs as it is.
 """
 
@@ -18,6 +19,7 @@ from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
 from dougong.engine.trainer import TrainConfig
 from dougong.model.sandwich import SandwichConfig
+from dougong.recipes.losses import ObjectiveConfig
 
 
 class DataConfig(Config):
@@ -91,23 +93,6 @@ class DataConfig(Config):
         if self.views and self.withhold:
             raise ValueError("views and withhold both say what is left out. Give one of them.")
         return self
-
-
-class ObjectiveConfig(Config):
-    """What is learnt besides deciding."""
-
-    label_smoothing: float = 0.0
-    """Probability taken from the true label."""
-
-    align_weight: float = 1.0
-    """Of the contrastive loss between the modalities in model.align, in batches that have both."""
-
-    @field_validator("align_weight")
-    @classmethod
-    def _above_zero(cls, weight: float) -> float:
-        if not weight > 0:
-            raise ValueError(f"{weight} must be above 0. To align nothing, leave model.align empty.")
-        return weight
 
 
 class Recipe(Config):

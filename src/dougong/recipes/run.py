@@ -1,6 +1,6 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, RunResult.
+Here        run_recipe, and train_recipe for the figures alone; RunResult.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses.
 """
@@ -25,7 +25,7 @@ from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import SignalInput, VolumeInput
+from dougong.core.signature import VolumeInput
 from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.preparation import Preparation, fit_preparation
@@ -37,8 +37,7 @@ from dougong.engine.metrics import primary_metric
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.objectives.contrastive import contrastive_loss
-from dougong.objectives.decision import decision_loss
+from dougong.recipes.losses import backward_of, check_blend, check_objective, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -58,6 +57,9 @@ class RunResult:
     """A finished run."""
 
     folder: Path
+    recipe: Recipe
+    """As it was carried out."""
+
     model: Model
     evaluations: dict[str, Evaluation]
     """On the test records, by condition."""
@@ -87,6 +89,24 @@ def run_recipe(
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
+    result = train_recipe(recipe, folder, resume=resume, quiet=quiet, tables=tables)
+    result.model.save(folder / "bundle")
+    views = judged_views(result.recipe, result.model.preparation)
+    write_evaluation(result, views)
+    write_samples(folder, result.model, result.tables.test, views, result.evaluations)
+    write_report(folder)
+    return result
+
+
+def train_recipe(
+    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+) -> RunResult:
+    """Train and judge: a run's folder without its bundle and report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+    """
+    check_objective(recipe.objective, recipe.model)
     recipe = _settle(recipe, folder, resume=resume)
     say = _say_nothing if quiet else _say
     tables = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
@@ -95,8 +115,7 @@ def run_recipe(
     for note in (*tables.notes, *notes):
         say(f"note: {note}")
 
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    model = recipe.model.build(preparation.signature())
+    model = build_model(recipe, preparation)
     started = time.perf_counter()
     listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
     if not quiet:
@@ -113,8 +132,9 @@ def run_recipe(
         provenance=_provenance(recipe, tables, (*tables.notes, *notes)),
         metrics={name: found.metrics for name, found in evaluations.items()},
     )
-    result = RunResult(
+    return RunResult(
         folder=folder,
+        recipe=recipe,
         model=Model(model, preparation, manifest),
         evaluations=evaluations,
         tables=tables,
@@ -122,11 +142,12 @@ def run_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-    result.model.save(folder / "bundle")
-    write_evaluation(result, views)
-    write_samples(folder, result.model, tables.test, views, evaluations)
-    write_report(folder)
-    return result
+
+
+def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
+    """The recipe's model before its first step; the same seed draws the same weights."""
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    return recipe.model.build(preparation.signature())
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
@@ -211,7 +232,7 @@ def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation,
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     notes: list[str] = []
     for name, modality in list(preparation.modalities.items()):
-        if isinstance(modality.signature(), SignalInput | VolumeInput):
+        if isinstance(modality.signature(), VolumeInput):
             notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
             del preparation.modalities[name]
     if recipe.data.modalities is not None:
@@ -253,12 +274,12 @@ def _train(
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
+    check_blend(recipe.objective, tuple(preparation.modalities))
+    losses = losses_of(recipe.objective, recipe.model, target.task)
+
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
-        assert batch.target is not None
-        decided = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
-        if len(output.aligned) < 2:
-            return decided
-        return decided + recipe.objective.align_weight * _alignment(output, batch)
+        found = losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
 
     def judge() -> dict[str, Evaluation]:
         return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
@@ -273,16 +294,9 @@ def _train(
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,
+        backward=backward_of(recipe.objective, model, losses),
     )
     load_weights(model, best_weights(folder))
-
-
-def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
-    """The contrastive loss over the records that have both."""
-    (left, left_UD), (right, right_VD) = output.aligned.items()
-    there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
-    both_B = there[0] & there[1]
-    return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
