@@ -15,6 +15,7 @@ from pydantic import field_validator, model_validator
 from dougong.core.config import Config
 from dougong.core.signature import Task
 from dougong.data.collate import View
+from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
 from dougong.engine.trainer import TrainConfig
@@ -73,6 +74,10 @@ class DataConfig(Config):
 
     withhold: float = 0.0
     """Or: the chance of each modality to be left out of a training record."""
+
+    corrupt: CorruptConfig | None = None
+    """What is spoilt of training records, so that a model learns to stand it; None: nothing. Judging is of records as
+    they are, unless `dougong evaluate --corrupt` asks otherwise."""
 
     conditions: dict[str, tuple[str, ...]] = {}
     """Modalities kept, by the name of a condition to judge under. Empty: all, without each, each alone."""
