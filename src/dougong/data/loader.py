@@ -109,8 +109,9 @@ class Loader:
         views: tuple[View, ...] = (),
         one_view_a_batch: bool = False,
         withhold: float = 0.0,
+        withheld_beside: bool = False,
     ) -> None:
-        """`train` shuffles and augments; `views`, `one_view_a_batch` and `withhold` are data/collate.py's.
+        """`train` shuffles and augments; `views` and all after it are data/collate.py's.
 
         Raises:
             ConfigError: `group_by` or a view names what is not there.
@@ -138,6 +139,7 @@ class Loader:
             views=views,
             one_view_a_batch=one_view_a_batch,
             withhold=withhold,
+            withheld_beside=withheld_beside,
             cache_bytes=config.cache_bytes,
         )
         self.workers = _choose_workers(config, preparation)

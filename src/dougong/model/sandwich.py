@@ -2,7 +2,7 @@
 
 Here        SandwichConfig, Sandwich (a BlockStack), its state and output; the baselines are the same parts put
             together otherwise (`fusion`).
-Elsewhere   the parts: encoders/, bridge.py, gate.py, heads.py; training it (engine/).
+Elsewhere   the parts: encoders/, completion.py, bridge.py, gate.py, heads.py; training it (engine/).
 Promise     a medium that records share is encoded once; whatever a record lacks changes nothing of its answer, and
             a record that lacks everything still has one, with finite gradients.
 """
@@ -20,6 +20,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.signature import AudioInput, ImageInput, SignalInput, Signature, TextInput, VolumeInput
 from dougong.model.bridge import BridgeConfig, Looked
+from dougong.model.completion import CompletionConfig, parts
 from dougong.model.encoders.audio import AudioEncoderConfig
 from dougong.model.encoders.encoder import Tokens
 from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
@@ -56,6 +57,9 @@ class SandwichConfig(Config):
     """Two modalities that say the same, such as a sentence and a recording of it: each gets a vector before the bridge,
     for a contrastive loss to draw together."""
 
+    completion: CompletionConfig | None = None
+    """What a record lacks is completed from what it has, and stands in for it. None: it stays absent."""
+
     bridge: BridgeConfig = BridgeConfig()
 
     gate_temperature: float = Field(default=1.0, gt=0)
@@ -72,11 +76,21 @@ class SandwichConfig(Config):
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
-        if self.width % self.bridge.num_heads:
-            fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
+        for part, heads in (("bridge", self.bridge), ("completion", self.completion)):
+            if heads is not None and self.width % heads.num_heads:
+                fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
+                raise ValueError(
+                    f"{part}.num_heads={heads.num_heads} cannot share out width={self.width}: every head needs as "
+                    f"many channels. Use num_heads in {fits}."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_stand_in(self) -> Self:
+        if self.completion is not None and self.fusion == "late":
             raise ValueError(
-                f"bridge.num_heads={self.bridge.num_heads} cannot share out width={self.width}: every head needs as "
-                f"many channels. Use num_heads in {fits}."
+                "completion cannot take effect with fusion=late, where no modality meets another before the head. "
+                "Use fusion=bridge, or leave completion out."
             )
         return self
 
@@ -102,10 +116,19 @@ class SandwichState(NamedTuple):
     """Each record's medium, (B,)."""
 
     present_BM: Tensor
-    """Which modalities each record has."""
+    """Which modalities each record has; after the completion, or has been given."""
 
     aligned: dict[str, Tensor]
     """(U, D): vectors of length 1 of the media that are to be drawn together."""
+
+    truth: dict[str, Tensor]
+    """(U, K, D): in training, what completed tokens of each medium should be; without a gradient."""
+
+    completed_BM: Tensor
+    """Which modalities were completed."""
+
+    completed: dict[str, Tensor]
+    """(B, K, D): the completed tokens of each such modality; zero in other records."""
 
 
 class SandwichOutput(NamedTuple):
@@ -120,7 +143,10 @@ class SandwichOutput(NamedTuple):
     """Each modality's own vector; zero where it is absent."""
 
     aligned: dict[str, Tensor]
-    """As SandwichState has them."""
+    truth: dict[str, Tensor]
+    completed_BM: Tensor
+    completed: dict[str, Tensor]
+    """These four as SandwichState has them."""
 
 
 class Explanation(NamedTuple):
@@ -160,8 +186,17 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         self.embedders = ModulesByName(embedders)
         blocks += [AlignBlock(name, config.width) for name in config.align]
         self.late = config.fusion == "late"
+        if config.completion is not None:
+            if len(self.names) < 2:
+                raise ConfigError(
+                    f"model.completion has nothing to complete {self.names[0]!r} from, which is the only modality. "
+                    "Leave completion out."
+                )
+            blocks.append(TruthBlock(config.completion.num_tokens))
         if not self.late:
             blocks.append(JoinBlock(self.names))
+            if config.completion is not None:
+                blocks.append(CompletionBlock(config.completion, self.names, config.width))
             blocks += [BridgeBlock(block) for block in config.bridge.build(self.names, config.width)]
         self.blocks = nn.ModuleList(blocks)
         self.width = config.width
@@ -191,7 +226,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
                 tokens[name], masks[name] = self.embedders[name](media.values)
                 medium[name] = media.index_B
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
-        return SandwichState(tokens, masks, medium, present_BM, {})
+        return SandwichState(tokens, masks, medium, present_BM, {}, {}, torch.zeros_like(present_BM), {})
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Each encoder, with its way to the shared width, by its modality's name."""
@@ -238,7 +273,8 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             fused_BD, weight_BM = vector_BMD.flatten(1), None
         else:
             fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM)
-        return SandwichOutput(self.decision(fused_BD), fused_BD, weight_BM, vector_BMD, state.aligned)
+        made = state.aligned, state.truth, state.completed_BM, state.completed
+        return SandwichOutput(self.decision(fused_BD), fused_BD, weight_BM, vector_BMD, *made)
 
 
 class EncoderBlock(nn.Module):
@@ -287,6 +323,21 @@ class AlignBlock(nn.Module):
         return state._replace(aligned={**state.aligned, self.name: vector_UD})
 
 
+class TruthBlock(nn.Module):
+    """What each medium's completed tokens should be, for the loss, while media that were withheld are still here."""
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        self.num_parts = num_parts
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        if not self.training:
+            return state
+        # Detached: were the truth to follow, all of it would soon be alike and easy to complete.
+        found = {name: parts(x_UTD, state.masks[name], self.num_parts).detach() for name, x_UTD in state.tokens.items()}
+        return state._replace(truth=found)
+
+
 class JoinBlock(nn.Module):
     """From distinct media to records: from here on every record has tokens of its own."""
 
@@ -306,6 +357,58 @@ class JoinBlock(nn.Module):
             tokens[name] = x_BTD.masked_fill(~present_B[:, None, None], 0.0)
             masks[name] = state.masks[name].index_select(0, state.medium[name]) & present_B[:, None]
         return state._replace(tokens=tokens, masks=masks)
+
+
+class CompletionBlock(nn.Module):
+    """What a record lacks is made from what it has, and from here on counts as there."""
+
+    def __init__(self, config: CompletionConfig, names: tuple[str, ...], width: int) -> None:
+        super().__init__()
+        self.names = names
+        self.completions = ModulesByName(
+            {name: config.build(tuple(other for other in names if other != name), width) for name in names}
+        )
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        lacking_BM = ~state.present_BM & state.present_BM.any(dim=1, keepdim=True)
+        tokens, masks, completed = dict(state.tokens), dict(state.masks), {}
+        for place, name in enumerate(self.names):
+            row_R = lacking_BM[:, place].nonzero()[:, 0]
+            if not len(row_R):
+                continue
+            # Of what was there, never of what has been completed just now: the order counts for nothing.
+            others = [other for other in state.tokens if other != name]
+            completion = self.completions[name]
+            made_RKD = completion(
+                {other: state.tokens[other].index_select(0, row_R) for other in others},
+                {other: state.masks[other].index_select(0, row_R) for other in others},
+            )
+            completed[name] = _put(None, row_R, made_RKD, len(lacking_BM))
+            tokens[name] = _put(tokens.get(name), row_R, made_RKD + completion.mark_D, len(lacking_BM))
+            there_RK = made_RKD.new_ones(made_RKD.shape[:2], dtype=torch.bool)
+            masks[name] = _put(masks.get(name), row_R, there_RK, len(lacking_BM))
+        # In the order that the bridge would have found them in.
+        return state._replace(
+            tokens={name: tokens[name] for name in self.names if name in tokens},
+            masks={name: masks[name] for name in self.names if name in masks},
+            present_BM=state.present_BM | lacking_BM,
+            completed_BM=lacking_BM,
+            completed=completed,
+        )
+
+
+def _put(x_BT: Tensor | None, row_R: Tensor, made_RK: Tensor, num_records: int) -> Tensor:
+    """Rows of K tokens among those of T, all made as long as the longer; zeros where nothing is. None: no others."""
+    if x_BT is None:
+        x_BT = made_RK.new_zeros(num_records, *made_RK.shape[1:])
+    longer = max(x_BT.shape[1], made_RK.shape[1])
+    x_BT, made_RK = (_lengthened(x, longer) for x in (x_BT, made_RK))
+    return x_BT.index_copy(0, row_R, made_RK.to(x_BT.dtype))
+
+
+def _lengthened(x_BT: Tensor, length: int) -> Tensor:
+    more = x_BT.new_zeros(x_BT.shape[0], length - x_BT.shape[1], *x_BT.shape[2:])
+    return torch.cat([x_BT, more], dim=1) if more.shape[1] else x_BT
 
 
 class BridgeBlock(nn.Module):

@@ -7,9 +7,9 @@ Promise     `dougong show` prints all of it, and what it prints runs as it is.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.core.signature import Task
@@ -96,6 +96,9 @@ class ObjectiveConfig(Config):
     align_weight: float = 1.0
     """Of the contrastive loss between the modalities in model.align, in batches that have both."""
 
+    completion_weight: float = Field(default=1.0, ge=0)
+    """Of the loss between what model.completion makes and what was withheld. 0: the decision alone teaches it."""
+
     @field_validator("align_weight")
     @classmethod
     def _above_zero(cls, weight: float) -> float:
@@ -114,3 +117,12 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _something_to_complete(self) -> Self:
+        if self.model.completion is not None and not (self.data.withhold or self.data.views):
+            raise ValueError(
+                "model.completion is learnt from what is withheld, and nothing is. Set data.withhold, for example to "
+                "0.3, or data.views with what they leave out beside."
+            )
+        return self

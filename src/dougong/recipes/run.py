@@ -39,6 +39,7 @@ from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
 from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.decision import decision_loss
+from dougong.objectives.missing import completion_loss
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -247,6 +248,7 @@ def _train(
         views=views,
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
+        withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
     )
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
@@ -255,10 +257,12 @@ def _train(
 
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
         assert batch.target is not None
-        decided = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
-        if len(output.aligned) < 2:
-            return decided
-        return decided + recipe.objective.align_weight * _alignment(output, batch)
+        total = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
+        if len(output.aligned) == 2:
+            total = total + recipe.objective.align_weight * _alignment(output, batch)
+        if recipe.objective.completion_weight > 0:
+            total = total + recipe.objective.completion_weight * completion_losses(output, batch)
+        return total
 
     def judge() -> dict[str, Evaluation]:
         return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
@@ -283,6 +287,18 @@ def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
     there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
     both_B = there[0] & there[1]
     return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
+
+
+def completion_losses(output: SandwichOutput, batch: Batch) -> Tensor:
+    """Of each modality that was withheld from some records and encoded beside them, summed."""
+    total = output.output_BC.new_zeros((), dtype=torch.float32)
+    for place, (name, media) in enumerate(batch.media.items()):
+        if name in output.completed and name in output.truth and media.there_B is not None:
+            hidden_B = output.completed_BM[:, place] & media.there_B
+            total = total + completion_loss(
+                output.completed[name][hidden_B], output.truth[name], media.index_B[hidden_B]
+            )
+    return total
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
