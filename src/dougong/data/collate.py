@@ -37,7 +37,7 @@ class View(Config):
     """Names of modalities. What a record lacks anyway stays absent."""
 
     beside: tuple[str, ...] = ()
-    """Names of modalities that are encoded for a contrastive loss alone: the answer is found without them."""
+    """Names of modalities that are encoded for a loss alone: the answer is found without them."""
 
     weight: float = 1.0
     """How often, in proportion to the other views' weights."""
@@ -91,9 +91,12 @@ class Collator:
         corrupt: CorruptConfig | None = None,
         corruptions: Sequence[Corruption] = (),
         quality: bool = False,
+        withheld_beside: bool = False,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         """`withhold` is each modality's chance to be left out of a record, never of one that has no other.
+
+        With `withheld_beside`, it is encoded all the same, for a loss alone.
 
         With `one_view_a_batch`, all records of a batch are seen alike, so that a withheld modality costs nothing.
         `corrupt` spoils media by chance, `corruptions` all of a modality alike, a medium the same way in every batch.
@@ -115,6 +118,7 @@ class Collator:
         self._withhold = withhold
         self._corruptor = Corruptor(preparation.modalities, seed=seed, training=corrupt, judging=corruptions)
         self._quality = quality or preparation.quality
+        self._withheld_beside = withheld_beside
         names = list(preparation.modalities)
         self._views = tuple(views)
         self._view_VM = np.array([[name in view.keep for name in names] for view in views], np.bool_)
@@ -177,7 +181,7 @@ class Collator:
         kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
         emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
-        return kept_BM, kept_BM
+        return kept_BM, has_BM if self._withheld_beside else kept_BM
 
     def _decode(
         self,

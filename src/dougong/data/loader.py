@@ -113,8 +113,9 @@ class Loader:
         corrupt: CorruptConfig | None = None,
         corruptions: Sequence[Corruption] = (),
         quality: bool = False,
+        withheld_beside: bool = False,
     ) -> None:
-        """`train` shuffles and augments; the settings after it are data/collate.py's.
+        """`train` shuffles and augments; `views` and all after it are data/collate.py's.
 
         Raises:
             ConfigError: `group_by`, a view or a corruption names what is not there.
@@ -145,6 +146,7 @@ class Loader:
             corrupt=corrupt,
             corruptions=corruptions,
             quality=quality,
+            withheld_beside=withheld_beside,
             cache_bytes=config.cache_bytes,
         )
         self.workers = _choose_workers(config, preparation)

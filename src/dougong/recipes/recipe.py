@@ -8,7 +8,7 @@ Promise     `dougong show` prints all of it, and what it prints runs as it is.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -110,3 +110,12 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _something_to_complete(self) -> Self:
+        if self.model.completion is not None and not (self.data.withhold or self.data.views):
+            raise ValueError(
+                "model.completion is learnt from what is withheld, and nothing is. Set data.withhold, for example to "
+                "0.3, or data.views with what they leave out beside."
+            )
+        return self

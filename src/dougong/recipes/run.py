@@ -270,6 +270,7 @@ def _train(
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
         corrupt=_corrupt(recipe, tables, preparation),
+        withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
     )
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.

@@ -64,6 +64,9 @@ class Prediction(Config):
     absent: tuple[str, ...] = ()
     """Modalities that the record lacked."""
 
+    completed: tuple[str, ...] = ()
+    """Of those, the ones that were made up from the others before the answer."""
+
     error: str | None = None
 
 
@@ -214,15 +217,17 @@ class Model:
         target = self.preparation.target
         names = list(self.preparation.modalities)
         absent = tuple(name for name in names if not arrays.media[name].present_B[place])
+        completed = tuple(name for name, made in zip(names, output.completed_BM[place].tolist(), strict=True) if made)
+        lacked = {"absent": absent, "completed": completed}
         gate = {} if output.weight_BM is None else dict(zip(names, _rounded(output.weight_BM[place]), strict=True))
         if target.task == "regression":
             number = float(output.output_BC[place, 0]) * target.scale + target.mean
-            return Prediction(row=row, answer=number, gate=gate, absent=absent)
+            return Prediction(row=row, answer=number, gate=gate, **lacked)
         chances = decision_probabilities(output.output_BC[place : place + 1], target.task)[0]
         probabilities = dict(zip(target.labels, _rounded(chances), strict=True))
         if target.task == "multi_label":
             chosen = [label for label, chance in probabilities.items() if chance >= 0.5]
-            return Prediction(row=row, answer=chosen, probabilities=probabilities, gate=gate, absent=absent)
+            return Prediction(row=row, answer=chosen, probabilities=probabilities, gate=gate, **lacked)
         best = int(chances.argmax())
         return Prediction(
             row=row,
@@ -230,7 +235,7 @@ class Model:
             confidence=round(float(chances[best]), 6),
             probabilities=probabilities,
             gate=gate,
-            absent=absent,
+            **lacked,
         )
 
 
