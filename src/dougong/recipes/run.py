@@ -2,7 +2,8 @@
 
 Here        run_recipe, RunResult.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
-Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
+            ranks do together what one does; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import dougong
@@ -34,11 +37,13 @@ from dougong.data.target import infer_target
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
+from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
 from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.decision import decision_loss
+from dougong.objectives.gathered import Side, gathered_contrastive_loss
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -80,17 +85,29 @@ class RunResult:
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tables: Tables | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
-    """Train, judge, save the bundle and write the report.
+    """Train, judge, save the bundle and write the report. All of `ranks` call this, with one folder.
 
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
-    recipe = _settle(recipe, folder, resume=resume)
+    quiet = quiet or not ranks.first
+    settled = ranks.first_says(lambda: _settle(recipe, folder, resume=resume).model_dump(mode="json"))
+    recipe = parse(Recipe, settled, where=SETTINGS)
     say = _say_nothing if quiet else _say
-    tables = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
-    preparation, notes = _prepare(recipe, tables, folder)
+
+    def open_and_prepare() -> tuple[Tables, Preparation, tuple[str, ...]]:
+        opened = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
+        return opened, *_prepare(recipe, opened, folder)
+
+    tables, preparation, notes = ranks.after_first(open_and_prepare)
     say(_describe(tables, preparation))
     for note in (*tables.notes, *notes):
         say(f"note: {note}")
@@ -98,14 +115,14 @@ def run_recipe(
     torch.manual_seed(derive_seed(recipe.seed, "model"))
     model = recipe.model.build(preparation.signature())
     started = time.perf_counter()
-    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
+    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")] if ranks.first else []
     if not quiet:
         listeners.append(Progress())
-    _train(recipe, model, tables, preparation, folder, listeners, resume=resume)
+    _train(recipe, model, tables, preparation, folder, listeners, resume=resume, ranks=ranks)
     train_seconds = time.perf_counter() - started
 
     views = judged_views(recipe, preparation)
-    evaluations = {name: _judge(recipe, model, tables.test, preparation, view) for name, view in views.items()}
+    evaluations = {name: _judge(recipe, model, tables.test, preparation, view, ranks) for name, view in views.items()}
     manifest = Manifest(
         name=recipe.name,
         signature=preparation.signature(),
@@ -122,10 +139,12 @@ def run_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-    result.model.save(folder / "bundle")
-    write_evaluation(result, views)
-    write_samples(folder, result.model, tables.test, views, evaluations)
-    write_report(folder)
+    if ranks.first:
+        result.model.save(folder / "bundle")
+        write_evaluation(result, views)
+        write_samples(folder, result.model, tables.test, views, evaluations)
+        write_report(folder)
+    ranks.wait()
     return result
 
 
@@ -235,6 +254,7 @@ def _train(
     listeners: list[Listener],
     *,
     resume: bool,
+    ranks: Ranks,
 ) -> None:
     target = preparation.target
     views = tuple(_narrowed(recipe.data.views, preparation))
@@ -247,21 +267,26 @@ def _train(
         views=views,
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
+        share=ranks.share,
     )
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
+    group = ranks.group
+    align = _alignment if group is None else partial(_gathered_alignment, recipe.model.align, group)
+
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
         assert batch.target is not None
         decided = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
-        if len(output.aligned) < 2:
-            return decided
-        return decided + recipe.objective.align_weight * _alignment(output, batch)
+        alignment = align(output, batch) if recipe.model.align else None
+        return decided if alignment is None else decided + recipe.objective.align_weight * alignment
 
     def judge() -> dict[str, Evaluation]:
-        return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
+        return {
+            name: _judge(recipe, model, tables.validation, preparation, view, ranks) for name, view in judged.items()
+        }
 
     train(
         model,
@@ -273,16 +298,38 @@ def _train(
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,
+        ranks=ranks,
     )
     load_weights(model, best_weights(folder))
 
 
-def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
-    """The contrastive loss over the records that have both."""
+def _alignment(output: SandwichOutput, batch: Batch) -> Tensor | None:
+    """The contrastive loss over the records that have both; None where the batch lacks one of the two."""
+    if len(output.aligned) < 2:
+        return None
     (left, left_UD), (right, right_VD) = output.aligned.items()
-    there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
-    both_B = there[0] & there[1]
+    both_B = _both(batch, left, right)
     return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
+
+
+def _gathered_alignment(
+    names: tuple[str, ...], group: dist.ProcessGroup, output: SandwichOutput, batch: Batch
+) -> Tensor | None:
+    """The same over the batch of all ranks; None where all of them lack one of the two."""
+    both_B = _both(batch, *names)
+    sides = []
+    for name in names:
+        media = batch.media[name]
+        assert media.id_U is not None, "a batch that is shared out numbers its media"
+        nothing_UD = output.fused_BD.new_zeros(0, output.vector_BMD.shape[-1])
+        sides.append(Side(output.aligned.get(name, nothing_UD), media.id_U, media.index_B[both_B]))
+    return gathered_contrastive_loss(*sides, group)
+
+
+def _both(batch: Batch, *names: str) -> Tensor:
+    """Which records have all of these, for the answer or beside it."""
+    media = [batch.media[name] for name in names]
+    return torch.stack([one.present_B if one.there_B is None else one.there_B for one in media]).all(dim=0)
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
@@ -299,9 +346,12 @@ def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
     return [view for view in narrowed if view.keep]
 
 
-def _judge(recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View) -> Evaluation:
+def _judge(
+    recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View, ranks: Ranks
+) -> Evaluation:
     config = LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers)
-    return evaluate(model, Loader(table, preparation, config, views=(view,)), preparation.target)
+    loader = Loader(table, preparation, config, views=(view,), share=ranks.share)
+    return evaluate(model, loader, preparation.target, ranks=ranks)
 
 
 def _provenance(recipe: Recipe, tables: Tables, notes: tuple[str, ...]) -> dict[str, Any]:
