@@ -133,7 +133,7 @@ def evaluate(
         if loss is not None and num_judged:
             figures["loss"] = loss_sum.item() / num_judged
         gate_M = ranks.rows(torch.empty(0) if gate_sum_M is None else gate_sum_M[None]).sum(dim=0) / num_records
-        names = next((told for told in ranks.tell(modalities) if told), [])
+        names: list[str] = next((told for told in ranks.tell(modalities) if told), [])
         if target.task == "regression":
             target_B = in_own_units(target, target_B)
         return Evaluation(

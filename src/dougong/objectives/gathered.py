@@ -83,7 +83,7 @@ class _Distinct(NamedTuple):
 
 
 def _distinct(id_G: Tensor) -> _Distinct:
-    id_U, of_G = id_G.unique(return_inverse=True)
+    id_U, of_G = torch.unique(id_G, return_inverse=True)
     first_U = torch.full_like(id_U, len(id_G))
     first_U.scatter_reduce_(0, of_G, torch.arange(len(id_G), device=id_G.device), reduce="amin")
     return _Distinct(id_U, first_U)

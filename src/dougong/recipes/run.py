@@ -323,7 +323,8 @@ def _gathered_alignment(
         assert media.id_U is not None, "a batch that is shared out numbers its media"
         nothing_UD = output.fused_BD.new_zeros(0, output.vector_BMD.shape[-1])
         sides.append(Side(output.aligned.get(name, nothing_UD), media.id_U, media.index_B[both_B]))
-    return gathered_contrastive_loss(*sides, group)
+    left, right = sides
+    return gathered_contrastive_loss(left, right, group)
 
 
 def _both(batch: Batch, *names: str) -> Tensor:

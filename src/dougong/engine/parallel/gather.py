@@ -51,14 +51,17 @@ class _AllGatherRows(torch.autograd.Function):
         ctx.group, ctx.sizes_RK, ctx.longest = group, sizes_RK, longest
         ctx.shapes = [tensor.shape for tensor in tensors]
 
-        parts_RK = [part[: sum(sizes)].split(sizes) for part, sizes in zip(every.split(longest), sizes_RK, strict=True)]
+        parts_RK = [
+            torch.split(part[: sum(sizes)], sizes)
+            for part, sizes in zip(torch.split(every, longest), sizes_RK, strict=True)
+        ]
         return tuple(
             torch.cat([parts_K[index] for parts_K in parts_RK]).reshape(-1, *tensor.shape[1:])
             for index, tensor in enumerate(tensors)
         )
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rank = dist.get_rank(ctx.group)
         flat_K = [gradient.reshape(-1) for gradient in gradients]  # in the order of its rows, wherever they lie
@@ -72,5 +75,5 @@ class _AllGatherRows(torch.autograd.Function):
                 filled += size
         own = every.new_empty(ctx.longest)
         dist.reduce_scatter_tensor(own, every.reshape(-1), group=ctx.group)
-        parts = own[: sum(ctx.sizes_RK[rank])].split(ctx.sizes_RK[rank])
+        parts = torch.split(own[: sum(ctx.sizes_RK[rank])], ctx.sizes_RK[rank])
         return None, None, None, *(part.reshape(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

@@ -110,7 +110,7 @@ class Ranks:
         """
         if self.group is None:
             return work()
-        found: T | None = self.after_first(work if self.first else lambda: None)  # type: ignore[arg-type,return-value]
+        found: T | None = self.after_first(work if self.first else lambda: None)
         said: T = self._from_first(found)
         return said
 
@@ -134,7 +134,9 @@ class Ranks:
         everything = torch.empty(self.world * longest, dtype=torch.uint8)
         dist.all_gather_into_tensor(everything, padded, group=self.group)
         # Copies: a part in the middle need not begin where its numbers may.
-        return [part[:size].clone() for part, size in zip(everything.split(longest), sizes.tolist(), strict=True)]
+        return [
+            part[:size].clone() for part, size in zip(torch.split(everything, longest), sizes.tolist(), strict=True)
+        ]
 
 
 ALONE: Final = Ranks()

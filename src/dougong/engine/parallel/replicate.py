@@ -99,5 +99,5 @@ def _flat(bucket: Sequence[Tensor]) -> Tensor:
 
 
 def _put(flat: Tensor, bucket: Sequence[Tensor]) -> None:
-    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+    for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
         tensor.copy_(part.view(tensor.shape))
