@@ -9,6 +9,7 @@ Promise     0 it worked; 2 the user can mend it, said in one line on stderr; any
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,13 +100,17 @@ def train(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Train, judge, and write a run's folder: checkpoints, bundle, report."""
+    """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes under torchrun."""
     from dougong.cli.show import print_run
+    from dougong.engine.parallel.ranks import connected_ranks
     from dougong.recipes.known import read_recipe
     from dougong.recipes.run import run_recipe
 
     found = read_recipe(recipe, settings or ())
-    result = run_recipe(found, out or Path("runs") / found.name, resume=resume, quiet=as_json)
+    with connected_ranks() as ranks:
+        result = run_recipe(found, out or Path("runs") / found.name, resume=resume, quiet=as_json, ranks=ranks)
+    if not ranks.first:
+        return
     if as_json:
         print(json.dumps(result.as_json()))
     else:
@@ -180,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status: Any = app(args=arguments, standalone_mode=False)
     except DougongError as error:
-        print(f"dougong: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of torchrun's processes, the first speaks for all that need no other name
+        print(f"dougong{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
     except ClickError as error:
         # Without a message, the help was printed already: nothing was asked for.

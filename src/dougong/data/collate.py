@@ -9,6 +9,7 @@ Promise     a batch depends on its records, the seed and its number alone, so it
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from dougong.core.seeds import derive_seed
 from dougong.data.batch import Array, BadRecord, BatchArrays, MediaArrays
 from dougong.data.corruption import CorruptConfig, Corruption, Corruptor, Spoiling, corrupt
 from dougong.data.modality.medium import BadValue, Modality
+from dougong.data.position import WHOLE, Share
 from dougong.data.preparation import Preparation
 from dougong.data.target import encode_target
 
@@ -73,6 +75,17 @@ class Request(NamedTuple):
     """By column, the target's included where it is known."""
     number: tuple[int, int]
     """Epoch and batch, for the seed."""
+
+    share: Share = WHOLE
+    """Which part of the batch these are the cells of."""
+
+    size: int | None = None
+    """How many records the whole batch has. None: these."""
+
+    @property
+    def place(self) -> slice:
+        """Where these records stand in the whole batch."""
+        return self.share.of(len(self.rows) if self.size is None else self.size)
 
 
 class Collator:
@@ -129,7 +142,8 @@ class Collator:
     def __call__(self, request: Request) -> BatchArrays:
         names = list(self.preparation.modalities)
         keys = {name: self._keys(modality, request) for name, modality in self.preparation.modalities.items()}
-        has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_).T
+        has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_)
+        has_BM = has_BM.reshape(len(names), len(request.rows)).T
         kept_BM, there_BM = self._choose(has_BM, request)
 
         reasons: dict[int, tuple[str, str]] = {}
@@ -146,11 +160,18 @@ class Collator:
         spoilt = None if self._corruptor.idle else self._corruptor.choose(distinct, index, there, request.number)
         arrays = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
-            random = self._random("augment", name, *request.number) if self._augment else None
+            rank = request.share.rank
+            random = (
+                # Each rank alters its media in its own way, as it does not know how many the others have.
+                self._random("augment", name, *request.number, *(("rank", rank) if rank else ()))
+                if self._augment
+                else None
+            )
             own, level_U = [media[name][key] for key in distinct[name]], None
             if spoilt is not None:
                 own, level_U = _spoil(modality, own, spoilt[name])
             values = modality.stack(own, random)
+            numbered = request.share.world > 1  # else there is nobody to recognise them
             arrays[name] = MediaArrays(
                 values,
                 index[name],
@@ -158,6 +179,7 @@ class Collator:
                 there[name],
                 modality.quality(values) if self._quality else None,
                 level_U,
+                np.array([_number(key) for key in distinct[name]], np.int64) if numbered else None,
             )
         bad = tuple(BadRecord(int(request.rows[index]), *why) for index, why in sorted(reasons.items()))
         return BatchArrays(arrays, None if target is None else target[good], request.rows[good], bad)
@@ -170,15 +192,20 @@ class Collator:
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """What each record is seen with; and that with what is only encoded."""
         random = self._random("views", *request.number)
+        # Drawn for the whole batch, so that a record is seen alike, whoever has it.
+        size = len(has_BM) if request.size is None else request.size
         if self._views:
             chance = _chances(self._views, request.number[0])
-            size = 1 if self._one_view_a_batch else len(has_BM)
-            chosen = random.choice(len(self._views), size, p=chance)
+            if self._one_view_a_batch:
+                chosen = random.choice(len(self._views), 1, p=chance)
+            else:
+                chosen = random.choice(len(self._views), size, p=chance)[request.place]
             kept_BM = has_BM & self._view_VM[chosen]
             return kept_BM, kept_BM | (has_BM & self._beside_VM[chosen])
         if not self._withhold:
             return has_BM, has_BM
-        kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
+        drawn_BM = random.random((size, has_BM.shape[1]))[request.place]
+        kept_BM = has_BM & (drawn_BM >= self._withhold)
         emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
         return kept_BM, has_BM if self._withheld_beside else kept_BM
@@ -279,6 +306,12 @@ def _spoil(
         for medium, one in zip(media, spoilt, strict=True)
     ]
     return changed, level_U
+
+
+def _number(key: Hashable) -> int:
+    """The same for the same medium in every process; Python's own hash of a text is not."""
+    content = key if isinstance(key, bytes) else repr(key).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 class _Cache:

@@ -1,10 +1,10 @@
 """One training step.
 
 Here        TrainParts, StepReport, `train_step`, `plain_backward`.
-Elsewhere   the loop, events and checkpoints (engine/trainer.py); the loss, and other ways to take its gradients
-            (objectives/).
-Promise     records weigh the same, however they are shared out to micro-batches; a step whose loss or gradient
-            is not finite changes nothing.
+Elsewhere   what many ranks add up (engine/parallel/replicate.py); the loop, events and checkpoints
+            (engine/trainer.py); the loss, and other ways to take its gradients (objectives/).
+Promise     records weigh the same, however they are shared out to micro-batches and ranks; a step whose loss or
+            gradient is not finite, on any rank, changes nothing on all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ from dougong.nn.block_stack import BlockStack
 Loss = Callable[[Any, Batch], Tensor]
 """From a model's output and its batch to a scalar: the sum over the batch's records."""
 
+Reduce = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""From this rank's loss, and what the buffers were before the step, to the loss of all ranks; gradients and buffers
+become those of all ranks in place."""
+
+
+def nothing_to_add(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """What one process alone reduces by."""
+    return loss
+
 
 Backward = Callable[["TrainParts", Batch, int], Tensor]
 """Adds a batch's gradients to those of the micro-batches before it, and returns its loss; both are parts of a mean over
@@ -44,12 +53,14 @@ class TrainParts:
     backward: Backward | None = None
     """None: plain_backward."""
 
+    reduce: Reduce = nothing_to_add
+
 
 class StepReport(NamedTuple):
     """What a step did."""
 
     loss: float
-    """Mean over the records."""
+    """Mean over the records, of all ranks."""
 
     grad_norm: float
     """Before clipping."""
@@ -61,17 +72,19 @@ class StepReport(NamedTuple):
 def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int) -> StepReport:
     """Step once over the micro-batches.
 
-    `num_records` counts all of them, so that uneven batches weigh each record the same.
+    `num_records` counts all of them, on all ranks, so that uneven batches weigh each record the same. A rank whose
+    share of a batch is empty has an empty one here: the loss may hold exchanges that wait for it.
     """
     parts.optimizer.zero_grad(set_to_none=True)
     buffers = list(parts.model.buffers())
     before = [buffer.clone() for buffer in buffers]
     backward = parts.backward or plain_backward
     losses = [backward(parts, batch, num_records) for batch in batches]
+    total = parts.reduce(torch.stack(losses).sum(), before)
     gradients = _gradients(parts.optimizer)
 
     # The one wait for the device: whether to step at all depends on both numbers.
-    loss, grad_norm = torch.stack([torch.stack(losses).sum(), _norm(gradients, like=losses[0])]).tolist()
+    loss, grad_norm = torch.stack([total, _norm(gradients, like=total)]).tolist()
 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         parts.optimizer.zero_grad(set_to_none=True)

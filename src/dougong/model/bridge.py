@@ -85,15 +85,21 @@ class CrossBlock(nn.Module):
         for name in here:
             x_BTD = tokens[name]
             others = [other for other in here if other != name]
-            if others:
+            mask_BS = torch.cat([masks[other] for other in others], dim=1) if others else None
+            # Not where no record has both: what has a part in a batch must not depend on how ranks share it out.
+            if mask_BS is not None and _some_record_has_both(masks[name], mask_BS):
                 context_BSD = torch.cat([normed[other] for other in others], dim=1)
-                mask_BS = torch.cat([masks[other] for other in others], dim=1)
                 seen = self.attention[name](normed[name], context_BSD, mask_BS, need_weights=looked is not None)
                 x_BTD = x_BTD + seen.x_BTD
                 if looked is not None:
                     looked[name] = Looked(seen.weight_BHTS, tuple((o, tokens[o].shape[1]) for o in others))
             following[name] = x_BTD + self.feedforward[name](self.inner_norm[name](x_BTD))
         return following
+
+
+def _some_record_has_both(mask_BT: Tensor, mask_BS: Tensor) -> bool:
+    # A compiled graph cannot branch on what a tensor holds.
+    return torch.compiler.is_compiling() or bool((mask_BT.any(dim=1) & mask_BS.any(dim=1)).any())
 
 
 class MergedBlock(nn.Module):

@@ -8,9 +8,11 @@ Promise     every part is a sum over records; a part that the model or the data 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import field_validator
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.decision import decision_loss
 from dougong.objectives.evidence import evidence_loss
 from dougong.objectives.gate import gate_loss
+from dougong.objectives.gathered import Side, gathered_contrastive_loss
 from dougong.objectives.missing import completion_loss
 
 WHOLE = "whole"
@@ -89,13 +92,18 @@ class ObjectiveConfig(Config):
         return blend
 
 
-def check_objective(objective: ObjectiveConfig, model: SandwichConfig) -> None:
+def check_objective(objective: ObjectiveConfig, model: SandwichConfig, *, many_ranks: bool = False) -> None:
     """Refuse what cannot take effect.
 
     Raises:
         ConfigError: a part has no head, gate or corruption to work on.
     """
     taught = model.own_heads == "taught" or model.decide != "fused"
+    if many_ranks and objective.balance != "none":
+        raise ConfigError(
+            f"objective.balance={objective.balance} is worked out of a whole batch, and each rank has a part of it. "
+            "Train in one process, or use objective.blend."
+        )
     if objective.balance == "ogm-ge" and model.own_heads == "none":
         raise ConfigError(
             "objective.balance=ogm-ge reads from heads how much each modality knows, and the model has none. "
@@ -117,9 +125,11 @@ def check_blend(objective: ObjectiveConfig, names: tuple[str, ...]) -> None:
 
 
 def losses_of(
-    objective: ObjectiveConfig, model: SandwichConfig, task: Task
+    objective: ObjectiveConfig, model: SandwichConfig, task: Task, group: dist.ProcessGroup | None = None
 ) -> Callable[[SandwichOutput, Batch], Losses]:
-    """From a model's output and its batch to its losses, weighted."""
+    """From a model's output and its batch to its losses, weighted; `group` has the ranks that share out a batch."""
+
+    align = _alignment if group is None else partial(_gathered_alignment, model.align, group)
 
     def decided(output_BC: Tensor, target: Tensor, *, is_evidence: bool) -> Tensor:
         if is_evidence:  # an own head's scores; what all say together comes as its opinion
@@ -134,8 +144,9 @@ def losses_of(
         else:
             whole = decision_loss(output.output_BC, batch.target, task, objective.label_smoothing)
         whole = whole * objective.blend.get(WHOLE, 1.0)
-        if len(output.aligned) == 2:
-            whole = whole + objective.align_weight * _alignment(output, batch)
+        alignment = align(output, batch) if model.align else None
+        if alignment is not None:
+            whole = whole + objective.align_weight * alignment
         if objective.completion_weight:
             whole = whole + objective.completion_weight * completion_losses(output, batch)
         if objective.gate_weight and output.weight_BM is not None:
@@ -190,9 +201,31 @@ def _level(media: MediaBatch) -> Tensor:
     return media.level_U.index_select(0, media.index_B)
 
 
-def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
-    """The contrastive loss over the records that have both."""
+def _alignment(output: SandwichOutput, batch: Batch) -> Tensor | None:
+    """The contrastive loss over the records that have both; None where the batch lacks one of the two."""
+    if len(output.aligned) < 2:
+        return None
     (left, left_UD), (right, right_VD) = output.aligned.items()
-    there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
-    both_B = there[0] & there[1]
+    both_B = _both(batch, left, right)
     return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
+
+
+def _gathered_alignment(
+    names: tuple[str, ...], group: dist.ProcessGroup, output: SandwichOutput, batch: Batch
+) -> Tensor | None:
+    """The same over the batch of all ranks; None where all of them lack one of the two."""
+    both_B = _both(batch, *names)
+    sides = []
+    for name in names:
+        media = batch.media[name]
+        assert media.id_U is not None, "a batch that is shared out numbers its media"
+        nothing_UD = output.fused_BD.new_zeros(0, output.vector_BMD.shape[-1])
+        sides.append(Side(output.aligned.get(name, nothing_UD), media.id_U, media.index_B[both_B]))
+    left, right = sides
+    return gathered_contrastive_loss(left, right, group)
+
+
+def _both(batch: Batch, *names: str) -> Tensor:
+    """Which records have all of these, for the answer or beside it."""
+    media = [batch.media[name] for name in names]
+    return torch.stack([one.present_B if one.there_B is None else one.there_B for one in media]).all(dim=0)

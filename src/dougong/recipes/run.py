@@ -2,7 +2,8 @@
 
 Here        run_recipe, and train_recipe for the figures alone; RunResult.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
-Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
+            ranks do together what one does; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dougong.data.target import infer_target
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
+from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
@@ -83,49 +85,69 @@ class RunResult:
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tables: Tables | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
-    """Train, judge, save the bundle and write the report.
+    """Train, judge, save the bundle and write the report. All of `ranks` call this, with one folder.
 
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
-    result = train_recipe(recipe, folder, resume=resume, quiet=quiet, tables=tables)
-    result.model.save(folder / "bundle")
-    views = judged_views(result.recipe, result.model.preparation)
-    write_evaluation(result, views)
-    write_samples(folder, result.model, result.tables.test, views, result.evaluations)
-    write_report(folder)
+    result = train_recipe(recipe, folder, resume=resume, quiet=quiet, tables=tables, ranks=ranks)
+    if ranks.first:
+        result.model.save(folder / "bundle")
+        views = judged_views(result.recipe, result.model.preparation)
+        write_evaluation(result, views)
+        write_samples(folder, result.model, result.tables.test, views, result.evaluations)
+        write_report(folder)
+    ranks.wait()
     return result
 
 
 def train_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tables: Tables | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Train and judge: a run's folder without its bundle and report.
 
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
-    check_objective(recipe.objective, recipe.model)
-    recipe = _settle(recipe, folder, resume=resume)
+    check_objective(recipe.objective, recipe.model, many_ranks=ranks.share.world > 1)
+    quiet = quiet or not ranks.first
+    settled = ranks.first_says(lambda: _settle(recipe, folder, resume=resume).model_dump(mode="json"))
+    recipe = parse(Recipe, settled, where=SETTINGS)
     say = _say_nothing if quiet else _say
-    tables = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
-    preparation, notes = _prepare(recipe, tables, folder)
+
+    def open_and_prepare() -> tuple[Tables, Preparation, tuple[str, ...]]:
+        opened = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
+        return opened, *_prepare(recipe, opened, folder)
+
+    tables, preparation, notes = ranks.after_first(open_and_prepare)
     say(_describe(tables, preparation))
     for note in (*tables.notes, *notes):
         say(f"note: {note}")
 
     model = build_model(recipe, preparation)
     started = time.perf_counter()
-    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
+    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")] if ranks.first else []
     if not quiet:
         listeners.append(Progress())
-    _train(recipe, model, tables, preparation, folder, listeners, resume=resume)
+    _train(recipe, model, tables, preparation, folder, listeners, resume=resume, ranks=ranks)
     train_seconds = time.perf_counter() - started
 
     views = judged_views(recipe, preparation)
-    evaluations = {name: _judge(recipe, model, tables.test, preparation, view) for name, view in views.items()}
+    evaluations = {name: _judge(recipe, model, tables.test, preparation, view, ranks) for name, view in views.items()}
     manifest = Manifest(
         name=recipe.name,
         signature=preparation.signature(),
@@ -257,6 +279,7 @@ def _train(
     listeners: list[Listener],
     *,
     resume: bool,
+    ranks: Ranks,
 ) -> None:
     target = preparation.target
     views = tuple(_narrowed(recipe.data.views, preparation))
@@ -271,6 +294,7 @@ def _train(
         withhold=recipe.data.withhold,
         corrupt=_corrupt(recipe, tables, preparation),
         withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
+        share=ranks.share,
     )
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
@@ -278,14 +302,16 @@ def _train(
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
     check_blend(recipe.objective, tuple(preparation.modalities))
-    losses = losses_of(recipe.objective, recipe.model, target.task)
+    losses = losses_of(recipe.objective, recipe.model, target.task, ranks.group)
 
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
         found = losses(output, batch)
         return torch.stack([found.whole, *found.own.values()]).sum()
 
     def judge() -> dict[str, Evaluation]:
-        return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
+        return {
+            name: _judge(recipe, model, tables.validation, preparation, view, ranks) for name, view in judged.items()
+        }
 
     train(
         model,
@@ -298,6 +324,7 @@ def _train(
         seed=recipe.seed,
         resume=resume,
         backward=backward_of(recipe.objective, model, losses),
+        ranks=ranks,
     )
     load_weights(model, best_weights(folder))
 
@@ -331,9 +358,12 @@ def _corrupt(recipe: Recipe, tables: Tables, preparation: Preparation) -> Corrup
     return corrupt.only(tuple(preparation.modalities))
 
 
-def _judge(recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View) -> Evaluation:
+def _judge(
+    recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View, ranks: Ranks
+) -> Evaluation:
     config = LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers)
-    return evaluate(model, Loader(table, preparation, config, views=(view,)), preparation.target)
+    loader = Loader(table, preparation, config, views=(view,), share=ranks.share)
+    return evaluate(model, loader, preparation.target, ranks=ranks)
 
 
 def _provenance(recipe: Recipe, tables: Tables, notes: tuple[str, ...]) -> dict[str, Any]:
