@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from dougong.core.errors import ConfigError
-from dougong.core.signature import AudioInput, ImageInput, SignalInput, Signature, TableInput, Target, TextInput
+from dougong.core.signature import (
+    AudioInput,
+    ImageInput,
+    SignalInput,
+    Signature,
+    TableInput,
+    Target,
+    TextInput,
+    VolumeInput,
+)
 from dougong.model.sandwich import Sandwich, SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 
@@ -18,10 +27,22 @@ SIGNATURE = Signature(
         "image": ImageInput(height=16, width=16),
         "sound": AudioInput(sample_rate=8000, max_samples=4000),
         "facts": TableInput(num_numbers=2, category_sizes=(3,)),
+        "pulse": SignalInput(num_channels=2, max_samples=20),
     },
     target=Target(name="answer", task="single_label", labels=("a", "b", "c")),
 )
-FUSIONS: list[dict[str, Any]] = [{}, {"bridge": {"kind": "merged", "num_heads": 2}}, {"fusion": "late"}]
+FUSIONS: list[dict[str, Any]] = [
+    {},
+    {"bridge": {"kind": "merged", "num_heads": 2}},
+    {"bridge": {"kind": "bottleneck", "num_heads": 2, "num_blocks": 2}},
+    {"fusion": "late"},
+    {"own_heads": "taught"},
+    {"fusion": "late", "own_heads": "watching"},
+    {"decide": "evidence"},
+    {"fusion": "late", "decide": "evidence", "evidence_rule": "average"},
+    {"fusion": "late", "decide": "confidence"},
+    {"fusion": "late", "decide": "mean"},
+]
 
 
 def build(settings: dict[str, Any], signature: Signature = SIGNATURE, seed: int = 0) -> Sandwich:
@@ -46,6 +67,10 @@ def media(num_media: int) -> dict[str, dict[str, torch.Tensor]]:
             "numbers_UN": torch.randn(num_media, 2, generator=generator),
             "known_UN": torch.ones(num_media, 2, dtype=torch.bool),
             "categories_UK": torch.randint(0, 3, (num_media, 1), generator=generator),
+        },
+        "pulse": {
+            "samples_UCT": torch.randn(num_media, 2, 20, generator=generator),
+            "mask_UT": torch.arange(20) < 4 * length_U[:, None],
         },
     }
 
@@ -157,7 +182,9 @@ def test_the_model_is_its_parts_in_a_row(settings: dict[str, Any]) -> None:
 def test_every_weight_learns_from_a_whole_batch(settings: dict[str, Any]) -> None:
     model = build(settings)
 
-    model(batch({})).output_BC.square().sum().backward()
+    output = model(batch({}))
+    own = output.output_BC.sum() * 0 if output.own_BMC is None else output.own_BMC.square().sum()
+    (output.output_BC.square().sum() + own).backward()
 
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert finite_gradients(model)
@@ -207,15 +234,15 @@ def test_settings_of_a_model_build_it_again() -> None:
 
 def test_an_encoder_for_a_modality_that_is_not_there_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"'video', which is no modality here\. Use some of text, image, sound, facts"
+        ConfigError, match=r"'video', which is no modality here\. Use some of text, image, sound, facts, pulse"
     ):
         build({"encoders": {"video": {"kind": "image"}}})
 
 
 def test_a_kind_without_an_encoder_is_refused() -> None:
-    signal = SIGNATURE.model_copy(update={"inputs": {"ecg": SignalInput(num_channels=2, max_samples=100)}})
-    with pytest.raises(ConfigError, match=r"'ecg' is a signal, which has no encoder yet\. Leave it out"):
-        build({}, signal)
+    volume = SIGNATURE.model_copy(update={"inputs": {"scan": VolumeInput(depth=4, height=4, width=4)}})
+    with pytest.raises(ConfigError, match=r"'scan' is a volume, which has no encoder yet\. Leave it out"):
+        build({}, volume)
 
 
 @pytest.mark.parametrize("fusion", ["bridge", "late"])
@@ -236,7 +263,7 @@ def test_aligned_modalities_give_vectors_that_see_nothing_of_each_other(fusion: 
 def test_only_training_is_asked_for_aligned_vectors() -> None:
     model = build({"align": ["text", "sound"]})
     assert set(model.train()(batch({})).aligned) == {"text", "sound"}
-    assert set(model(batch({"sound": [False] * 3}))[-1]) == {"text", "sound"}
+    assert set(model(batch({"sound": [False] * 3})).aligned) == {"text", "sound"}
     assert model.eval()(batch({})).aligned == {}
 
 
@@ -298,3 +325,61 @@ def test_every_encoder_is_a_part_by_its_modality() -> None:
     parts = build({}).parts()
     assert set(parts) == set(SIGNATURE.inputs)
     assert len({id(p) for part in parts.values() for p in part}) == sum(map(len, parts.values()))
+
+
+def test_watching_heads_teach_no_encoder() -> None:
+    model = build({"fusion": "late", "own_heads": "watching"})
+    output = model(batch({}))
+    assert output.own_BMC is not None
+    output.own_BMC.square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached
+    assert all(".decision." in name or ".pool." in name or ".norm." in name for name in reached)
+
+
+def test_evidence_of_a_record_that_lacks_all_is_vacuous_and_of_one_voter_its_own() -> None:
+    model = build({"fusion": "late", "decide": "evidence"}).eval()
+    lacking = {name: [True, False, name == "text"] for name in SIGNATURE.inputs}
+    output = model(batch(lacking))
+    assert output.opinion is not None
+    assert output.conflict_B is not None
+    assert output.conflict_B[1] == output.conflict_B[2] == 0.0 < output.conflict_B[0]
+    assert output.opinion.vacuity_B[0] < output.opinion.vacuity_B[2] < 0.95 < output.opinion.vacuity_B[1]
+
+
+def test_a_decision_that_weighs_classes_needs_classes() -> None:
+    number = SIGNATURE.model_copy(update={"target": Target(name="price", task="regression")})
+    with pytest.raises(ConfigError, match="decide=evidence weighs classes, and the target is regression. Use mean"):
+        build({"decide": "evidence"}, number)
+    assert build({"decide": "mean"}, number)(batch({})).output_BC.shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decide": "mean", "own_heads": "taught"}, "own_heads=taught cannot take effect beside decide=mean"),
+        ({"evidence_rule": "average"}, "decide=fused makes none. Use decide: evidence"),
+        ({"gate_quality": True, "fusion": "late"}, "fusion=late has none. Use fusion: bridge"),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SandwichConfig.model_validate(settings)
+
+
+def test_a_gate_that_reads_quality_needs_some() -> None:
+    with pytest.raises(ConfigError, match="no input measures its quality"):
+        build({"gate_quality": True})
+    measured = SIGNATURE.model_copy(
+        update={"inputs": {n: i.model_copy(update={"quality": ("sharp", "loud")}) for n, i in SIGNATURE.inputs.items()}}
+    )
+    model = build({"gate_quality": True}, measured)
+    for scorer in model.gate.quality:
+        torch.nn.init.normal_(scorer.narrow.weight)
+    whole = batch({})
+    plain = model(whole).weight_BM
+    worse = whole.media["image"]._replace(quality_UQ=torch.tensor([[0.0, 9.0]] * 3))
+    told = model(whole._replace(media=whole.media | {"image": worse})).weight_BM
+    assert plain is not None
+    assert told is not None
+    assert not torch.allclose(plain, told)

@@ -25,6 +25,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import Array, BadRecord, BatchArrays, MediaArrays
+from dougong.data.corruption import CorruptConfig, Corruption, Corruptor, Spoiling, corrupt
 from dougong.data.modality.medium import BadValue, Modality
 from dougong.data.position import WHOLE, Share
 from dougong.data.preparation import Preparation
@@ -100,11 +101,16 @@ class Collator:
         views: Sequence[View] = (),
         one_view_a_batch: bool = False,
         withhold: float = 0.0,
+        corrupt: CorruptConfig | None = None,
+        corruptions: Sequence[Corruption] = (),
+        quality: bool = False,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         """`withhold` is each modality's chance to be left out of a record, never of one that has no other.
 
         With `one_view_a_batch`, all records of a batch are seen alike, so that a withheld modality costs nothing.
+        `corrupt` spoils media by chance, `corruptions` all of a modality alike, a medium the same way in every batch.
+        `quality` measures it also where the preparation does not ask for it.
 
         Raises:
             ConfigError: two of these say different things, or one of them says nothing.
@@ -120,6 +126,8 @@ class Collator:
         self._seed = seed
         self._augment = augment
         self._withhold = withhold
+        self._corruptor = Corruptor(preparation.modalities, seed=seed, training=corrupt, judging=corruptions)
+        self._quality = quality or preparation.quality
         names = list(preparation.modalities)
         self._views = tuple(views)
         self._view_VM = np.array([[name in view.keep for name in names] for view in views], np.bool_)
@@ -141,20 +149,30 @@ class Collator:
         target = self._target(request, reasons)
 
         good = np.array([index for index in range(len(request.rows)) if index not in reasons], np.int64)
+        there = {name: there_BM[good, place] for place, name in enumerate(names)}
+        distinct, index = {}, {}
+        for name in names:
+            distinct[name], index[name] = _share([keys[name][i] for i in good], there[name])
+        spoilt = None if self._corruptor.idle else self._corruptor.choose(distinct, index, there, request.number)
+        # Each rank alters its media in its own way, as it does not know how many the others have.
+        rank = ("rank", request.share.rank) if request.share.rank else ()
+        numbered = request.share.world > 1  # else there is nobody to recognise them
         arrays = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
-            rank = request.share.rank
-            random = (
-                # Each rank alters its media in its own way, as it does not know how many the others have.
-                self._random("augment", name, *request.number, *(("rank", rank) if rank else ()))
-                if self._augment
-                else None
+            random = self._random("augment", name, *request.number, *rank) if self._augment else None
+            own, level_U = [media[name][key] for key in distinct[name]], None
+            if spoilt is not None:
+                own, level_U = _spoil(modality, own, spoilt[name])
+            values = modality.stack(own, random)
+            arrays[name] = MediaArrays(
+                values,
+                index[name],
+                kept_BM[good, place],
+                there[name],
+                modality.quality(values) if self._quality else None,
+                level_U,
+                np.array([_number(key) for key in distinct[name]], np.int64) if numbered else None,
             )
-            numbered = request.share.world > 1  # else there is nobody to recognise them
-            shared = _share(
-                modality, media[name], [keys[name][i] for i in good], there_BM[good, place], random, numbered=numbered
-            )
-            arrays[name] = shared._replace(present_B=kept_BM[good, place])
         bad = tuple(BadRecord(int(request.rows[index]), *why) for index, why in sorted(reasons.items()))
         return BatchArrays(arrays, None if target is None else target[good], request.rows[good], bad)
 
@@ -261,29 +279,31 @@ def _key(modality: Modality, cells: tuple[Any, ...]) -> Hashable:
     return key
 
 
-def _share(
-    modality: Modality,
-    media: dict[Hashable, Array],
-    keys: list[Hashable],
-    there_B: npt.NDArray[np.bool_],
-    random: np.random.Generator | None,
-    *,
-    numbered: bool,
-) -> MediaArrays:
-    """The distinct media of good records, in the order in which they are first met."""
+def _share(keys: list[Hashable], there_B: npt.NDArray[np.bool_]) -> tuple[list[Hashable], npt.NDArray[np.int64]]:
+    """The distinct media of good records, in the order in which they are first met, and which of them each has."""
     place: dict[Hashable, int] = {}
     index_B = np.zeros(len(keys), np.int64)
     for index in np.flatnonzero(there_B):
         index_B[index] = place.setdefault(keys[index], len(place))
-    values = modality.stack([media[key] for key in place], random)
-    id_U = np.array([_number(key) for key in place], np.int64) if numbered else None
-    return MediaArrays(values, index_B, there_B, there_B, id_U=id_U)
+    return list(place), index_B
 
 
 def _number(key: Hashable) -> int:
     """The same for the same medium in every process; Python's own hash of a text is not."""
     content = key if isinstance(key, bytes) else repr(key).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def _spoil(
+    modality: Modality, media: list[Array], spoilt: Sequence[Spoiling | None]
+) -> tuple[list[Array], npt.NDArray[np.float32]]:
+    """The media, those that are to be spoilt replaced, and how strongly each was."""
+    level_U = np.array([0.0 if one is None else one.level for one in spoilt], np.float32)
+    changed = [
+        medium if one is None else corrupt(modality, medium, one.kind, one.level, np.random.default_rng(one.seed))
+        for medium, one in zip(media, spoilt, strict=True)
+    ]
+    return changed, level_U
 
 
 class _Cache:

@@ -33,7 +33,7 @@ from dougong.nn.block_stack import BlockStack
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did. Shapes: B records, all of them; C classes."""
+    """What a model did. Shapes: B records, all of them; C classes; M modalities."""
 
     metrics: dict[str, float]
     """Empty where no record's target is known."""
@@ -57,6 +57,14 @@ class Evaluation:
 
     bad: tuple[BadRecord, ...]
     seconds: float
+    weight_BM: npt.NDArray[np.float32] | None = None
+    """The same of each record; None for a model without a gate."""
+
+    conflict_B: npt.NDArray[np.float32] | None = None
+    """How far the modalities' own decisions are apart; None for a model without them."""
+
+    vacuity_B: npt.NDArray[np.float32] | None = None
+    """How little evidence there is; None for a model that decides otherwise."""
 
 
 def evaluate(
@@ -68,7 +76,8 @@ def evaluate(
     loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Judge `model` on every record of the loader. Its output must have `output_BC`, and may have `weight_BM`.
+    """Judge `model` on every record of the loader. Its output must have `output_BC`, and may have
+    `weight_BM`, `conflict_B` and `opinion`.
 
     With `ranks`, all of them call this, each with a loader of its share, and `loss` must not exchange anything.
 
@@ -86,7 +95,7 @@ def evaluate(
     probabilities: list[Tensor] = []
     targets: list[Tensor] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    gate_sum_M: Tensor | None = None
+    beside: dict[str, list[Tensor]] = {"weight_BM": [], "conflict_B": [], "vacuity_B": []}
     modalities: list[str] = []
 
     with torch.inference_mode(), _evaluating(model):
@@ -108,11 +117,16 @@ def evaluate(
                 probabilities.append(decided.probability_BC)
             if batch.target is not None:
                 targets.append(batch.target)
-            weight_BM = getattr(output, "weight_BM", None)
-            if weight_BM is not None:
-                modalities = list(batch.media)
-                summed_M = weight_BM.double().sum(dim=0)
-                gate_sum_M = summed_M if gate_sum_M is None else gate_sum_M + summed_M
+            modalities = list(batch.media)
+            opinion = getattr(output, "opinion", None)
+            told = {
+                "weight_BM": getattr(output, "weight_BM", None),
+                "conflict_B": getattr(output, "conflict_B", None),
+                "vacuity_B": None if opinion is None else opinion.vacuity_B,
+            }
+            for key, value in told.items():
+                if value is not None:
+                    beside[key].append(value.float())
 
         # By batch, and in a batch by rank: the order in which one process meets them.
         number_B, known_B = ranks.rows(_joined(numbers)), ranks.rows(_joined(known))
@@ -132,7 +146,12 @@ def evaluate(
         loss_sum = ranks.rows(loss_sum[None]).sum()
         if loss is not None and num_judged:
             figures["loss"] = loss_sum.item() / num_judged
-        gate_M = ranks.rows(torch.empty(0) if gate_sum_M is None else gate_sum_M[None]).sum(dim=0) / num_records
+        each: dict[str, npt.NDArray[np.float32] | None] = {}
+        for key, found in beside.items():
+            value = ranks.rows(_joined(found))
+            each[key] = _array(value[order_B.to(value.device)], np.float32) if len(value) else None
+        weight_BM = each["weight_BM"]
+        gate_M = [] if weight_BM is None else weight_BM.mean(axis=0, dtype=np.float64).tolist()
         names: list[str] = next((told for told in ranks.tell(modalities) if told), [])
         if target.task == "regression":
             target_B = in_own_units(target, target_B)
@@ -144,9 +163,10 @@ def evaluate(
             prediction_B=_array(prediction_B, np.float64 if target.task == "regression" else np.int64),
             probability_BC=None if probability_BC is None else _array(probability_BC, np.float32),
             target_B=target_B.cpu().numpy() if 0 < num_judged == num_records else None,
-            gate=dict(zip(names, gate_M.tolist(), strict=True)) if names else {},
+            gate=dict(zip(names, gate_M, strict=False)),  # a model without a gate weighs none of them
             bad=tuple(BadRecord(*record) for _, *record in sorted(_all_told(ranks, bad), key=lambda told: told[0])),
             seconds=time.perf_counter() - started,
+            **each,
         )
 
 

@@ -1,8 +1,8 @@
 """One training step.
 
-Here        TrainParts, StepReport, `train_step`.
+Here        TrainParts, StepReport, `train_step`, `plain_backward`.
 Elsewhere   what many ranks add up (engine/parallel/replicate.py); the loop, events and checkpoints
-            (engine/trainer.py); the loss (objectives/).
+            (engine/trainer.py); the loss, and other ways to take its gradients (objectives/).
 Promise     records weigh the same, however they are shared out to micro-batches and ranks; a step whose loss or
             gradient is not finite, on any rank, changes nothing on all.
 """
@@ -35,6 +35,11 @@ def nothing_to_add(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
     return loss
 
 
+Backward = Callable[["TrainParts", Batch, int], Tensor]
+"""Adds a batch's gradients to those of the micro-batches before it, and returns its loss; both are parts of a mean over
+so many records."""
+
+
 @dataclass(frozen=True)
 class TrainParts:
     """What a step needs."""
@@ -45,6 +50,8 @@ class TrainParts:
     max_grad_norm: float | None = 1.0
     precision: Chosen = "fp32"
     device_type: str = "cpu"
+    backward: Backward | None = None
+    """None: plain_backward."""
     reduce: Reduce = nothing_to_add
 
 
@@ -70,7 +77,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     parts.optimizer.zero_grad(set_to_none=True)
     buffers = list(parts.model.buffers())
     before = [buffer.clone() for buffer in buffers]
-    losses = [_backward(parts, batch, num_records) for batch in batches]
+    backward = parts.backward or plain_backward
+    losses = [backward(parts, batch, num_records) for batch in batches]
     total = parts.reduce(torch.stack(losses).sum(), before)
     gradients = _gradients(parts.optimizer)
 
@@ -88,7 +96,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     return StepReport(loss, grad_norm, skipped=False)
 
 
-def _backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+def plain_backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    """Every parameter's gradient of the one loss."""
     with autocast(parts.precision, parts.device_type):
         loss = parts.loss(parts.model(batch), batch).float() / num_records
     loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types

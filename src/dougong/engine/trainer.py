@@ -58,7 +58,7 @@ from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.parallel.replicate import apply_replicate
 from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.random_state import random_state, random_state_kept, seed_all
-from dougong.engine.step import Loss, TrainParts, nothing_to_add, train_step
+from dougong.engine.step import Backward, Loss, TrainParts, nothing_to_add, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -188,11 +188,13 @@ def train(
     announce: Announcer | None = None,
     seed: int = 0,
     resume: bool = False,
+    backward: Backward | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
 
-    The model ends with its last weights; `best_weights(folder)` says where the best are.
+    The model ends with its last weights; `best_weights(folder)` says where the best are. `backward` takes the
+    gradients in another way than the plain one.
     With `resume`, go on from the newest whole checkpoint, or start where there is none.
 
     With `ranks`, all of them call this, each with a loader of its share and a folder that all can read; `watch` must
@@ -213,7 +215,7 @@ def train(
     announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
     with interruptible() as interruption:
         # Before anything on the disk changes: a run that is refused stays as it was.
-        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, ranks)
+        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, ranks)
         ranks.wait()  # all have read what the first may now change
         if not ranks.first:
             with contextlib.closing(run.intake):
@@ -258,6 +260,7 @@ class _Run:
         seed: int,
         start: Checkpoint | None,
         interruption: Interruption,
+        backward: Backward | None,
         ranks: Ranks,
     ) -> None:
         self.config, self.folder, self.watch, self.announce, self.seed = config, folder, watch, announce, seed
@@ -290,7 +293,7 @@ class _Run:
             seed_all(derive_seed(seed, "train", *(("rank", ranks.rank) if ranks.rank else ())))
             self.precision = self._choose_precision(model, loss)
         self.parts = TrainParts(
-            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type, reduce
+            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type, backward, reduce
         )
 
     def train(self) -> TrainResult:

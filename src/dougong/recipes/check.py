@@ -78,11 +78,11 @@ def check_recipe_or_table(what: str, *, target: str | None = None, settings: Seq
     signature = preparation.signature()
     warnings = list(_warnings(reports, recipe.train.max_bad_share))
     num_parameters: int | None = None
-    if {shape.kind for shape in signature.inputs.values()} <= {"text", "image", "audio", "table"}:
+    if "volume" not in {shape.kind for shape in signature.inputs.values()}:
         network = recipe.model.build(signature)
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
     else:
-        warnings.append("signals and volumes are read, but have no encoder yet: a run leaves them out")
+        warnings.append("volumes are read, but have no encoder yet: a run leaves them out")
     return CheckResult(
         name=what,
         roles=tables.roles,

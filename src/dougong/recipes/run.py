@@ -1,6 +1,6 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, RunResult.
+Here        run_recipe, and train_recipe for the figures alone; RunResult.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
             ranks do together what one does; the first one alone writes and speaks.
@@ -13,12 +13,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import dougong
@@ -28,10 +26,11 @@ from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import SignalInput, VolumeInput
+from dougong.core.signature import VolumeInput
 from dougong.data.collate import View
+from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparation
 from dougong.data.table import Table
 from dougong.data.target import infer_target
 from dougong.engine.checkpoint import best_weights, load_weights
@@ -41,9 +40,7 @@ from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.objectives.contrastive import contrastive_loss
-from dougong.objectives.decision import decision_loss
-from dougong.objectives.gathered import Side, gathered_contrastive_loss
+from dougong.recipes.losses import backward_of, check_blend, check_objective, check_ranks, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -63,6 +60,9 @@ class RunResult:
     """A finished run."""
 
     folder: Path
+    recipe: Recipe
+    """As it was carried out."""
+
     model: Model
     evaluations: dict[str, Evaluation]
     """On the test records, by condition."""
@@ -98,6 +98,33 @@ def run_recipe(
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
+    result = train_recipe(recipe, folder, resume=resume, quiet=quiet, tables=tables, ranks=ranks)
+    if ranks.first:
+        result.model.save(folder / "bundle")
+        views = judged_views(result.recipe, result.model.preparation)
+        write_evaluation(result, views)
+        write_samples(folder, result.model, result.tables.test, views, result.evaluations)
+        write_report(folder)
+    ranks.wait()
+    return result
+
+
+def train_recipe(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tables: Tables | None = None,
+    ranks: Ranks = ALONE,
+) -> RunResult:
+    """Train and judge: a run's folder without its bundle and report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+    """
+    check_objective(recipe.objective, recipe.model)
+    check_ranks(recipe.objective, ranks.world)
     quiet = quiet or not ranks.first
     settled = ranks.first_says(lambda: _settle(recipe, folder, resume=resume).model_dump(mode="json"))
     recipe = parse(Recipe, settled, where=SETTINGS)
@@ -112,8 +139,7 @@ def run_recipe(
     for note in (*tables.notes, *notes):
         say(f"note: {note}")
 
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    model = recipe.model.build(preparation.signature())
+    model = build_model(recipe, preparation)
     started = time.perf_counter()
     listeners: list[Listener] = [TensorBoard(folder / "tensorboard")] if ranks.first else []
     if not quiet:
@@ -130,8 +156,9 @@ def run_recipe(
         provenance=_provenance(recipe, tables, (*tables.notes, *notes)),
         metrics={name: found.metrics for name, found in evaluations.items()},
     )
-    result = RunResult(
+    return RunResult(
         folder=folder,
+        recipe=recipe,
         model=Model(model, preparation, manifest),
         evaluations=evaluations,
         tables=tables,
@@ -139,13 +166,12 @@ def run_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-    if ranks.first:
-        result.model.save(folder / "bundle")
-        write_evaluation(result, views)
-        write_samples(folder, result.model, tables.test, views, evaluations)
-        write_report(folder)
-    ranks.wait()
-    return result
+
+
+def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
+    """The recipe's model before its first step; the same seed draws the same weights."""
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    return recipe.model.build(preparation.signature())
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
@@ -230,7 +256,7 @@ def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation,
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     notes: list[str] = []
     for name, modality in list(preparation.modalities.items()):
-        if isinstance(modality.signature(), SignalInput | VolumeInput):
+        if isinstance(modality.signature(), VolumeInput):
             notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
             del preparation.modalities[name]
     if recipe.data.modalities is not None:
@@ -267,6 +293,7 @@ def _train(
         views=views,
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
+        corrupt=_corrupt(recipe, tables, preparation),
         share=ranks.share,
     )
     metric = primary_metric(target.task)
@@ -274,14 +301,12 @@ def _train(
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
-    group = ranks.group
-    align = _alignment if group is None else partial(_gathered_alignment, recipe.model.align, group)
+    check_blend(recipe.objective, tuple(preparation.modalities))
+    losses = losses_of(recipe.objective, recipe.model, target.task, ranks.group)
 
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
-        assert batch.target is not None
-        decided = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
-        alignment = align(output, batch) if recipe.model.align else None
-        return decided if alignment is None else decided + recipe.objective.align_weight * alignment
+        found = losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
 
     def judge() -> dict[str, Evaluation]:
         return {
@@ -298,39 +323,10 @@ def _train(
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,
+        backward=backward_of(recipe.objective, model, losses),
         ranks=ranks,
     )
     load_weights(model, best_weights(folder))
-
-
-def _alignment(output: SandwichOutput, batch: Batch) -> Tensor | None:
-    """The contrastive loss over the records that have both; None where the batch lacks one of the two."""
-    if len(output.aligned) < 2:
-        return None
-    (left, left_UD), (right, right_VD) = output.aligned.items()
-    both_B = _both(batch, left, right)
-    return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
-
-
-def _gathered_alignment(
-    names: tuple[str, ...], group: dist.ProcessGroup, output: SandwichOutput, batch: Batch
-) -> Tensor | None:
-    """The same over the batch of all ranks; None where all of them lack one of the two."""
-    both_B = _both(batch, *names)
-    sides = []
-    for name in names:
-        media = batch.media[name]
-        assert media.id_U is not None, "a batch that is shared out numbers its media"
-        nothing_UD = output.fused_BD.new_zeros(0, output.vector_BMD.shape[-1])
-        sides.append(Side(output.aligned.get(name, nothing_UD), media.id_U, media.index_B[both_B]))
-    left, right = sides
-    return gathered_contrastive_loss(left, right, group)
-
-
-def _both(batch: Batch, *names: str) -> Tensor:
-    """Which records have all of these, for the answer or beside it."""
-    media = [batch.media[name] for name in names]
-    return torch.stack([one.present_B if one.there_B is None else one.there_B for one in media]).all(dim=0)
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
@@ -345,6 +341,21 @@ def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
         for view in views
     ]
     return [view for view in narrowed if view.keep]
+
+
+def _corrupt(recipe: Recipe, tables: Tables, preparation: Preparation) -> CorruptConfig | None:
+    """What is spoilt in training, as far as these modalities go."""
+    corrupt = recipe.data.corrupt
+    if corrupt is None:
+        return None
+    # Those that the recipe leaves out may be named: its baselines are the same recipe with fewer.
+    known = {*preparation.modalities, *tables.roles, TABLE_MODALITY}
+    named = [*(corrupt.chance if isinstance(corrupt.chance, dict) else ()), *corrupt.kinds]
+    strange = [name for name in named if name not in known]
+    if strange:
+        known_here = ", ".join(preparation.modalities)
+        raise RunError(f"data.corrupt names {strange[0]!r}, which is no modality here. Use some of {known_here}.")
+    return corrupt.only(tuple(preparation.modalities))
 
 
 def _judge(

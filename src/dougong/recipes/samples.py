@@ -20,6 +20,7 @@ from PIL import Image
 from dougong.core.files import write_atomic, write_json
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
+from dougong.data.modality.array import SignalModality
 from dougong.data.modality.audio import KEPT_SCALE, AudioModality
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.numbers import TableModality
@@ -30,6 +31,8 @@ from dougong.serve.model import Model, Prediction
 
 PER_CONDITION: Final = 8
 MOST: Final = 24
+MOST_POINTS: Final = 400
+"""Of a signal's course."""
 
 
 def write_samples(
@@ -115,6 +118,11 @@ def _input(
         file = f"samples/{number}-image.png"
         write_atomic(run / file, content.getvalue())
         return {"kind": kind, "absent": False, "file": file}
+    if isinstance(modality, SignalModality):
+        samples_CT = media.values["samples_UCT"][0][:, media.values["mask_UT"][0]]
+        points_T = samples_CT.mean(axis=0)  # channels together: a picture of the course, not the numbers themselves
+        step = -(-len(points_T) // MOST_POINTS)
+        return {"kind": kind, "absent": False, "points": [round(float(point), 3) for point in points_T[::step]]}
     assert isinstance(modality, AudioModality)
     samples = media.values["samples_UT"][0][media.values["mask_UT"][0]]
     content = io.BytesIO()

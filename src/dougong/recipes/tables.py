@@ -17,6 +17,8 @@ from dougong.data.columns import ColumnRole, infer_roles
 from dougong.data.modality.medium import media_key
 from dougong.data.sources.digits import prepare_digits
 from dougong.data.sources.easy_vqa import prepare_easy_vqa
+from dougong.data.sources.seen_and_spoken import PAIRINGS, prepare_seen_and_spoken
+from dougong.data.sources.uci_views import fetch_uci_views, prepare_uci_views
 from dougong.data.split import split_table
 from dougong.data.table import Table, open_table
 from dougong.recipes.recipe import DataConfig
@@ -53,7 +55,7 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
         ConfigError: no training table is named.
         DataError: a table cannot be used.
     """
-    train_path, validation_path, test_path, notes = _locate(data, announce)
+    train_path, validation_path, test_path, notes = _locate(data, announce, seed=seed)
     train = open_table(train_path)
     roles = infer_roles(train, target=data.target, named=data.columns)
     target = next(name for name, found in roles.items() if found.role == "target")
@@ -77,7 +79,9 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     return Tables(train, validation, test, test_path is None, roles, target, unit, notes)
 
 
-def _locate(data: DataConfig, announce: Announce | None) -> tuple[Path, Path | None, Path | None, tuple[str, ...]]:
+def _locate(
+    data: DataConfig, announce: Announce | None, *, seed: int
+) -> tuple[Path, Path | None, Path | None, tuple[str, ...]]:
     if data.source == "easy-vqa":
         folder = Path(data.folder) if data.folder else cache_folder() / "easy-vqa"
         prepare_easy_vqa(folder, announce=announce)
@@ -89,7 +93,23 @@ def _locate(data: DataConfig, announce: Announce | None) -> tuple[Path, Path | N
         folder = cache_folder() / "digits"
         prepare_digits(Path(data.folder), folder)
         apart = "validation and test are one speaker each, unheard in training"
-        return folder / "train.parquet", folder / "validation.parquet", folder / "test.parquet", (apart,)
+        return *_three_tables(folder), (apart,)
+    if data.source == "seen-and-spoken":
+        if data.folder is None:
+            raise ConfigError(
+                "source seen-and-spoken needs data.folder: the recordings of the Free Spoken Digit Dataset."
+            )
+        folder = cache_folder() / "seen-and-spoken" / f"seed-{seed}"
+        pairings = data.pairings if data.pairings is not None else PAIRINGS
+        prepare_seen_and_spoken(Path(data.folder), folder, seed=seed, pairings=pairings)
+        apart = "validation and test are one speaker each, unheard in training, and pictures unseen in training"
+        return *_three_tables(folder), (apart, "pictures and recordings are of other people, paired by digit")
+    if data.source == "uci-views":
+        # A split of its own for each seed, which says how much the figures depend on it.
+        folder = cache_folder() / "uci-views" / f"seed-{seed}"
+        origin = Path(data.folder) if data.folder else fetch_uci_views(cache_folder() / "uci-views")
+        prepare_uci_views(origin, folder, seed=seed)
+        return *_three_tables(folder), (f"split by record, stratified by digit, with seed {seed}",)
     if data.train is None:
         raise ConfigError("no training table is named. Set data.train, for example --set data.train=records.parquet.")
     return (
@@ -98,6 +118,10 @@ def _locate(data: DataConfig, announce: Announce | None) -> tuple[Path, Path | N
         Path(data.test) if data.test else None,
         (),
     )
+
+
+def _three_tables(folder: Path) -> tuple[Path, Path, Path]:
+    return folder / "train.parquet", folder / "validation.parquet", folder / "test.parquet"
 
 
 def _shared_medium(table: Table, roles: dict[str, ColumnRole]) -> str | None:

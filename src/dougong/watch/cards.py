@@ -128,6 +128,8 @@ def _input(
         seconds = looked.get("seconds") if looked else None
         shown["strip"] = _strip(weights)
         shown["seconds"] = "" if seconds is None else f"{float(seconds):.1f} s"
+    elif kind == "signal":
+        shown.update(line=_line(given.get("points") or []), strip=_strip(weights), alt=f"{name} of {of}")
     return shown
 
 
@@ -212,6 +214,14 @@ def _strip(weights: Sequence[float]) -> list[float]:
     number = min(len(weights), MOST_SLICES)
     edges = [place * len(weights) // number for place in range(number + 1)]
     return [max(weights[start:end]) for start, end in itertools.pairwise(edges)]
+
+
+def _line(points: Sequence[float]) -> str:
+    """A course through a box of 100 by 30, as SVG writes its points."""
+    finite = [float(point) for point in points if math.isfinite(float(point))]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    across, up = 100 / max(1, len(finite) - 1), 28 / max(high - low, 1e-9)
+    return " ".join(f"{place * across:.2f},{29 - (point - low) * up:.2f}" for place, point in enumerate(finite))
 
 
 def _cut(text: str) -> str:
