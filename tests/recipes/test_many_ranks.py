@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dougong.core.config import parse, to_yaml
+from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Event, StepDone, read_events
 from dougong.data.batch import BatchArrays
 from dougong.data.columns import infer_roles
@@ -32,6 +33,7 @@ from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import TrainConfig, train
 from dougong.model.sandwich import SandwichConfig, SandwichOutput
 from dougong.nn.batch import Batch
+from dougong.recipes.losses import ObjectiveConfig, check_ranks
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
 
@@ -180,6 +182,15 @@ def test_a_recipe_has_the_losses_and_figures_of_one_process(colour_table: Path, 
     assert [figures for _, figures in found] == [want, want]
     one, many = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "many"))
     assert one == many
+
+
+def test_what_needs_the_whole_batch_in_one_place_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"balance=mmpareto works on the gradients of a whole batch, and 2 ranks share"
+    ):
+        check_ranks(ObjectiveConfig(balance="mmpareto"), 2)
+    check_ranks(ObjectiveConfig(balance="mmpareto"), 1)
+    check_ranks(ObjectiveConfig(), 2)
 
 
 @pytest.mark.slow

@@ -158,20 +158,16 @@ class Collator:
         for name in names:
             distinct[name], index[name] = _share([keys[name][i] for i in good], there[name])
         spoilt = None if self._corruptor.idle else self._corruptor.choose(distinct, index, there, request.number)
+        # Each rank alters its media in its own way, as it does not know how many the others have.
+        rank = ("rank", request.share.rank) if request.share.rank else ()
+        numbered = request.share.world > 1  # else there is nobody to recognise them
         arrays = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
-            rank = request.share.rank
-            random = (
-                # Each rank alters its media in its own way, as it does not know how many the others have.
-                self._random("augment", name, *request.number, *(("rank", rank) if rank else ()))
-                if self._augment
-                else None
-            )
+            random = self._random("augment", name, *request.number, *rank) if self._augment else None
             own, level_U = [media[name][key] for key in distinct[name]], None
             if spoilt is not None:
                 own, level_U = _spoil(modality, own, spoilt[name])
             values = modality.stack(own, random)
-            numbered = request.share.world > 1  # else there is nobody to recognise them
             arrays[name] = MediaArrays(
                 values,
                 index[name],
@@ -296,6 +292,12 @@ def _share(keys: list[Hashable], there_B: npt.NDArray[np.bool_]) -> tuple[list[H
     return list(place), index_B
 
 
+def _number(key: Hashable) -> int:
+    """The same for the same medium in every process; Python's own hash of a text is not."""
+    content = key if isinstance(key, bytes) else repr(key).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
 def _spoil(
     modality: Modality, media: list[Array], spoilt: Sequence[Spoiling | None]
 ) -> tuple[list[Array], npt.NDArray[np.float32]]:
@@ -306,12 +308,6 @@ def _spoil(
         for medium, one in zip(media, spoilt, strict=True)
     ]
     return changed, level_U
-
-
-def _number(key: Hashable) -> int:
-    """The same for the same medium in every process; Python's own hash of a text is not."""
-    content = key if isinstance(key, bytes) else repr(key).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 class _Cache:

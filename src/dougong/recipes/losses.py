@@ -1,6 +1,6 @@
 """What a decision run minimises, put together from its recipe.
 
-Here        ObjectiveConfig, `check_objective`, `losses_of`, `backward_of`.
+Here        ObjectiveConfig, `check_objective`, `check_ranks`, `losses_of`, `backward_of`.
 Elsewhere   each loss by itself (objectives/); the run that uses them (recipes/run.py).
 Promise     every part is a sum over records; a part that the model or the data cannot feed is refused before training.
 """
@@ -92,18 +92,13 @@ class ObjectiveConfig(Config):
         return blend
 
 
-def check_objective(objective: ObjectiveConfig, model: SandwichConfig, *, many_ranks: bool = False) -> None:
+def check_objective(objective: ObjectiveConfig, model: SandwichConfig) -> None:
     """Refuse what cannot take effect.
 
     Raises:
         ConfigError: a part has no head, gate or corruption to work on.
     """
     taught = model.own_heads == "taught" or model.decide != "fused"
-    if many_ranks and objective.balance != "none":
-        raise ConfigError(
-            f"objective.balance={objective.balance} is worked out of a whole batch, and each rank has a part of it. "
-            "Train in one process, or use objective.blend."
-        )
     if objective.balance == "ogm-ge" and model.own_heads == "none":
         raise ConfigError(
             "objective.balance=ogm-ge reads from heads how much each modality knows, and the model has none. "
@@ -122,6 +117,15 @@ def check_blend(objective: ObjectiveConfig, names: tuple[str, ...]) -> None:
     if strange:
         known = ", ".join((WHOLE, *names))
         raise ConfigError(f"objective.blend names {strange[0]!r}, which is no modality here. Use some of {known}.")
+
+
+def check_ranks(objective: ObjectiveConfig, world: int) -> None:
+    """Raises: ConfigError: the gradients of a rank's records alone would be balanced, not those of the batch."""
+    if world > 1 and objective.balance != "none":
+        raise ConfigError(
+            f"objective.balance={objective.balance} works on the gradients of a whole batch, and {world} ranks share "
+            "each out. Use balance: none, or one process."
+        )
 
 
 def losses_of(
@@ -202,7 +206,8 @@ def _level(media: MediaBatch) -> Tensor:
 
 
 def _alignment(output: SandwichOutput, batch: Batch) -> Tensor | None:
-    """The contrastive loss over the records that have both; None where the batch lacks one of the two."""
+    """The contrastive loss over the records that have both; None where the batch lacks one of the two, and for a
+    model that is not in training."""
     if len(output.aligned) < 2:
         return None
     (left, left_UD), (right, right_VD) = output.aligned.items()

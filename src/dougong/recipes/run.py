@@ -40,7 +40,7 @@ from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.recipes.losses import backward_of, check_blend, check_objective, losses_of
+from dougong.recipes.losses import backward_of, check_blend, check_objective, check_ranks, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -123,7 +123,8 @@ def train_recipe(
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
-    check_objective(recipe.objective, recipe.model, many_ranks=ranks.share.world > 1)
+    check_objective(recipe.objective, recipe.model)
+    check_ranks(recipe.objective, ranks.world)
     quiet = quiet or not ranks.first
     settled = ranks.first_says(lambda: _settle(recipe, folder, resume=resume).model_dump(mode="json"))
     recipe = parse(Recipe, settled, where=SETTINGS)
