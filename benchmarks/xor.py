@@ -12,7 +12,12 @@ alone         one modality
 EMAP is the empirical multimodally-additive projection (Hessel and Lee 2020, arXiv:2010.06572): the bridge's scores
 over all pairs of a test picture and a test sentence, averaged over the one plus over the other minus over both. It
 keeps what a model adds up and loses what it knows of the two together: an additive model keeps its accuracy, and one
-that answers by both together falls to chance. A figure is the mean over seeds, its interval the lowest and the highest.
+that answers by both together falls to chance on average. On average only: what is left of it is close to a tie, and
+sums can be right on three of the four pairs (or on one), so that one seed's EMAP may be .75 or .25 by a hair. The
+additive share, which does not hang on ties, is the projection's variance over all pairs as a share of the scores':
+1 for an additive model, 0 for one that only answers by both together.
+
+A figure is the mean over seeds, its interval the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -57,7 +62,9 @@ def measure(quick: bool) -> Iterator[Figure]:
                 result = train_recipe(recipe, Path(folder) / f"{name}-{seed}", quiet=True)
                 found[name].append(result.evaluations["all"].metrics["accuracy"])
                 if name in ("bridge", "additive"):
-                    found[f"EMAP of the {name}"].append(_projected_accuracy(result))
+                    accuracy, share = _projected(result)
+                    found[f"EMAP of the {name}"].append(accuracy)
+                    found[f"additive share of the {name}"].append(share)
     for name, values in found.items():
         yield Figure(
             name=name,
@@ -82,8 +89,8 @@ def _arranged(seed: int, folder: Path, *, modalities: tuple[str, ...] | None = N
     return parse(Recipe, values, where="recipe xor")
 
 
-def _projected_accuracy(result: RunResult) -> float:
-    """Of the model's additive part alone, on the test records.
+def _projected(result: RunResult) -> tuple[float, float]:
+    """The accuracy of the model's additive part alone, and its share of the scores' variance, on the test records.
 
     Shapes: N records, C classes; I and J the records whose picture and whose sentence is taken.
     """
@@ -99,13 +106,16 @@ def _projected_accuracy(result: RunResult) -> float:
                 for start in range(0, batch.num_records, PICTURES_AT_ONCE)
             ]
         ).view(batch.num_records, batch.num_records, -1)
-    projected_NC = additive_projection(logit_IJC)
-    return float((projected_NC.argmax(dim=-1) == batch.target).double().mean())
+    additive_IJC = additive_projection(logit_IJC)
+    answer_N = additive_IJC.argmax(dim=-1).diagonal()
+    spread, additive_spread = (one.var(dim=(0, 1)).sum() for one in (logit_IJC, additive_IJC))
+    return float((answer_N == batch.target).double().mean()), float(additive_spread / spread)
 
 
 def additive_projection(logit_IJC: Tensor) -> Tensor:
-    """EMAP's scores of each record, from those of all pairs; pair (i, i) is record i."""
-    return logit_IJC.mean(dim=1) + logit_IJC.mean(dim=0) - logit_IJC.mean(dim=(0, 1))
+    """EMAP's scores of all pairs, from a model's; pair (i, i) is record i."""
+    over_both_C = logit_IJC.mean(dim=(0, 1))
+    return logit_IJC.mean(dim=1, keepdim=True) + logit_IJC.mean(dim=0, keepdim=True) - over_both_C
 
 
 def _crossed(batch: Batch, pictures_P: Tensor) -> Batch:
