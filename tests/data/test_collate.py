@@ -214,6 +214,18 @@ def test_a_withheld_modality_leaves_every_record_something(preparation: Preparat
     assert not collator(preparation)(request(preparation)).bad
 
 
+def test_what_is_withheld_beside_is_encoded_and_hidden_as_it_would_be_otherwise(preparation: Preparation) -> None:
+    asked = request(preparation, 50, image=[IMAGES[0]] * 40 + [None] * 10)
+    beside = collator(preparation, withhold=0.5, withheld_beside=True)(asked)
+    plain = collator(preparation, withhold=0.5)(asked)
+
+    np.testing.assert_array_equal(present(beside), present(plain))
+    assert not present(beside).all()
+    for name, media in beside.media.items():
+        assert media.there_B is not None
+        assert media.there_B.tolist() == [name != "image" or row < 40 for row in range(50)]
+
+
 def test_what_is_withheld_is_not_decoded_and_cannot_be_bad(preparation: Preparation, decoded: Counter[Any]) -> None:
     collate = collator(preparation, views=(View(keep=("question",)),))
     batch = collate(request(preparation, image=[inline(b"no")] * 4))

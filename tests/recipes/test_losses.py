@@ -11,8 +11,10 @@ from dougong.core.config import parse
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
 from dougong.recipes.losses import ObjectiveConfig, check_objective
+from dougong.recipes.pilot import blending_pilot
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, run_recipe
+from dougong.recipes.tables import open_tables
 
 WAYS: dict[str, dict[str, Any]] = {
     "evidence": {"model": {"fusion": "late", "decide": "evidence"}},
@@ -91,3 +93,24 @@ def test_a_blend_of_strangers_is_refused(colour_table: Path, tmp_path: Path) -> 
     way = {"model": {"own_heads": "taught"}, "objective": {"blend": {"whole": 1.0, "foto": 1.0}}}
     with pytest.raises(DougongError, match="objective.blend names 'foto', which is no modality here"):
         run(colour_table, tmp_path / "run", way)
+
+
+def test_a_pilot_weighs_the_heads_and_its_weights_run(colour_table: Path, tmp_path: Path) -> None:
+    values = {
+        "name": "pilot",
+        "data": {"train": str(colour_table), "target": "colour", "modalities": ["photo", "remark"]},
+        "model": {"width": 16, "fusion": "late", "own_heads": "taught", "bridge": {"num_heads": 2}},
+        "train": {"steps": 20, "precision": "fp32"},
+    }
+    recipe = parse(Recipe, values, where="test")
+    tables = open_tables(recipe.data, seed=0)
+
+    weights = blending_pilot(recipe, tmp_path / "pilot", tables, share=0.5)
+
+    assert set(weights) == {"whole", "photo", "remark"}
+    assert sum(weights.values()) == pytest.approx(1.0)
+    steps = [event for event in read_events(tmp_path / "pilot" / "events.jsonl") if event["kind"] == "StepDone"]
+    assert len(steps) == 10
+    assert parse(ObjectiveConfig, {"blend": weights}, where="test").blend == weights
+    with pytest.raises(ConfigError, match="a pilot runs for a share of train.steps"):
+        blending_pilot(parse(Recipe, values | {"train": {}}, where="test"), tmp_path / "other", tables)

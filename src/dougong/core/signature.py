@@ -14,14 +14,12 @@ from pydantic import Field, model_validator
 from dougong.core.config import Config
 
 
-class _Measured(Config):
-    """What every input may have besides its values."""
-
+class _Input(Config):
     quality: tuple[str, ...] = ()
-    """The names of its figures of quality, where they are measured: a batch then has `quality_UQ` (data/quality.py)."""
+    """The figures of quality that come beside the values, by name (data/quality.py); empty: none are measured."""
 
 
-class TextInput(_Measured):
+class TextInput(_Input):
     """Token ids. Values: `ids_UT` int64, `mask_UT` bool."""
 
     kind: Literal["text"] = "text"
@@ -29,7 +27,7 @@ class TextInput(_Measured):
     max_tokens: int
 
 
-class ImageInput(_Measured):
+class ImageInput(_Input):
     """Normalised pixels. Values: `pixels_UCHW` float32."""
 
     kind: Literal["image"] = "image"
@@ -38,7 +36,7 @@ class ImageInput(_Measured):
     channels: int = 3
 
 
-class AudioInput(_Measured):
+class AudioInput(_Input):
     """Normalised mono samples. Values: `samples_UT` float32, `mask_UT` bool."""
 
     kind: Literal["audio"] = "audio"
@@ -46,7 +44,7 @@ class AudioInput(_Measured):
     max_samples: int
 
 
-class TableInput(_Measured):
+class TableInput(_Input):
     """Numbers and categories. Values: `numbers_UN` float32, `known_UN` bool, `categories_UK` int64 (0: unknown)."""
 
     kind: Literal["table"] = "table"
@@ -55,7 +53,7 @@ class TableInput(_Measured):
     """For each categorical column, its number of categories, the unknown one included."""
 
 
-class SignalInput(_Measured):
+class SignalInput(_Input):
     """Channels over time. Values: `samples_UCT` float32, `mask_UT` bool."""
 
     kind: Literal["signal"] = "signal"
@@ -63,7 +61,7 @@ class SignalInput(_Measured):
     max_samples: int
 
 
-class VolumeInput(_Measured):
+class VolumeInput(_Input):
     """Voxels. Values: `voxels_U1DHW` float32."""
 
     kind: Literal["volume"] = "volume"

@@ -24,6 +24,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import Array, BadRecord, BatchArrays, MediaArrays
+from dougong.data.corruption import CorruptConfig, Corruption, Corruptor, Spoiling, corrupt
 from dougong.data.modality.medium import BadValue, Modality
 from dougong.data.preparation import Preparation
 from dougong.data.target import encode_target
@@ -36,7 +37,7 @@ class View(Config):
     """Names of modalities. What a record lacks anyway stays absent."""
 
     beside: tuple[str, ...] = ()
-    """Names of modalities that are encoded for a contrastive loss alone: the answer is found without them."""
+    """Names of modalities that are encoded for a loss alone: the answer is found without them."""
 
     weight: float = 1.0
     """How often, in proportion to the other views' weights."""
@@ -87,11 +88,19 @@ class Collator:
         views: Sequence[View] = (),
         one_view_a_batch: bool = False,
         withhold: float = 0.0,
+        corrupt: CorruptConfig | None = None,
+        corruptions: Sequence[Corruption] = (),
+        quality: bool = False,
+        withheld_beside: bool = False,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         """`withhold` is each modality's chance to be left out of a record, never of one that has no other.
 
+        With `withheld_beside`, it is encoded all the same, for a loss alone.
+
         With `one_view_a_batch`, all records of a batch are seen alike, so that a withheld modality costs nothing.
+        `corrupt` spoils media by chance, `corruptions` all of a modality alike, a medium the same way in every batch.
+        `quality` measures it also where the preparation does not ask for it.
 
         Raises:
             ConfigError: two of these say different things, or one of them says nothing.
@@ -107,6 +116,9 @@ class Collator:
         self._seed = seed
         self._augment = augment
         self._withhold = withhold
+        self._corruptor = Corruptor(preparation.modalities, seed=seed, training=corrupt, judging=corruptions)
+        self._quality = quality or preparation.quality
+        self._withheld_beside = withheld_beside
         names = list(preparation.modalities)
         self._views = tuple(views)
         self._view_VM = np.array([[name in view.keep for name in names] for view in views], np.bool_)
@@ -127,11 +139,26 @@ class Collator:
         target = self._target(request, reasons)
 
         good = np.array([index for index in range(len(request.rows)) if index not in reasons], np.int64)
+        there = {name: there_BM[good, place] for place, name in enumerate(names)}
+        distinct, index = {}, {}
+        for name in names:
+            distinct[name], index[name] = _share([keys[name][i] for i in good], there[name])
+        spoilt = None if self._corruptor.idle else self._corruptor.choose(distinct, index, there, request.number)
         arrays = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
             random = self._random("augment", name, *request.number) if self._augment else None
-            shared = _share(modality, media[name], [keys[name][i] for i in good], there_BM[good, place], random)
-            arrays[name] = shared._replace(present_B=kept_BM[good, place])
+            own, level_U = [media[name][key] for key in distinct[name]], None
+            if spoilt is not None:
+                own, level_U = _spoil(modality, own, spoilt[name])
+            values = modality.stack(own, random)
+            arrays[name] = MediaArrays(
+                values,
+                index[name],
+                kept_BM[good, place],
+                there[name],
+                modality.quality(values) if self._quality else None,
+                level_U,
+            )
         bad = tuple(BadRecord(int(request.rows[index]), *why) for index, why in sorted(reasons.items()))
         return BatchArrays(arrays, None if target is None else target[good], request.rows[good], bad)
 
@@ -154,7 +181,7 @@ class Collator:
         kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
         emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
-        return kept_BM, kept_BM
+        return kept_BM, has_BM if self._withheld_beside else kept_BM
 
     def _decode(
         self,
@@ -233,19 +260,25 @@ def _key(modality: Modality, cells: tuple[Any, ...]) -> Hashable:
     return key
 
 
-def _share(
-    modality: Modality,
-    media: dict[Hashable, Array],
-    keys: list[Hashable],
-    there_B: npt.NDArray[np.bool_],
-    random: np.random.Generator | None,
-) -> MediaArrays:
-    """The distinct media of good records, in the order in which they are first met."""
+def _share(keys: list[Hashable], there_B: npt.NDArray[np.bool_]) -> tuple[list[Hashable], npt.NDArray[np.int64]]:
+    """The distinct media of good records, in the order in which they are first met, and which of them each has."""
     place: dict[Hashable, int] = {}
     index_B = np.zeros(len(keys), np.int64)
     for index in np.flatnonzero(there_B):
         index_B[index] = place.setdefault(keys[index], len(place))
-    return MediaArrays(modality.stack([media[key] for key in place], random), index_B, there_B, there_B)
+    return list(place), index_B
+
+
+def _spoil(
+    modality: Modality, media: list[Array], spoilt: Sequence[Spoiling | None]
+) -> tuple[list[Array], npt.NDArray[np.float32]]:
+    """The media, those that are to be spoilt replaced, and how strongly each was."""
+    level_U = np.array([0.0 if one is None else one.level for one in spoilt], np.float32)
+    changed = [
+        medium if one is None else corrupt(modality, medium, one.kind, one.level, np.random.default_rng(one.seed))
+        for medium, one in zip(media, spoilt, strict=True)
+    ]
+    return changed, level_U
 
 
 class _Cache:

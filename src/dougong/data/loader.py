@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final, NamedTuple
@@ -28,6 +28,7 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
+from dougong.data.corruption import CorruptConfig, Corruption
 from dougong.data.modality.audio import AudioModality
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.medium import media_key
@@ -109,11 +110,15 @@ class Loader:
         views: tuple[View, ...] = (),
         one_view_a_batch: bool = False,
         withhold: float = 0.0,
+        corrupt: CorruptConfig | None = None,
+        corruptions: Sequence[Corruption] = (),
+        quality: bool = False,
+        withheld_beside: bool = False,
     ) -> None:
-        """`train` shuffles and augments; `views`, `one_view_a_batch` and `withhold` are data/collate.py's.
+        """`train` shuffles and augments; `views` and all after it are data/collate.py's.
 
         Raises:
-            ConfigError: `group_by` or a view names what is not there.
+            ConfigError: `group_by`, a view or a corruption names what is not there.
             DataError: the table has no records, or lacks a column of the preparation.
         """
         self._table, self._config, self._seed, self._train = table, config, seed, train
@@ -138,6 +143,10 @@ class Loader:
             views=views,
             one_view_a_batch=one_view_a_batch,
             withhold=withhold,
+            corrupt=corrupt,
+            corruptions=corruptions,
+            quality=quality,
+            withheld_beside=withheld_beside,
             cache_bytes=config.cache_bytes,
         )
         self.workers = _choose_workers(config, preparation)

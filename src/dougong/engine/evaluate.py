@@ -31,7 +31,7 @@ from dougong.nn.block_stack import BlockStack
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did. Shapes: B records, all of them; C classes."""
+    """What a model did. Shapes: B records, all of them; C classes; M modalities."""
 
     metrics: dict[str, float]
     """Empty where no record's target is known."""
@@ -55,6 +55,14 @@ class Evaluation:
 
     bad: tuple[BadRecord, ...]
     seconds: float
+    weight_BM: npt.NDArray[np.float32] | None = None
+    """The same of each record; None for a model without a gate."""
+
+    conflict_B: npt.NDArray[np.float32] | None = None
+    """How far the modalities' own decisions are apart; None for a model without them."""
+
+    vacuity_B: npt.NDArray[np.float32] | None = None
+    """How little evidence there is; None for a model that decides otherwise."""
 
 
 def evaluate(
@@ -65,7 +73,8 @@ def evaluate(
     precision: Chosen | None = None,
     loss: Loss | None = None,
 ) -> Evaluation:
-    """Judge `model` on every record of the loader. Its output must have `output_BC`, and may have `weight_BM`.
+    """Judge `model` on every record of the loader. Its output must have `output_BC`, and may have
+    `weight_BM`, `conflict_B` and `opinion`.
 
     `precision=None` computes as the caller's surroundings do: the trainer sets them to the run's own precision.
     With `loss`, its mean per record is among the metrics.
@@ -79,7 +88,7 @@ def evaluate(
     probabilities: list[Tensor] = []
     targets: list[Tensor] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    gate_sum_M: Tensor | None = None
+    beside: dict[str, list[Tensor]] = {"weight_BM": [], "conflict_B": [], "vacuity_B": []}
     modalities: list[str] = []
 
     with torch.inference_mode(), _evaluating(model):
@@ -100,18 +109,25 @@ def evaluate(
             if batch.target is not None:
                 metrics.update(decided, batch.target)
                 targets.append(batch.target)
-            weight_BM = getattr(output, "weight_BM", None)
-            if weight_BM is not None:
-                modalities = list(batch.media)
-                summed_M = weight_BM.double().sum(dim=0)
-                gate_sum_M = summed_M if gate_sum_M is None else gate_sum_M + summed_M
+            modalities = list(batch.media)
+            opinion = getattr(output, "opinion", None)
+            told = {
+                "weight_BM": getattr(output, "weight_BM", None),
+                "conflict_B": getattr(output, "conflict_B", None),
+                "vacuity_B": None if opinion is None else opinion.vacuity_B,
+            }
+            for key, value in told.items():
+                if value is not None:
+                    beside[key].append(value.float())
 
         num_records = sum(len(row_B) for row_B in rows)
         num_judged = sum(known.shape[0] for known in targets)
         figures = metrics.compute()
         if loss is not None and num_judged:
             figures["loss"] = loss_sum.item() / num_judged
-        gate_M = [] if gate_sum_M is None else (gate_sum_M / num_records).tolist()
+        each = {key: _array(found, np.float32) if found else None for key, found in beside.items()}
+        weight_BM = each["weight_BM"]
+        gate_M = [] if weight_BM is None else weight_BM.mean(axis=0, dtype=np.float64).tolist()
         target_B = torch.cat(targets) if targets and num_judged == num_records else None
         if target_B is not None and target.task == "regression":
             target_B = in_own_units(target, target_B)
@@ -123,9 +139,10 @@ def evaluate(
             prediction_B=_array(predictions, np.float64 if target.task == "regression" else np.int64),
             probability_BC=None if target.task == "regression" else _array(probabilities, np.float32),
             target_B=None if target_B is None else target_B.cpu().numpy(),
-            gate=dict(zip(modalities, gate_M, strict=True)),
+            gate=dict(zip(modalities, gate_M, strict=False)),  # a model without a gate weighs none of them
             bad=tuple(bad),
             seconds=time.perf_counter() - started,
+            **each,
         )
 
 

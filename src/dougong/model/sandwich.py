@@ -2,7 +2,7 @@
 
 Here        SandwichConfig, Sandwich (a BlockStack), its state and output; the baselines are the same parts put
             together otherwise (`fusion`).
-Elsewhere   the parts: encoders/, bridge.py, gate.py, heads.py; training it (engine/).
+Elsewhere   the parts: encoders/, completion.py, bridge.py, gate.py, heads.py; training it (engine/).
 Promise     a medium that records share is encoded once; whatever a record lacks changes nothing of its answer, and
             a record that lacks everything still has one, with finite gradients.
 """
@@ -20,6 +20,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.signature import AudioInput, ImageInput, SignalInput, Signature, TextInput, VolumeInput
 from dougong.model.bridge import BridgeConfig, Looked
+from dougong.model.completion import CompletionConfig, parts
 from dougong.model.encoders.audio import AudioEncoderConfig
 from dougong.model.encoders.encoder import Tokens
 from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
@@ -57,6 +58,9 @@ class SandwichConfig(Config):
     align: tuple[str, ...] = ()
     """Two modalities that say the same, such as a sentence and a recording of it: each gets a vector before the bridge,
     for a contrastive loss to draw together."""
+
+    completion: CompletionConfig | None = None
+    """What a record lacks is completed from what it has, and stands in for it. None: it stays absent."""
 
     bridge: BridgeConfig = BridgeConfig()
 
@@ -104,11 +108,21 @@ class SandwichConfig(Config):
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
-        if self.width % self.bridge.num_heads:
-            fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
+        for part, heads in (("bridge", self.bridge), ("completion", self.completion)):
+            if heads is not None and self.width % heads.num_heads:
+                fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
+                raise ValueError(
+                    f"{part}.num_heads={heads.num_heads} cannot share out width={self.width}: every head needs as "
+                    f"many channels. Use num_heads in {fits}."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_stand_in(self) -> Self:
+        if self.completion is not None and self.fusion == "late":
             raise ValueError(
-                f"bridge.num_heads={self.bridge.num_heads} cannot share out width={self.width}: every head needs as "
-                f"many channels. Use num_heads in {fits}."
+                "completion cannot take effect with fusion=late, where no modality meets another before the head. "
+                "Use fusion=bridge, or leave completion out."
             )
         return self
 
@@ -141,16 +155,25 @@ class SandwichState(NamedTuple):
     """Each record's medium, (B,)."""
 
     present_BM: Tensor
-    """Which modalities each record has."""
+    """Which modalities each record has; after the completion, or has been given."""
 
     aligned: dict[str, Tensor]
     """(U, D): vectors of length 1 of the media that are to be drawn together."""
 
     quality: dict[str, Tensor]
-    """(B, Q): figures of quality of each record's medium, where they are measured."""
+    """(B, Q): figures of quality of each record's medium, where they are measured; zero where it has none."""
 
     own: dict[str, Own]
     """What each medium's modality decides by itself."""
+
+    truth: dict[str, Tensor]
+    """(U, K, D): in training, what completed tokens of each medium should be; without a gradient."""
+
+    completed_BM: Tensor
+    """Which modalities were completed; present_BM then has them too."""
+
+    completed: dict[str, Tensor]
+    """(B, K, D): the completed tokens of each such modality; zero in other records."""
 
 
 class SandwichOutput(NamedTuple):
@@ -165,7 +188,10 @@ class SandwichOutput(NamedTuple):
     """Each modality's own vector; zero where it is absent."""
 
     aligned: dict[str, Tensor]
-    """As SandwichState has them."""
+    truth: dict[str, Tensor]
+    completed_BM: Tensor
+    completed: dict[str, Tensor]
+    """These four as SandwichState has them."""
 
     own_BMC: Tensor | None = None
     """What each modality decides by itself; zero where it is absent. None for a model without such heads."""
@@ -223,8 +249,17 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             own_head = self._head_config(config, signature, config.width)
             watching = config.own_heads == "watching"
             blocks += [OwnBlock(name, own_head, watching=watching) for name in self.names]
+        if config.completion is not None:
+            if len(self.names) < 2:
+                raise ConfigError(
+                    f"model.completion has nothing to complete {self.names[0]!r} from, which is the only modality. "
+                    "Leave completion out."
+                )
+            blocks.append(TruthBlock(config.completion.num_tokens))
         if not self.late:
             blocks.append(JoinBlock(self.names))
+            if config.completion is not None:
+                blocks.append(CompletionBlock(config.completion, self.names, config.width))
             blocks += [BridgeBlock(block) for block in config.bridge.build(self.names, config.width)]
         self.blocks = nn.ModuleList(blocks)
         self.width = config.width
@@ -267,9 +302,10 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
                 tokens[name], masks[name] = self.embedders[name](media.values)
                 medium[name] = media.index_B
                 if media.quality_UQ is not None:
-                    quality[name] = media.quality_UQ.index_select(0, media.index_B)
+                    quality_BQ = media.quality_UQ.index_select(0, media.index_B)
+                    quality[name] = quality_BQ.masked_fill(~media.present_B[:, None], 0.0)
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
-        return SandwichState(tokens, masks, medium, present_BM, {}, quality, {})
+        return SandwichState(tokens, masks, medium, present_BM, {}, quality, {}, {}, torch.zeros_like(present_BM), {})
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Each encoder, with its way to the shared width, by its modality's name."""
@@ -312,7 +348,8 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             quality = tuple(state.quality.get(name) for name in self.names)
             fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM, quality)
         output_BC = self.prior_C.expand(fused_BD.shape[0], -1) if self.only_votes else self.decision(fused_BD)
-        output = SandwichOutput(output_BC, fused_BD, weight_BM, vector_BMD, state.aligned)
+        made = state.aligned, state.truth, state.completed_BM, state.completed
+        output = SandwichOutput(output_BC, fused_BD, weight_BM, vector_BMD, *made)
         return self._vote(state, output) if self.has_own else output
 
     def _vector(self, state: SandwichState, name: str, place: int, pooled: dict[str, Tensor] | None) -> Tensor:
@@ -331,21 +368,22 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
 
     def _vote(self, state: SandwichState, output: SandwichOutput) -> SandwichOutput:
         """What the modalities decide by themselves, beside the decision or in its place."""
+        given_BM = state.present_BM & ~state.completed_BM  # what was completed from the others has no voice of its own
         nothing_BC = torch.zeros_like(output.output_BC)
         said = [
             state.own[name].logit_UC.index_select(0, state.medium[name]) if name in state.own else nothing_BC
             for name in self.names
         ]
-        own_BMC = torch.stack(said, dim=1).masked_fill(~state.present_BM[..., None], 0.0)
+        own_BMC = torch.stack(said, dim=1).masked_fill(~given_BM[..., None], 0.0)
         output = output._replace(own_BMC=own_BMC)
         if self.task == "single_label":
-            output = output._replace(conflict_B=conflict(own_BMC.detach().float().softmax(dim=-1), state.present_BM))
+            output = output._replace(conflict_B=conflict(own_BMC.detach().float().softmax(dim=-1), given_BM))
         if self.decide == "fused":
             return output
         # One more vote: of the bridge, or of what is common where nobody else votes.
-        some_B1 = state.present_BM.any(dim=1, keepdim=True)
+        some_B1 = given_BM.any(dim=1, keepdim=True)
         votes_BVC = torch.cat([own_BMC, output.output_BC[:, None]], dim=1)
-        present_BV = torch.cat([state.present_BM, ~some_B1 if self.only_votes else torch.ones_like(some_B1)], dim=1)
+        present_BV = torch.cat([given_BM, ~some_B1 if self.only_votes else torch.ones_like(some_B1)], dim=1)
         voted = vote(votes_BVC, present_BV, self.decide, self.evidence_rule)
         return output._replace(output_BC=voted.output_BC, opinion=voted.opinion)
 
@@ -417,6 +455,21 @@ class OwnBlock(nn.Module):
         return state._replace(own={**state.own, self.name: Own(vector_UD, self.decision(vector_UD))})
 
 
+class TruthBlock(nn.Module):
+    """What each medium's completed tokens should be, for the loss, while media that were withheld are still here."""
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        self.num_parts = num_parts
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        if not self.training:
+            return state
+        # Detached: were the truth to follow, all of it would soon be alike and easy to complete.
+        found = {name: parts(x_UTD, state.masks[name], self.num_parts).detach() for name, x_UTD in state.tokens.items()}
+        return state._replace(truth=found)
+
+
 class JoinBlock(nn.Module):
     """From distinct media to records: from here on every record has tokens of its own."""
 
@@ -436,6 +489,58 @@ class JoinBlock(nn.Module):
             tokens[name] = x_BTD.masked_fill(~present_B[:, None, None], 0.0)
             masks[name] = state.masks[name].index_select(0, state.medium[name]) & present_B[:, None]
         return state._replace(tokens=tokens, masks=masks)
+
+
+class CompletionBlock(nn.Module):
+    """What a record lacks is made from what it has, and from here on counts as there."""
+
+    def __init__(self, config: CompletionConfig, names: tuple[str, ...], width: int) -> None:
+        super().__init__()
+        self.names = names
+        self.completions = ModulesByName(
+            {name: config.build(tuple(other for other in names if other != name), width) for name in names}
+        )
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        lacking_BM = ~state.present_BM & state.present_BM.any(dim=1, keepdim=True)
+        tokens, masks, completed = dict(state.tokens), dict(state.masks), {}
+        for place, name in enumerate(self.names):
+            row_R = lacking_BM[:, place].nonzero()[:, 0]
+            if not len(row_R):
+                continue
+            # Of what was there, never of what has been completed just now: the order counts for nothing.
+            others = [other for other in state.tokens if other != name]
+            completion = self.completions[name]
+            made_RKD = completion(
+                {other: state.tokens[other].index_select(0, row_R) for other in others},
+                {other: state.masks[other].index_select(0, row_R) for other in others},
+            )
+            completed[name] = _put(None, row_R, made_RKD, len(lacking_BM))
+            tokens[name] = _put(tokens.get(name), row_R, made_RKD + completion.mark_D, len(lacking_BM))
+            there_RK = made_RKD.new_ones(made_RKD.shape[:2], dtype=torch.bool)
+            masks[name] = _put(masks.get(name), row_R, there_RK, len(lacking_BM))
+        # In the order that the bridge would have found them in.
+        return state._replace(
+            tokens={name: tokens[name] for name in self.names if name in tokens},
+            masks={name: masks[name] for name in self.names if name in masks},
+            present_BM=state.present_BM | lacking_BM,
+            completed_BM=lacking_BM,
+            completed=completed,
+        )
+
+
+def _put(x_BT: Tensor | None, row_R: Tensor, made_RK: Tensor, num_records: int) -> Tensor:
+    """Rows of K tokens among those of T, all made as long as the longer; zeros where nothing is. None: no others."""
+    if x_BT is None:
+        x_BT = made_RK.new_zeros(num_records, *made_RK.shape[1:])
+    longer = max(x_BT.shape[1], made_RK.shape[1])
+    x_BT, made_RK = (_lengthened(x, longer) for x in (x_BT, made_RK))
+    return x_BT.index_copy(0, row_R, made_RK.to(x_BT.dtype))
+
+
+def _lengthened(x_BT: Tensor, length: int) -> Tensor:
+    more = x_BT.new_zeros(x_BT.shape[0], length - x_BT.shape[1], *x_BT.shape[2:])
+    return torch.cat([x_BT, more], dim=1) if more.shape[1] else x_BT
 
 
 class BridgeBlock(nn.Module):

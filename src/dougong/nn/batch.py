@@ -25,8 +25,8 @@ class MediaBatch(NamedTuple):
     """Whether the record has this modality."""
 
     there_B: Tensor | None = None
-    """Whether its medium is among the U: also where it is encoded for a contrastive loss alone, and hidden from the
-    answer. None: where it is present."""
+    """Whether its medium is among the U: also where it is encoded for a loss alone, and hidden from the answer. None:
+    where it is present."""
 
     quality_UQ: Tensor | None = None
     """How good each medium is as a recording of anything, by Q named figures of about 0 to 1 (data/quality.py)."""

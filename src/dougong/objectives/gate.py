@@ -26,6 +26,9 @@ def gate_loss(weight_BM: Tensor, level_BM: Tensor, present_BM: Tensor) -> Tensor
     lowest_B = clean_BM.masked_fill(~present_BM, 1.0).amin(dim=1)
     judged_B = (present_BM.sum(dim=1) > 1) & (highest_B > lowest_B)
     trust_BM = clean_BM / clean_BM.sum(dim=1, keepdim=True).clamp(min=SMALLEST)
+    # Among those present: one that is completed from the others has a weight too, and nothing to be judged by.
+    weight_BM = weight_BM.float() * present_BM
+    weight_BM = weight_BM / weight_BM.sum(dim=1, keepdim=True).clamp(min=SMALLEST)
     # An absent modality's weight is 0, and its trust too: a floor keeps 0 * log(0) finite.
-    loss_B = -(trust_BM * torch.log(weight_BM.float().clamp(min=SMALLEST))).sum(dim=1)
+    loss_B = -(trust_BM * torch.log(weight_BM.clamp(min=SMALLEST))).sum(dim=1)
     return (loss_B * judged_B).sum()

@@ -107,6 +107,8 @@ def _altered(recipe: Recipe, *, modalities: tuple[str, ...] | None, fusion: str)
     values = recipe.model_dump(mode="json")
     values["data"]["modalities"] = modalities
     values["model"]["fusion"] = fusion
+    if fusion == "late":
+        values["model"]["completion"] = None  # nothing meets before the head: there is nowhere to stand in
     if modalities is not None:
         values["model"]["encoders"] = {
             name: encoder for name, encoder in values["model"]["encoders"].items() if name in modalities

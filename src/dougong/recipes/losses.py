@@ -27,6 +27,7 @@ from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.decision import decision_loss
 from dougong.objectives.evidence import evidence_loss
 from dougong.objectives.gate import gate_loss
+from dougong.objectives.missing import completion_loss
 
 WHOLE = "whole"
 """In `blend`, beside the modalities' names: the decision of all together."""
@@ -46,6 +47,9 @@ class ObjectiveConfig(Config):
 
     blend: dict[str, float] = {}
     """Instead of it, a weight by modality, and of the decision together by the name "whole": Gradient-Blending."""
+
+    completion_weight: float = 1.0
+    """Of the loss between what model.completion makes and what was withheld. 0: the decision alone teaches it."""
 
     gate_weight: float = 0.0
     """Of teaching the gate to trust the cleaner modality, in records that data.corrupt has made unlike."""
@@ -70,7 +74,7 @@ class ObjectiveConfig(Config):
             raise ValueError(f"{weight} must be above 0. To leave this out, leave out the part of the model it is for.")
         return weight
 
-    @field_validator("gate_weight", "doubt_weight", "rank_weight")
+    @field_validator("completion_weight", "gate_weight", "doubt_weight", "rank_weight")
     @classmethod
     def _not_below_zero(cls, weight: float) -> float:
         if not weight >= 0:
@@ -132,6 +136,8 @@ def losses_of(
         whole = whole * objective.blend.get(WHOLE, 1.0)
         if len(output.aligned) == 2:
             whole = whole + objective.align_weight * _alignment(output, batch)
+        if objective.completion_weight:
+            whole = whole + objective.completion_weight * completion_losses(output, batch)
         if objective.gate_weight and output.weight_BM is not None:
             whole = whole + objective.gate_weight * _gate(output.weight_BM, batch)
         own: dict[str, Tensor] = {}
@@ -157,6 +163,18 @@ def backward_of(
     if objective.balance == "mmpareto":
         return ParetoBackward(model.parts(), losses)
     return None
+
+
+def completion_losses(output: SandwichOutput, batch: Batch) -> Tensor:
+    """Of each modality that was withheld from some records and encoded beside them, summed."""
+    total = output.output_BC.new_zeros((), dtype=torch.float32)
+    for place, (name, media) in enumerate(batch.media.items()):
+        if name in output.completed and name in output.truth and media.there_B is not None:
+            hidden_B = output.completed_BM[:, place] & media.there_B
+            total = total + completion_loss(
+                output.completed[name][hidden_B], output.truth[name], media.index_B[hidden_B]
+            )
+    return total
 
 
 def _gate(weight_BM: Tensor, batch: Batch) -> Tensor:

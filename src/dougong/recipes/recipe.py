@@ -8,13 +8,14 @@ Promise     `dougong show` prints all of it, and what it prints runs as it is.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.core.signature import Task
 from dougong.data.collate import View
+from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
 from dougong.engine.trainer import TrainConfig
@@ -74,6 +75,10 @@ class DataConfig(Config):
     withhold: float = 0.0
     """Or: the chance of each modality to be left out of a training record."""
 
+    corrupt: CorruptConfig | None = None
+    """What is spoilt of training records, so that a model learns to stand it; None: nothing. Judging is of records as
+    they are, unless `dougong evaluate --corrupt` asks otherwise."""
+
     conditions: dict[str, tuple[str, ...]] = {}
     """Modalities kept, by the name of a condition to judge under. Empty: all, without each, each alone."""
 
@@ -105,3 +110,12 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _something_to_complete(self) -> Self:
+        if self.model.completion is not None and not (self.data.withhold or self.data.views):
+            raise ValueError(
+                "model.completion is learnt from what is withheld, and nothing is. Set data.withhold, for example to "
+                "0.3, or data.views with what they leave out beside."
+            )
+        return self

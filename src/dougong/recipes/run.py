@@ -27,8 +27,9 @@ from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import VolumeInput
 from dougong.data.collate import View
+from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparation
 from dougong.data.table import Table
 from dougong.data.target import infer_target
 from dougong.engine.checkpoint import best_weights, load_weights
@@ -268,6 +269,8 @@ def _train(
         views=views,
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
+        corrupt=_corrupt(recipe, tables, preparation),
+        withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
     )
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
@@ -311,6 +314,21 @@ def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
         for view in views
     ]
     return [view for view in narrowed if view.keep]
+
+
+def _corrupt(recipe: Recipe, tables: Tables, preparation: Preparation) -> CorruptConfig | None:
+    """What is spoilt in training, as far as these modalities go."""
+    corrupt = recipe.data.corrupt
+    if corrupt is None:
+        return None
+    # Those that the recipe leaves out may be named: its baselines are the same recipe with fewer.
+    known = {*preparation.modalities, *tables.roles, TABLE_MODALITY}
+    named = [*(corrupt.chance if isinstance(corrupt.chance, dict) else ()), *corrupt.kinds]
+    strange = [name for name in named if name not in known]
+    if strange:
+        known_here = ", ".join(preparation.modalities)
+        raise RunError(f"data.corrupt names {strange[0]!r}, which is no modality here. Use some of {known_here}.")
+    return corrupt.only(tuple(preparation.modalities))
 
 
 def _judge(recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View) -> Evaluation:

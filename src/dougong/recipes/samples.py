@@ -87,6 +87,8 @@ def _sample(
     arrays, explained = model.explain([visible], folder=folder)
     (prediction,) = model.predict([visible], folder=folder)
     inputs = {name: _input(run, model, record, name, arrays, number) for name in model.preparation.modalities}
+    for name in prediction.completed:
+        inputs[name]["completed"] = True
     return {
         "row": row,
         "inputs": inputs,
@@ -149,7 +151,11 @@ def _attention(model: Model, arrays: BatchArrays, explained: Any, record: dict[s
         if looks is None:
             continue
         asking, weights = looks
-        entry: dict[str, Any] = {"from": asking, "weights": [round(float(weight), 6) for weight in weights]}
+        made_up = not arrays.media[asking].present_B.any()
+        entry: dict[str, Any] = {
+            "from": f"{asking} (completed)" if made_up else asking,
+            "weights": [round(float(weight), 6) for weight in weights],
+        }
         modality = model.preparation.modalities[name]
         media = arrays.media[name]
         if name in explained.grids:

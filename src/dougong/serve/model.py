@@ -26,6 +26,7 @@ from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataE
 from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
+from dougong.data.corruption import Corruption
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, open_table
@@ -62,6 +63,9 @@ class Prediction(Config):
 
     absent: tuple[str, ...] = ()
     """Modalities that the record lacked."""
+
+    completed: tuple[str, ...] = ()
+    """Of those, the ones that were made up from the others before the answer."""
 
     error: str | None = None
 
@@ -107,10 +111,20 @@ class Model:
         for request in requests:
             yield from self._answer(collator(request))
 
-    def evaluate(self, table: Table | str | Path, *, keep: Sequence[str] | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        table: Table | str | Path,
+        *,
+        keep: Sequence[str] | None = None,
+        corruptions: Sequence[Corruption] = (),
+        seed: int = 0,
+    ) -> Evaluation:
         """The figures on a table with the target in it, seen by the modalities in `keep` (None: all).
 
+        `corruptions` spoils media first; how each is spoilt follows from the medium and `seed` alone.
+
         Raises:
+            ConfigError: a corruption names what is not there.
             DataError: the table has no target, or not one usable record.
         """
         opened = table if isinstance(table, Table) else open_table(table)
@@ -118,7 +132,8 @@ class Model:
             raise DataError(f"{opened.path.name} has no column {self.preparation.target.name!r} to judge against.")
         opened = self._with_all_columns(opened)
         views = () if keep is None else (View(keep=tuple(keep)),)
-        loader = Loader(opened, self.preparation, LoaderConfig(batch_size=256), views=views)
+        config = LoaderConfig(batch_size=256)
+        loader = Loader(opened, self.preparation, config, seed=seed, views=views, corruptions=corruptions)
         return evaluate(self.network, loader, self.preparation.target)
 
     def explain(self, rows: Sequence[Mapping[str, Any]], *, folder: str | Path = ".") -> tuple[BatchArrays, Any]:
@@ -202,15 +217,17 @@ class Model:
         target = self.preparation.target
         names = list(self.preparation.modalities)
         absent = tuple(name for name in names if not arrays.media[name].present_B[place])
+        completed = tuple(name for name, made in zip(names, output.completed_BM[place].tolist(), strict=True) if made)
+        lacked = {"absent": absent, "completed": completed}
         gate = {} if output.weight_BM is None else dict(zip(names, _rounded(output.weight_BM[place]), strict=True))
         if target.task == "regression":
             number = float(output.output_BC[place, 0]) * target.scale + target.mean
-            return Prediction(row=row, answer=number, gate=gate, absent=absent)
+            return Prediction(row=row, answer=number, gate=gate, **lacked)
         chances = decision_probabilities(output.output_BC[place : place + 1], target.task)[0]
         probabilities = dict(zip(target.labels, _rounded(chances), strict=True))
         if target.task == "multi_label":
             chosen = [label for label, chance in probabilities.items() if chance >= 0.5]
-            return Prediction(row=row, answer=chosen, probabilities=probabilities, gate=gate, absent=absent)
+            return Prediction(row=row, answer=chosen, probabilities=probabilities, gate=gate, **lacked)
         best = int(chances.argmax())
         return Prediction(
             row=row,
@@ -218,7 +235,7 @@ class Model:
             confidence=round(float(chances[best]), 6),
             probabilities=probabilities,
             gate=gate,
-            absent=absent,
+            **lacked,
         )
 
 

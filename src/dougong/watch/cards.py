@@ -104,7 +104,7 @@ def _input(
     kind = str(given.get("kind"))
     shown: dict[str, Any] = {"name": name, "kind": kind, "absent": bool(given.get("absent")), "from": None}
     if shown["absent"]:
-        return shown
+        return shown | {"completed": bool(given.get("completed"))}
     weights = _relative(looked["weights"]) if looked else []
     if looked and weights:
         shown["from"] = looked.get("from")
