@@ -1,6 +1,6 @@
 """The recipes that have names.
 
-Here        vqa, vqa-demo, digits, uci-views, seen-and-spoken; KNOWN; reading a recipe by its name or from YAML.
+Here        vqa, vqa-demo, digits, uci-views, seen-and-spoken, xor; KNOWN; reading a recipe by its name or from YAML.
 Elsewhere   what a recipe may say (recipes/recipe.py).
 Promise     each trains as it stands: `dougong train NAME`.
 """
@@ -93,6 +93,8 @@ def seen_and_spoken() -> Recipe:
                 audio_augment=AudioAugment(gain_decibels=3.0, noise=0.1, shift_seconds=0.1, speed=0.1),
             ),
             loader=LoaderConfig(batch_size=64),
+            # Else pictures, which are easier, are all that is learnt from.
+            withhold=0.3,
         ),
         model=SandwichConfig(
             width=64,
@@ -116,10 +118,30 @@ def seen_and_spoken() -> Recipe:
             bridge=BridgeConfig(num_blocks=1, num_heads=4),
         ),
         train=TrainConfig(
-            epochs=10,
+            epochs=8,
             precision="fp32",
-            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, warmup_ratio=0.1),
+            optimizer=OptimizerConfig(weight_decay=0.05, warmup_ratio=0.1),
         ),
+    )
+
+
+def xor() -> Recipe:
+    """Is a sentence true of a picture? Neither says anything alone; synthetic."""
+    return Recipe(
+        name="xor",
+        about="Some seconds on one core.",
+        data=DataConfig(source="xor", target="answer", loader=LoaderConfig(batch_size=64)),
+        model=SandwichConfig(
+            width=32,
+            encoders={
+                "image": ImageEncoderConfig(
+                    width=32, num_layers=1, num_heads=2, feedforward_ratio=2.0, patch_size=4, stem="convolution", pool=2
+                ),
+                "sentence": TextEncoderConfig(width=32, num_layers=1, num_heads=2, feedforward_ratio=2.0),
+            },
+            bridge=BridgeConfig(num_blocks=1, num_heads=2),
+        ),
+        train=TrainConfig(steps=200, precision="fp32", optimizer=OptimizerConfig(learning_rate=2e-3, warmup_ratio=0.1)),
     )
 
 
@@ -195,6 +217,7 @@ KNOWN: Final[dict[str, Callable[[], Recipe]]] = {
     "digits": digits,
     "uci-views": uci_views,
     "seen-and-spoken": seen_and_spoken,
+    "xor": xor,
 }
 
 

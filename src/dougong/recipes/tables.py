@@ -19,6 +19,7 @@ from dougong.data.sources.digits import prepare_digits
 from dougong.data.sources.easy_vqa import prepare_easy_vqa
 from dougong.data.sources.seen_and_spoken import PAIRINGS, prepare_seen_and_spoken
 from dougong.data.sources.uci_views import fetch_uci_views, prepare_uci_views
+from dougong.data.sources.xor import prepare_xor
 from dougong.data.split import split_table
 from dougong.data.table import Table, open_table
 from dougong.recipes.recipe import DataConfig
@@ -87,6 +88,10 @@ def _locate(
         prepare_easy_vqa(folder, announce=announce)
         drawn, spoken = "easy-VQA: generated pictures and questions", "the spoken questions are synthetic (espeak-ng)"
         return folder / "train.parquet", None, folder / "test.parquet", (drawn, spoken)
+    if data.source == "xor":
+        folder = Path(data.folder) if data.folder else cache_folder() / "xor" / f"seed-{seed}"
+        prepare_xor(folder, seed=seed)
+        return *_three_tables(folder), ("pictures and sentences are synthetic",)
     if data.source == "digits":
         if data.folder is None:
             raise ConfigError("source digits needs data.folder: the recordings of the Free Spoken Digit Dataset.")
