@@ -78,4 +78,4 @@ def test_troubles_of_texts_are_counted_with_their_rows(tmp_path: Path) -> None:
     notes = ["cafÃ© by the sea", "plain words", None, "lost \ufffd and cafÃ©", "plain again"]
     table = rows(tmp_path, note=notes, label=["no", "yes", "no", "yes", "no"])
     found = find_text_troubles(table, fitted(table, {"note": "text"}))
-    assert [tuple(trouble) for trouble in found["note"]] == [("misread", 2, (0, 3)), ("replaced", 1, (3,))]
+    assert [tuple(trouble) for trouble in found["note"]] == [("lost", 1, (3,)), ("misread", 2, (0, 3))]

@@ -70,7 +70,7 @@ def test_the_worst_of_every_kind_is_shown(page: str) -> None:
     sharpness = photo[photo.index("<h3>sharpness</h3>") : photo.index("<h3>exposure</h3>")]
     assert re.search(r'alt="row (\d+)"', sharpness).group(1) == "7"  # type: ignore[union-attr]
     assert "at most" in sharpness
-    assert "1 texts are markup, first in rows 9" in page
+    assert "1 x letters of markup, first in rows 9" in page
 
 
 def test_a_picture_is_the_one_that_a_model_would_get(page: str) -> None:

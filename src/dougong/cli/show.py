@@ -100,9 +100,8 @@ def print_quality(console: Console, result: CheckResult) -> None:
         for modality, troubles in report.troubles.items():
             for trouble in troubles:
                 rows = ", ".join(map(str, trouble.rows[:8]))
-                console.print(
-                    f"{part}, {modality}: {trouble.num_records} texts are {trouble.name} (rows {rows})", highlight=False
-                )
+                text = f"{part}, {modality}: {trouble.num_records} x letters {trouble.name} (rows {rows})"
+                console.print(text, highlight=False)
 
 
 def print_check(result: CheckResult) -> None:
