@@ -1,17 +1,22 @@
 """Holds recipes/robust.py and recipes/judge.py to their promises: the same records, spoilt the same way every time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import dougong
-from dougong.core.errors import ConfigError
+from dougong.core.config import parse
+from dougong.core.errors import ConfigError, RunError
+from dougong.core.events import read_events
 from dougong.data.corruption import Corruption
 from dougong.data.preparation import Preparation
 from dougong.engine.robustness import relative_robustness
 from dougong.recipes.judge import judge
+from dougong.recipes.recipe import Recipe
 from dougong.recipes.robust import EVERY, sweep
+from dougong.recipes.run import run_recipe
 from dougong.serve.model import Model
 
 NAMES = ("photo", "clip", "remark", "table")
@@ -76,3 +81,47 @@ def test_what_cannot_be_spoilt_is_told(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         judge(colour_run, None, missing, [spoilt])
+
+
+def small(table: Path, **data: object) -> Recipe:
+    train = {"steps": 4, "precision": "fp32", "checkpoint_every": 2, "keep": 5}
+    values = {"train": str(table), "target": "colour", "loader": {"batch_size": 32}, "modalities": ["photo", "remark"]}
+    values |= data
+    return parse(Recipe, {"name": "small", "data": values, "train": train}, where="test")
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in read_events(folder / "events.jsonl") if event["kind"] == "StepDone"]
+
+
+def test_training_on_spoilt_records_is_another_training_and_resumes_to_its_own_losses(
+    colour_table: Path, tmp_path: Path
+) -> None:
+    settings = {"preparation": {"quality": True}, "corrupt": {"chance": 0.7, "kinds": {"photo": ["blur"]}}}
+    spoilt = small(colour_table, **settings)
+    result = run_recipe(spoilt, tmp_path / "whole", quiet=True)
+    run_recipe(small(colour_table), tmp_path / "clean", quiet=True)
+    run_recipe(spoilt, tmp_path / "cut", quiet=True)
+    for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:  # as if it had been killed after step 2
+        shutil.rmtree(path)
+    (tmp_path / "cut" / "events.jsonl").unlink()
+    run_recipe(spoilt, tmp_path / "cut", resume=True, quiet=True)
+
+    whole = losses(tmp_path / "whole")
+    assert whole != losses(tmp_path / "clean")
+    assert losses(tmp_path / "cut") == whole[2:]
+
+    loaded = dougong.load(tmp_path / "whole" / "bundle")
+    inputs = loaded.manifest.signature.inputs
+    assert inputs["photo"].quality[:2] == ("sharpness", "exposure")
+    assert loaded.predict([{"remark": "warm like fire"}]) == result.model.predict([{"remark": "warm like fire"}])
+    arrays, _ = loaded.explain([{"remark": "warm like fire"}])
+    assert arrays.media["remark"].quality_UQ is not None
+    assert arrays.media["remark"].quality_UQ.shape == (1, len(inputs["remark"].quality))
+
+
+def test_what_a_recipe_spoils_is_there_or_left_out_by_name(colour_table: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="data.corrupt names 'smell', which is no modality here. Use some of photo"):
+        run_recipe(small(colour_table, corrupt={"chance": {"smell": 0.5}}), tmp_path / "none", quiet=True)
+    fewer = small(colour_table, corrupt={"chance": {"clip": 0.5, "table": 0.5}}, modalities=["table"])
+    assert run_recipe(fewer, tmp_path / "fewer", quiet=True).model.preparation.quality is False
