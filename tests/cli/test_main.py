@@ -35,6 +35,10 @@ def test_a_table_goes_the_whole_way_by_commands(
 
     judged = output(capsys, "evaluate", run, "--data", colour_table, "--missing", "clip", "--json")
     assert set(judged) == {"all", "without clip"}
+    spoilt = output(capsys, "evaluate", run, "--corrupt", "photo:blur=0.5", "--corrupt", "clip=1", "--json")
+    assert set(spoilt) == {"all", "photo:blur=0.5, clip=1"}
+    graded = output(capsys, "evaluate", run, "--missing", "clip", "--missing", "remark", "--corrupt", "all", "--json")
+    assert [curve["what"] for curve in graded["robustness"]] == ["photo", "table", "every modality"]  # type: ignore[attr-defined]
     told = output(capsys, "predict", run, colour_table, tmp_path / "a.jsonl", "--withhold", "photo", "--json")
     assert told["answered"] == 240
 
@@ -43,7 +47,13 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
     assert main(["evaluate", str(colour_run)]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert main(["check", str(colour_table), "--target", "colour"]) == 0
-    assert "by its first bytes" in capsys.readouterr().out
+    checked = capsys.readouterr().out
+    assert "by its first bytes" in checked
+    assert "worst 5 %" in checked
+    assert main(["evaluate", str(colour_run), "--corrupt", "all", "--baseline", str(colour_run)]) == 0
+    found = capsys.readouterr()
+    assert "effective" in found.out
+    assert "50 of 50: every modality 1" in found.err
     assert main(["show", "list"]) == 0
     assert "vqa-demo" in capsys.readouterr().out
 
@@ -59,6 +69,11 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
         (["check", "nowhere.csv"], "neither a recipe (vqa-demo, vqa, digits) nor a file or folder that exists"),
         (["predict", "nowhere", "a.csv", "b.csv"], "nowhere"),
         (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere", "--corrupt", "image"], "--corrupt 'image' does not read MODALITY=LEVEL"),
+        (["evaluate", "nowhere", "--corrupt", "image:blur=2"], "--corrupt 'image:blur=2' does not read"),
+        (["evaluate", "nowhere", "--corrupt", "all", "--corrupt", "image=1"], "--corrupt all goes through every"),
+        (["evaluate", "nowhere", "--baseline", "other"], "--baseline says nothing without --corrupt all"),
+        (["check", "nowhere.csv", "--pictures", "worst.png"], "ends in '.png', and the sheet is a page"),
         (["bench", "nothing"], "'nothing' is no benchmark. Use one of"),
         (["tarin"], "No such command 'tarin'."),
         (["train"], "Missing argument"),

@@ -79,13 +79,16 @@ def check(
     what: Annotated[str, Argument(help="A recipe's name or YAML file, or a table.")],
     target: Annotated[str | None, Option(help="A table's column to predict.")] = None,
     settings: Settings = None,
+    pictures: Annotated[
+        Path | None, Option(help="An .html file to show the worst media in, by each figure of their quality.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every record of a table, or all that a recipe needs, and say what is wrong, without training."""
     from dougong.cli.show import print_check
     from dougong.recipes.check import check_recipe_or_table
 
-    result = check_recipe_or_table(what, target=target, settings=settings or ())
+    result = check_recipe_or_table(what, target=target, settings=settings or (), pictures=pictures)
     if as_json:
         print(json.dumps(result.as_json()))
     else:
@@ -122,17 +125,40 @@ def evaluate(
     model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
     data: Annotated[Path | None, Option(help="A table with the target in it. Default: the run's test table.")] = None,
     missing: Annotated[list[str] | None, Option(help="A modality to withhold. May be repeated.")] = None,
+    corrupt: Annotated[
+        list[str] | None,
+        Option(help="Spoil MODALITY=LEVEL or MODALITY:KIND=LEVEL, 0 to 1; may be repeated. Or all: level by level."),
+    ] = None,
+    baseline: Annotated[
+        Path | None, Option(help="With --corrupt all: a model to take effective robustness against.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a model on a table: with everything, and with modalities withheld."""
-    from dougong.cli.show import print_figures
+    """Judge a model on a table: with everything, with modalities withheld, and with media spoilt on purpose."""
+    from dougong.cli.show import print_figures, print_robustness
+    from dougong.data.corruption import parse_corruption
     from dougong.recipes.judge import judge
+    from dougong.recipes.robust import sweep
 
-    figures = judge(model, data, missing or ())
+    graded = corrupt == ["all"]
+    if baseline is not None and not graded:
+        raise ConfigError("--baseline says nothing without --corrupt all. Add that, or leave it out.")
+    if not graded and "all" in (corrupt or ()):
+        raise ConfigError("--corrupt all goes through every modality by itself. Leave the other ones out.")
+    figures = judge(model, data, missing or (), [] if graded else [parse_corruption(text) for text in corrupt or ()])
+    if graded:
+        curves = sweep(model, data, missing or (), baseline=baseline, announce=None if as_json else _tell)
+        figures = figures if not as_json else {**figures, "robustness": [curve._asdict() for curve in curves]}
     if as_json:
         print(json.dumps(figures))
-    else:
-        print_figures(figures)
+        return
+    print_figures(figures)
+    if graded:
+        print_robustness(curves)
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    print(f"{done} of {total}: {what}", file=sys.stderr)
 
 
 @app.command()

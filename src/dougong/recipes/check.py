@@ -2,7 +2,7 @@
 
 Here        check_recipe_or_table, CheckResult.
 Elsewhere   reading every record (data/check.py).
-Promise     nothing is trained and nothing is written; every record is read.
+Promise     nothing is trained, and nothing is written but the sheet that was asked for; every record is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dougong.data.target import infer_target
 from dougong.recipes.known import KNOWN, read_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import open_tables
+from dougong.watch.sheet import SheetPart, check_sheet, write_sheet
 
 
 class CheckResult(NamedTuple):
@@ -48,6 +49,7 @@ class CheckResult(NamedTuple):
                     "bad": report.num_bad,
                     "present": report.num_present,
                     "first_bad": [record._asdict() for record in report.bad],
+                    **_quality_as_json(report),
                 }
                 for part, report in self.reports.items()
             },
@@ -56,12 +58,16 @@ class CheckResult(NamedTuple):
         }
 
 
-def check_recipe_or_table(what: str, *, target: str | None = None, settings: Sequence[str] = ()) -> CheckResult:
-    """Read what a recipe's name or file, or a table's path, stands for.
+def check_recipe_or_table(
+    what: str, *, target: str | None = None, settings: Sequence[str] = (), pictures: Path | None = None
+) -> CheckResult:
+    """Read what a recipe's name or file, or a table's path, stands for; `pictures` is where the worst media are shown.
 
     Raises:
         DougongError: it can be neither read nor run.
     """
+    if pictures is not None:
+        check_sheet(pictures)
     if what in KNOWN or what.endswith((".yaml", ".yml")):
         recipe = read_recipe(what, settings)
     elif Path(what).exists():
@@ -75,6 +81,8 @@ def check_recipe_or_table(what: str, *, target: str | None = None, settings: Seq
     if not tables.test_is_validation:
         parts["test"] = tables.test
     reports = {part: check_table(table, preparation) for part, table in parts.items()}
+    if pictures is not None:
+        write_sheet(pictures, what, [SheetPart(part, parts[part], reports[part]) for part in parts], preparation)
     signature = preparation.signature()
     warnings = list(_warnings(reports, recipe.train.max_bad_share))
     num_parameters: int | None = None
@@ -93,6 +101,27 @@ def check_recipe_or_table(what: str, *, target: str | None = None, settings: Seq
         notes=tables.notes,
         warnings=tuple(warnings),
     )
+
+
+def _quality_as_json(report: TableReport) -> dict[str, Any]:
+    return {
+        "quality": {
+            name: {
+                figure.name: {
+                    "median": figure.median,
+                    "worst_5_percent": figure.worst,
+                    "side": figure.side,
+                    "worst_rows": [{"row": row, "value": value} for row, value in figure.rows],
+                }
+                for figure in figures
+            }
+            for name, figures in report.quality.items()
+        },
+        "text_troubles": {
+            name: {trouble.name: {"records": trouble.num_records, "first_rows": list(trouble.rows)} for trouble in own}
+            for name, own in report.troubles.items()
+        },
+    }
 
 
 def _warnings(reports: dict[str, TableReport], most: float) -> list[str]:

@@ -30,7 +30,7 @@ def sounds(sample_rate: int, kept_scale: float) -> dict[str, Damage]:
 def noise_decibels(level: float) -> float:
     """How far the sound stands above the noise: 30 dB, hardly heard, at level 0, and -10 dB at level 1.
 
-    MultiBench's noise (Liang et al. 2021, arXiv:2107.07502) is not scaled by the sound it is added to.
+    Of the sound's own energy, so that a level means the same for a loud and for a soft one.
     """
     return 30.0 - 40.0 * level
 
