@@ -111,7 +111,7 @@ def test_minhash_agrees_as_often_as_the_sets_overlap() -> None:
 
 
 def test_rows_of_numbers_are_near_across_a_rounding_edge() -> None:
-    cells = [(1.23449, 20.0, "a"), (1.23451, 20.0, "a"), (1.3, 20.0, "a"), (1.23449, 20.0, "b")]
+    cells = [(1.23399, 20.0, "a"), (1.23401, 20.0, "a"), (1.3, 20.0, "a"), (1.23399, 20.0, "b")]
     prints = [fingerprint_row(row) for row in cells]
 
     assert near_pairs(prints, "table").tolist() == [[0, 1]]
