@@ -75,6 +75,10 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
         (["evaluate", "nowhere", "--baseline", "other"], "--baseline says nothing without --corrupt all"),
         (["check", "nowhere.csv", "--pictures", "worst.png"], "ends in '.png', and the sheet is a page"),
         (["bench", "nothing"], "'nothing' is no benchmark. Use one of"),
+        (["join", "a.csv", "b.parquet"], "join has 2 tables: name the records, at least one more table, and OUT"),
+        (["join", "a.csv", "b.csv", "c.parquet"], "neither key nor time is given"),
+        (["join", "a.csv", "b.csv", "c.parquet", "--by", "id"], "a.csv does not exist"),
+        (["join", "a.csv", "b.csv", "c.parquet", "--time", "t", "--offset", "big"], "--offset 'big' is no number"),
         (["tarin"], "No such command 'tarin'."),
         (["train"], "Missing argument"),
         (["train", "vqa", "--steps", "3"], "No such option"),
@@ -109,6 +113,22 @@ def test_a_bad_table_is_listed_by_check(colour_table: Path, tmp_path: Path, caps
 
     assert main(["check", str(tmp_path / "spoiled.parquet"), "--target", "colour"]) == 0
     assert "row 7, photo: is not a picture" in capsys.readouterr().out
+
+
+def test_tables_are_joined_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("name,x\nann,1\nbob,2\ncid,3\n")
+    (tmp_path / "b.csv").write_text("who,y\ncid,30\nann,10\ndan,40\n")
+    tables = [tmp_path / "a.csv", tmp_path / "b.csv"]
+
+    told = output(capsys, "join", *tables, tmp_path / "ab.parquet", "--by", "name=who", "--json")
+    assert (
+        main(["join", *map(str, tables), str(tmp_path / "in.parquet"), "--by", "name=who", "--unmatched", "drop"]) == 0
+    )
+
+    assert pq.read_table(tmp_path / "ab.parquet").to_pydict()["y"] == [10, None, 30]
+    assert pq.read_table(tmp_path / "in.parquet").to_pydict()["x"] == [1, 3]
+    assert told["tables"][0]["num_unmatched"] == 1  # type: ignore[index]
+    assert "b.csv: 2 of 3 records matched, 1 unmatched, 1 of its 3 rows unused" in capsys.readouterr().out
 
 
 def seconds(*command: str) -> float:

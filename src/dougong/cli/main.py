@@ -96,6 +96,45 @@ def check(
 
 
 @app.command()
+def join(
+    tables: Annotated[list[Path], Argument(help="A table of records, more tables, and where to write: OUT.parquet.")],
+    key: Annotated[
+        str | None, Option("--by", help="A column of equal values; BASE=OTHER where its names differ.")
+    ] = None,
+    time: Annotated[str | None, Option(help="A column of times; BASE=OTHER where its names differ.")] = None,
+    tolerance: Annotated[float | None, Option(help="Farther apart is no match; seconds for timestamps.")] = None,
+    offset: Annotated[str, Option(help="Added to the others' times; 'estimate' finds it.")] = "0",
+    unmatched: Annotated[str, Option(help="A record without a partner: keep or drop.")] = "keep",
+    duplicates: Annotated[
+        str, Option(help="A key that repeats in another table: refuse, or take the first.")
+    ] = "refuse",
+    prefix: Annotated[bool, Option("--prefix", help="Put each table's name before its columns.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put records together from several tables, by key, by time or both; media are written into OUT."""
+    from dougong.recipes.join import join_files
+
+    if len(tables) < 3:
+        raise ConfigError(f"join has {len(tables)} tables: name the records, at least one more table, and OUT.parquet.")
+    report = join_files(
+        tables[0],
+        tables[1:-1],
+        tables[-1],
+        key=key,
+        time=time,
+        tolerance=tolerance,
+        offset=offset,
+        unmatched=unmatched,
+        duplicates=duplicates,
+        prefix=prefix,
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print("\n".join(report["lines"]))
+
+
+@app.command()
 def train(
     recipe: Annotated[str, Argument(help="A recipe's name or YAML file.")],
     out: Annotated[Path | None, Option(help="The run's folder. Default: runs/NAME.")] = None,

@@ -104,6 +104,34 @@ def print_quality(console: Console, result: CheckResult) -> None:
                 console.print(text, highlight=False)
 
 
+def print_relations(result: CheckResult) -> None:
+    """What stands twice, what leaks, and what does not belong together."""
+    console = Console()
+    if result.duplicates:
+        media = Table(title="the same, or nearly")
+        for name in ("column", "media", "repeats", "exact across parts", "near groups", "near across parts"):
+            media.add_column(name, justify="left" if name == "column" else "right")
+        for found in result.duplicates:
+            counts = (found.num_media, found.num_repeats, found.num_exact_across, found.num_near, found.num_near_across)
+            media.add_row(found.column, *map(str, counts))
+        console.print(media)
+        for found in result.duplicates:
+            for group in [group for group in found.groups if group.num_media > 1][:3]:
+                rows = "; ".join(f"{part} {', '.join(map(str, rows))}" for part, rows in group.rows.items())
+                console.print(f"{found.column}, nearly the same, rows: {rows}", highlight=False, markup=False)
+    if result.alignments:
+        pairs = Table(title="what belongs together, true pairs against shuffled ones")
+        for name in ("pair", "AUC", "p", "found"):
+            pairs.add_column(name, justify="right" if name in ("AUC", "p") else "left")
+        for pair in result.alignments:
+            pairs.add_row(f"{pair.left}, {pair.right}", f"{pair.auc:.3f}", f"{pair.p_value:.3f}", pair.verdict)
+        console.print(pairs)
+        for row, names in list(result.suspicious_rows.items())[:10]:
+            console.print(f"train row {row} does not fit: {'; '.join(names)}", highlight=False, markup=False)
+        if len(result.suspicious_rows) > 10:
+            console.print(f"... {len(result.suspicious_rows) - 10} more; --json lists them")
+
+
 def print_check(result: CheckResult) -> None:
     """Columns, parts, the first bad records, warnings."""
     console = Console()
@@ -126,6 +154,7 @@ def print_check(result: CheckResult) -> None:
         if report.num_bad > 20:
             console.print(f"... {report.num_bad - 20} more; --json lists up to 1000")
     print_quality(console, result)
+    print_relations(result)
     if result.num_parameters is not None:
         console.print(f"model: {result.num_parameters:,} parameters")
     for note in result.notes:

@@ -16,6 +16,7 @@ from dougong.core.config import Config
 from dougong.core.signature import Task
 from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
+from dougong.data.join import JoinConfig
 from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
 from dougong.engine.trainer import TrainConfig
@@ -45,6 +46,9 @@ class DataConfig(Config):
     test: str | None = None
     """Judged once, at the end. None: the validation records are, and the report says so."""
 
+    join: tuple[JoinConfig, ...] = ()
+    """More tables, whose columns are put beside those of each of the tables above, by key or by time."""
+
     target: str | None = None
     """The column to predict. None: one named target, label, answer, class or y."""
 
@@ -59,6 +63,9 @@ class DataConfig(Config):
 
     unit: str | None = None
     """A column whose values must not be on two sides of a split (speaker, patient, machine)."""
+
+    allow_leak: bool = False
+    """Go on although a unit or a medium stands in two of the tables above, and say so in the report."""
 
     validation_share: float = 0.1
     """Of the training units, where there is no validation table."""
