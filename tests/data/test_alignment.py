@@ -152,6 +152,23 @@ def test_weak_relations_and_few_classes_are_told_apart() -> None:
     assert (few[flagged] < 0).mean() > 0.9
 
 
+def test_rare_pairs_of_few_values_are_no_mismatched_records() -> None:
+    """Sixty templates, ten answers, some seldom right: each pair stands many times, none is a record of its own."""
+    random = np.random.default_rng(0)
+    asked = random.integers(0, 60, 4000)
+    answered = np.where(random.random(4000) < 0.9, asked % 10, random.integers(0, 10, 4000))
+    few = rows(
+        asked=[f"is it of the {number} kind" for number in asked],
+        answered=[f"kind number {number}" for number in answered],
+    )
+    roles = infer_roles(few, target="answered", named={"asked": "text"})
+
+    (found,) = find_misaligned(few, roles)
+
+    assert found.num_pairs < 700
+    assert found.num_flagged == 0
+
+
 def test_what_a_unit_shares_is_no_relation() -> None:
     """Each speaker has a colour and a favourite word of his own: that says nothing of other speakers."""
     random = np.random.default_rng(0)
