@@ -152,6 +152,21 @@ def test_weak_relations_and_few_classes_are_told_apart() -> None:
     assert (few[flagged] < 0).mean() > 0.9
 
 
+def test_rare_pairs_of_few_values_are_no_mismatched_records() -> None:
+    """A hundred templates and 13 answers: each pair stands many times, and a rare one is no record of its own."""
+    questions, answers, images = pytest.importorskip("easy_vqa").get_train_questions()
+    few = rows(
+        question=questions[:36_000:9], answer=answers[:36_000:9], image=[str(image) for image in images[:36_000:9]]
+    )
+    roles = infer_roles(few, target="answer", named={"question": "text", "image": "ignore"})
+
+    (found,) = find_misaligned(few, roles, unit="image")
+
+    assert found.related
+    assert found.num_pairs < 400
+    assert (found.num_flagged, found.misfit_share) == (0, 0.0)
+
+
 def test_what_a_unit_shares_is_no_relation() -> None:
     """Each speaker has a colour and a favourite word of his own: that says nothing of other speakers."""
     random = np.random.default_rng(0)
