@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.cli.main import main
+from dougong.recipes.known import KNOWN
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
@@ -61,12 +62,12 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "vqqa"], "'vqqa' is no recipe. Use one of vqa-demo, vqa, digits, or a file that ends in .yaml."),
+        (["train", "vqqa"], f"'vqqa' is no recipe. Use one of {', '.join(KNOWN)}, or a file that ends in .yaml."),
         (["train", "none.yaml"], "none.yaml does not exist. Write one with: dougong show vqa-demo > none.yaml"),
         (["train", "vqa", "--set", "train.steps"], "--set 'train.steps' has no 'key=value'"),
         (["train", "vqa", "--set", "train.steps=-3"], "train.steps: -3 must be at least 1"),
         (["show", "vqa", "--set", "model.widht=3"], "Did you mean 'width'?"),
-        (["check", "nowhere.csv"], "neither a recipe (vqa-demo, vqa, digits) nor a file or folder that exists"),
+        (["check", "nowhere.csv"], f"neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists"),
         (["predict", "nowhere", "a.csv", "b.csv"], "nowhere"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "nowhere", "--corrupt", "image"], "--corrupt 'image' does not read MODALITY=LEVEL"),
