@@ -68,6 +68,13 @@ def test_an_absent_voter_changes_nothing(how: Decide, garbage: float) -> None:
     assert spoiled_BVC.grad.isfinite().all()
 
 
+def test_gated_votes_are_weighed_by_the_gate() -> None:
+    logit_BVC = torch.tensor([[[10.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+    present_BV, weight_BV = torch.tensor([[True, True, False]]), torch.tensor([[0.25, 1.0, 0.5]])
+    want_BC = 0.25 * logit_BVC[:, 0] + logit_BVC[:, 1]
+    torch.testing.assert_close(vote(logit_BVC, present_BV, "gated", weight_BV=weight_BV).output_BC, want_BC)
+
+
 def test_confidence_weighs_by_energy() -> None:
     logit_BVC = torch.tensor([[[10.0, 0.0], [0.0, 1.0]]])
     energy_BV = logit_BVC.logsumexp(dim=-1) / 10

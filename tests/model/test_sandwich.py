@@ -41,6 +41,7 @@ FUSIONS: list[dict[str, Any]] = [
     {"completion": {"num_tokens": 2}, "decide": "mean"},
     {"fusion": "late", "own_heads": "watching"},
     {"decide": "evidence"},
+    {"decide": "gated"},
     {"fusion": "late", "decide": "evidence", "evidence_rule": "average"},
     {"fusion": "late", "decide": "confidence"},
     {"fusion": "late", "decide": "mean"},
@@ -364,6 +365,7 @@ def test_a_decision_that_weighs_classes_needs_classes() -> None:
         ({"decide": "mean", "own_heads": "taught"}, "own_heads=taught cannot take effect beside decide=mean"),
         ({"evidence_rule": "average"}, "decide=fused makes none. Use decide: evidence"),
         ({"gate_quality": True, "fusion": "late"}, "fusion=late has none. Use fusion: bridge"),
+        ({"decide": "gated", "fusion": "late"}, "counts votes by the gate, and fusion=late has none. Use decide: mean"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(settings: dict[str, Any], message: str) -> None:

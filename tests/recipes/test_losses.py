@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "model": {"fusion": "late", "own_heads": "taught"},
         "objective": {"blend": {"whole": 0.5, "photo": 0.2, "remark": 0.3}},
     },
+    "gated": {"model": {"decide": "gated"}},
     "bottleneck": {"model": {"bridge": {"kind": "bottleneck"}, "own_heads": "taught"}},
 }
 

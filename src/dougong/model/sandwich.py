@@ -66,7 +66,8 @@ class SandwichConfig(Config):
 
     decide: Decide = "fused"
     """fused: one head on the fused vector. Otherwise each modality has a head of its own, and so has the bridge; their
-    scores are averaged (mean), weighted by how sure each is (confidence), or taken as evidence (evidence)."""
+    scores are averaged (mean), weighted by how sure each is (confidence), or taken as evidence (evidence). gated: the
+    bridge's scores, and the modalities' own as far as the gate trusts each."""
 
     evidence_rule: Rule = "dempster"
     """How evidence is combined: dempster grows surer with each that agrees, average does not."""
@@ -104,6 +105,8 @@ class SandwichConfig(Config):
             )
         if self.gate_quality and self.fusion == "late":
             raise ValueError("gate_quality is read by the gate, and fusion=late has none. Use fusion: bridge.")
+        if self.decide == "gated" and self.fusion == "late":
+            raise ValueError("decide=gated counts votes by the gate, and fusion=late has none. Use decide: mean.")
         return self
 
     @model_validator(mode="after")
@@ -384,7 +387,10 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         some_B1 = given_BM.any(dim=1, keepdim=True)
         votes_BVC = torch.cat([own_BMC, output.output_BC[:, None]], dim=1)
         present_BV = torch.cat([given_BM, ~some_B1 if self.only_votes else torch.ones_like(some_B1)], dim=1)
-        voted = vote(votes_BVC, present_BV, self.decide, self.evidence_rule)
+        weight_BV = None
+        if output.weight_BM is not None:
+            weight_BV = torch.cat([output.weight_BM, torch.ones_like(output.weight_BM[:, :1])], dim=1)
+        voted = vote(votes_BVC, present_BV, self.decide, self.evidence_rule, weight_BV)
         return output._replace(output_BC=voted.output_BC, opinion=voted.opinion)
 
 

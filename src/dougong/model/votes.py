@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dougong.model.evidence import SMALLEST, Opinion, Rule, combine, evidence
 
-Decide = Literal["fused", "mean", "confidence", "evidence"]
+Decide = Literal["fused", "mean", "gated", "confidence", "evidence"]
 ENERGY_SCALE = 0.1
 
 
@@ -30,10 +30,12 @@ class Voted(NamedTuple):
     """Where the votes are evidence."""
 
 
-def vote(logit_BVC: Tensor, present_BV: Tensor, how: Decide, rule: Rule = "dempster") -> Voted:
+def vote(
+    logit_BVC: Tensor, present_BV: Tensor, how: Decide, rule: Rule = "dempster", weight_BV: Tensor | None = None
+) -> Voted:
     """Count the votes of those who are present.
 
-    mean: of their scores. confidence: their scores, each times its energy (logsumexp / 10, taken as a constant), after
+    mean: of their scores. gated: the sum of their scores, each times `weight_BV`. confidence: their scores, each times its energy (logsumexp / 10, taken as a constant), after
     QMF (Zhang et al. 2023, arXiv:2306.02050). evidence: their Dirichlets, combined by `rule`.
     """
     logit_BVC = logit_BVC.masked_fill(~present_BV[..., None], 0.0)
@@ -43,5 +45,8 @@ def vote(logit_BVC: Tensor, present_BV: Tensor, how: Decide, rule: Rule = "demps
     if how == "confidence":
         weight_BV1 = (ENERGY_SCALE * logit_BVC.float().logsumexp(dim=-1, keepdim=True)).detach()
         return Voted((logit_BVC * weight_BV1).sum(dim=1), None)
+    if how == "gated":
+        assert weight_BV is not None, "gated votes are weighed by a gate"
+        return Voted((logit_BVC * weight_BV[..., None].to(logit_BVC.dtype)).sum(dim=1), None)
     count_B1 = present_BV.sum(dim=1, keepdim=True).clamp(min=1)
     return Voted(logit_BVC.sum(dim=1) / count_B1, None)
