@@ -126,7 +126,11 @@ def _one_seed(collection: tuple[Views, npt.NDArray[np.int64]], seed: int, *, ste
         if gaps != "complete training":
             train_views = _with_gaps(train_views, seed)
         ridge = Ridge(train_views, data.views["validation"])
-        fillings = {"raw zeros": data.zero, "means": {view: 0 * data.zero[view] for view in VIEWS}, "ridge": ridge}
+        fillings: dict[str, Mapping[str, Numbers] | Ridge] = {
+            "raw zeros": data.zero,
+            "means": {view: 0 * data.zero[view] for view in VIEWS},
+            "ridge": ridge,
+        }
         alike: Sandwich | None = None  # without gaps in training, nothing is filled in there
         for name, filling in fillings.items():
             if alike is None or gaps != "complete training":
