@@ -1,14 +1,17 @@
 """What every benchmark script does around its measuring.
 
-Here        `run`: options, printing, and the file in benchmarks/results/.
+Here        `run`: options, printing, and the file in benchmarks/results/; `Kept`: the parts of a long one, so that it
+            may be stopped and gone on with.
 Elsewhere   the measuring (each script); `dougong bench NAME` calls the scripts.
 Promise     the written result names its command, commit, machine and versions; a quick run says so and writes nothing.
+            A part is taken from an earlier run only where source and settings are the same to the letter.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -17,8 +20,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from dougong.core.figures import Figure, as_markdown
+from dougong.core.files import write_json
+from dougong.recipes.tables import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "numpy", "pyarrow")
@@ -38,6 +44,29 @@ def run(name: str, about: str, measure: Callable[[bool], Iterable[Figure]]) -> N
         print(f"{about}{' (quick: not to be quoted)' if options.quick else ''}\n\n{as_markdown(figures)}")
     if options.write and not options.quick:
         print(f"written to {_write(name, about, figures)}", file=sys.stderr)
+
+
+class Kept:
+    """What is measured already, by name, of exactly these sources: they are part of the name of its folder."""
+
+    def __init__(self, name: str) -> None:
+        digest = hashlib.sha256()
+        root = Path(__file__).parents[1]
+        for folder in ("src", "benchmarks"):
+            for file in sorted((root / folder).rglob("*.py")):
+                digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+        digest.update(",".join(version(package) for package in PACKAGES).encode())
+        self._folder = cache_folder() / "bench" / name / digest.hexdigest()[:16]
+
+    def get(self, key: str) -> Any:
+        file = self._file(key)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def put(self, key: str, value: Any) -> None:
+        write_json(self._file(key), value)
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def _write(name: str, about: str, figures: Sequence[Figure]) -> Path:

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import soundfile
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # ranks
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 RATE = 4000
@@ -53,6 +55,13 @@ def _records(count: int, *, seed: int, missing: float) -> list[dict[str, Any]]:
         record = {name: None if random.random() < missing else value for name, value in record.items()}
         records.append({**record, "colour": colour})
     return records
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_end_with_the_tests() -> Iterator[None]:
+    yield
+    if "ranks" in sys.modules:
+        sys.modules["ranks"].close_ranks()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
         "dougong.cli.main",
         "dougong.core.bundle, dougong.core.events, dougong.core.figures",
         "dougong.data.loader, dougong.data.check, dougong.data.sources.easy_vqa, dougong.data.sources.digits",
+        "dougong.data.join, dougong.data.alignment, dougong.data.duplicates, dougong.data.leak",
         "dougong.watch.progress, dougong.watch.tensorboard",
     ],
 )

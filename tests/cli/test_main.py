@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.cli.main import main
+from dougong.recipes.known import KNOWN
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
@@ -35,6 +36,10 @@ def test_a_table_goes_the_whole_way_by_commands(
 
     judged = output(capsys, "evaluate", run, "--data", colour_table, "--missing", "clip", "--json")
     assert set(judged) == {"all", "without clip"}
+    spoilt = output(capsys, "evaluate", run, "--corrupt", "photo:blur=0.5", "--corrupt", "clip=1", "--json")
+    assert set(spoilt) == {"all", "photo:blur=0.5, clip=1"}
+    graded = output(capsys, "evaluate", run, "--missing", "clip", "--missing", "remark", "--corrupt", "all", "--json")
+    assert [curve["what"] for curve in graded["robustness"]] == ["photo", "table", "every modality"]  # type: ignore[attr-defined]
     told = output(capsys, "predict", run, colour_table, tmp_path / "a.jsonl", "--withhold", "photo", "--json")
     assert told["answered"] == 240
 
@@ -43,7 +48,13 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
     assert main(["evaluate", str(colour_run)]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert main(["check", str(colour_table), "--target", "colour"]) == 0
-    assert "by its first bytes" in capsys.readouterr().out
+    checked = capsys.readouterr().out
+    assert "by its first bytes" in checked
+    assert "worst 5 %" in checked
+    assert main(["evaluate", str(colour_run), "--corrupt", "all", "--baseline", str(colour_run)]) == 0
+    found = capsys.readouterr()
+    assert "effective" in found.out
+    assert "50 of 50: every modality 1" in found.err
     assert main(["show", "list"]) == 0
     assert "vqa-demo" in capsys.readouterr().out
 
@@ -51,15 +62,24 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "vqqa"], "'vqqa' is no recipe. Use one of vqa-demo, vqa, digits, or a file that ends in .yaml."),
+        (["train", "vqqa"], f"'vqqa' is no recipe. Use one of {', '.join(KNOWN)}, or a file that ends in .yaml."),
         (["train", "none.yaml"], "none.yaml does not exist. Write one with: dougong show vqa-demo > none.yaml"),
         (["train", "vqa", "--set", "train.steps"], "--set 'train.steps' has no 'key=value'"),
         (["train", "vqa", "--set", "train.steps=-3"], "train.steps: -3 must be at least 1"),
         (["show", "vqa", "--set", "model.widht=3"], "Did you mean 'width'?"),
-        (["check", "nowhere.csv"], "neither a recipe (vqa-demo, vqa, digits) nor a file or folder that exists"),
+        (["check", "nowhere.csv"], f"neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists"),
         (["predict", "nowhere", "a.csv", "b.csv"], "nowhere"),
         (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere", "--corrupt", "image"], "--corrupt 'image' does not read MODALITY=LEVEL"),
+        (["evaluate", "nowhere", "--corrupt", "image:blur=2"], "--corrupt 'image:blur=2' does not read"),
+        (["evaluate", "nowhere", "--corrupt", "all", "--corrupt", "image=1"], "--corrupt all goes through every"),
+        (["evaluate", "nowhere", "--baseline", "other"], "--baseline says nothing without --corrupt all"),
+        (["check", "nowhere.csv", "--pictures", "worst.png"], "ends in '.png', and the sheet is a page"),
         (["bench", "nothing"], "'nothing' is no benchmark. Use one of"),
+        (["join", "a.csv", "b.parquet"], "join has 2 tables: name the records, at least one more table, and OUT"),
+        (["join", "a.csv", "b.csv", "c.parquet"], "neither key nor time is given"),
+        (["join", "a.csv", "b.csv", "c.parquet", "--by", "id"], "a.csv does not exist"),
+        (["join", "a.csv", "b.csv", "c.parquet", "--time", "t", "--offset", "big"], "--offset 'big' is no number"),
         (["tarin"], "No such command 'tarin'."),
         (["train"], "Missing argument"),
         (["train", "vqa", "--steps", "3"], "No such option"),
@@ -94,6 +114,22 @@ def test_a_bad_table_is_listed_by_check(colour_table: Path, tmp_path: Path, caps
 
     assert main(["check", str(tmp_path / "spoiled.parquet"), "--target", "colour"]) == 0
     assert "row 7, photo: is not a picture" in capsys.readouterr().out
+
+
+def test_tables_are_joined_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("name,x\nann,1\nbob,2\ncid,3\n")
+    (tmp_path / "b.csv").write_text("who,y\ncid,30\nann,10\ndan,40\n")
+    tables = [tmp_path / "a.csv", tmp_path / "b.csv"]
+
+    told = output(capsys, "join", *tables, tmp_path / "ab.parquet", "--by", "name=who", "--json")
+    assert (
+        main(["join", *map(str, tables), str(tmp_path / "in.parquet"), "--by", "name=who", "--unmatched", "drop"]) == 0
+    )
+
+    assert pq.read_table(tmp_path / "ab.parquet").to_pydict()["y"] == [10, None, 30]
+    assert pq.read_table(tmp_path / "in.parquet").to_pydict()["x"] == [1, 3]
+    assert told["tables"][0]["num_unmatched"] == 1  # type: ignore[index]
+    assert "b.csv: 2 of 3 records matched, 1 unmatched, 1 of its 3 rows unused" in capsys.readouterr().out
 
 
 def seconds(*command: str) -> float:

@@ -41,7 +41,7 @@ def test_batches_come_in_the_loaders_order_from_the_tallys_position_on() -> None
     want = [arrays for _, arrays in zip(range(9), (a for _, a in loader.batches(Position(1, 2))), strict=False)]
 
     took, _ = intake(loader, Tally(Position(1, 2)))
-    taken = took.take(4) + took.take(5)
+    taken = took.take(4).arrays + took.take(5).arrays
 
     assert rows(taken) == rows(want)
     assert took.tally.position == Position(3, 1)
@@ -55,7 +55,7 @@ def test_what_was_peeked_at_is_taken_next_and_not_counted_before() -> None:
     assert peeked is not None
     assert peeked.row_B.tolist() == [4, 5, 6, 7]
     assert took.tally == Tally()
-    assert rows(took.take(2)) == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert rows(took.take(2).arrays) == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert took.tally.position == Position(0, 3)
 
 
@@ -66,7 +66,7 @@ def test_there_is_nothing_to_peek_at_where_all_is_bad() -> None:
 
 def test_a_step_gets_only_batches_that_hold_records() -> None:
     took, _ = intake(InOrder(16, 4, bad={4, 5, 6, 7, 9}))
-    assert rows(took.take(3)) == [[0, 1, 2, 3], [8, 10, 11], [12, 13, 14, 15]]
+    assert rows(took.take(3).arrays) == [[0, 1, 2, 3], [8, 10, 11], [12, 13, 14, 15]]
 
 
 def test_a_bad_record_counts_once_however_often_it_is_met() -> None:
@@ -104,7 +104,7 @@ def test_too_many_bad_records_are_refused_as_soon_as_enough_were_seen() -> None:
 
 def test_a_small_table_is_judged_at_the_end_of_its_epoch() -> None:
     took, _ = intake(InOrder(16, 4, bad={0}), share=0.05)
-    assert len(took.take(3)) == 3
+    assert len(took.take(3).arrays) == 3
     with pytest.raises(DataError, match=r"^1 of the first 16 records cannot be used"):
         took.take(1)
 

@@ -473,9 +473,9 @@ def test_a_table_of_bad_records_is_refused_also_where_precision_would_be_measure
 def test_the_precision_that_was_measured_is_kept_by_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "choose_precision", lambda *arguments: PrecisionChoice("bf16", 1.7))
+    monkeypatch.setattr(trainer, "choose_precision", lambda *arguments, **options: PrecisionChoice("bf16", 1.7))
     first, _ = train_tiny(tmp_path, precision="auto", hear=interrupt_at(5))
-    monkeypatch.setattr(trainer, "choose_precision", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(trainer, "choose_precision", lambda *arguments, **options: pytest.fail("measured again"))
     second, _ = train_tiny(tmp_path, precision="auto", resume=True)
 
     assert first.precision == second.precision == PrecisionChoice("bf16", 1.7)

@@ -68,3 +68,33 @@ def test_a_record_with_nothing_gets_an_answer_and_finite_gradients() -> None:
     assert output_BC.shape == (2, 3)
     assert fused_BD.grad is not None
     assert fused_BD.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("garbage", [7.0, float("nan")])
+def test_quality_moves_its_own_modality_and_an_absent_ones_leaves_no_trace(garbage: float) -> None:
+    torch.manual_seed(0)
+    gate = GateConfig(width=4, num_modalities=3, num_quality=(2, 0, 3)).build()
+    for scorer in gate.quality:
+        torch.nn.init.normal_(scorer.narrow.weight)
+    x_BMD, present_BM = torch.randn(2, 3, 4), torch.tensor([[True, True, True], [True, True, False]])
+    first, last = torch.rand(2, 2), torch.rand(2, 3)
+    spoiled = last.masked_fill(~present_BM[:, 2:], garbage)
+
+    plain = gate(x_BMD, present_BM)
+    moved = gate(x_BMD, present_BM, (first, None, spoiled))
+    moved.fused_BD.sum().backward()
+
+    ratio = (moved.weight_BM / plain.weight_BM)[0].log()
+    scores = [gate.quality[0](first)[0, 0], torch.zeros(()), gate.quality[1](last)[0, 0]]
+    torch.testing.assert_close(ratio - ratio[1], torch.stack(scores))
+    assert moved.weight_BM[1, 2] == 0.0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
+    torch.testing.assert_close(gate(x_BMD, present_BM, (first, None, last)).weight_BM, moved.weight_BM)
+
+
+def test_quality_says_nothing_before_it_is_learnt() -> None:
+    torch.manual_seed(0)
+    gate = GateConfig(width=4, num_modalities=2, num_quality=(2, 2)).build()
+    x_BMD, present_BM = torch.randn(3, 2, 4), torch.ones(3, 2, dtype=torch.bool)
+    told = gate(x_BMD, present_BM, (torch.rand(3, 2), torch.rand(3, 2)))
+    torch.testing.assert_close(told.weight_BM, gate(x_BMD, present_BM).weight_BM, rtol=0, atol=0)

@@ -35,7 +35,15 @@ FUSIONS: list[dict[str, Any]] = [
     {},
     {"bridge": {"kind": "merged", "num_heads": 2}},
     {"completion": {"num_tokens": 2}},
+    {"bridge": {"kind": "bottleneck", "num_heads": 2, "num_blocks": 2}},
     {"fusion": "late"},
+    {"own_heads": "taught"},
+    {"completion": {"num_tokens": 2}, "decide": "mean"},
+    {"fusion": "late", "own_heads": "watching"},
+    {"decide": "evidence"},
+    {"fusion": "late", "decide": "evidence", "evidence_rule": "average"},
+    {"fusion": "late", "decide": "confidence"},
+    {"fusion": "late", "decide": "mean"},
 ]
 
 
@@ -176,7 +184,9 @@ def test_the_model_is_its_parts_in_a_row(settings: dict[str, Any]) -> None:
 def test_every_weight_learns_from_a_whole_batch(settings: dict[str, Any]) -> None:
     model = build(settings)
 
-    model(batch({})).output_BC.square().sum().backward()
+    output = model(batch({}))
+    own = output.output_BC.sum() * 0 if output.own_BMC is None else output.own_BMC.square().sum()
+    (output.output_BC.square().sum() + own).backward()
 
     # Where nothing is missing, there is nothing to complete.
     idle = [name for name, p in model.named_parameters() if p.grad is None and "completions" not in name]
@@ -319,3 +329,61 @@ def test_every_encoder_is_a_part_by_its_modality() -> None:
     parts = build({}).parts()
     assert set(parts) == set(SIGNATURE.inputs)
     assert len({id(p) for part in parts.values() for p in part}) == sum(map(len, parts.values()))
+
+
+def test_watching_heads_teach_no_encoder() -> None:
+    model = build({"fusion": "late", "own_heads": "watching"})
+    output = model(batch({}))
+    assert output.own_BMC is not None
+    output.own_BMC.square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached
+    assert all(".decision." in name or ".pool." in name or ".norm." in name for name in reached)
+
+
+def test_evidence_of_a_record_that_lacks_all_is_vacuous_and_of_one_voter_its_own() -> None:
+    model = build({"fusion": "late", "decide": "evidence"}).eval()
+    lacking = {name: [True, False, name == "text"] for name in SIGNATURE.inputs}
+    output = model(batch(lacking))
+    assert output.opinion is not None
+    assert output.conflict_B is not None
+    assert output.conflict_B[1] == output.conflict_B[2] == 0.0 < output.conflict_B[0]
+    assert output.opinion.vacuity_B[0] < output.opinion.vacuity_B[2] < 0.95 < output.opinion.vacuity_B[1]
+
+
+def test_a_decision_that_weighs_classes_needs_classes() -> None:
+    number = SIGNATURE.model_copy(update={"target": Target(name="price", task="regression")})
+    with pytest.raises(ConfigError, match="decide=evidence weighs classes, and the target is regression. Use mean"):
+        build({"decide": "evidence"}, number)
+    assert build({"decide": "mean"}, number)(batch({})).output_BC.shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decide": "mean", "own_heads": "taught"}, "own_heads=taught cannot take effect beside decide=mean"),
+        ({"evidence_rule": "average"}, "decide=fused makes none. Use decide: evidence"),
+        ({"gate_quality": True, "fusion": "late"}, "fusion=late has none. Use fusion: bridge"),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SandwichConfig.model_validate(settings)
+
+
+def test_a_gate_that_reads_quality_needs_some() -> None:
+    with pytest.raises(ConfigError, match="no input measures its quality"):
+        build({"gate_quality": True})
+    measured = SIGNATURE.model_copy(
+        update={"inputs": {n: i.model_copy(update={"quality": ("sharp", "loud")}) for n, i in SIGNATURE.inputs.items()}}
+    )
+    model = build({"gate_quality": True}, measured)
+    for scorer in model.gate.quality:
+        torch.nn.init.normal_(scorer.narrow.weight)
+    whole = batch({})
+    plain = model(whole).weight_BM
+    worse = whole.media["image"]._replace(quality_UQ=torch.tensor([[0.0, 9.0]] * 3))
+    told = model(whole._replace(media=whole.media | {"image": worse})).weight_BM
+    assert plain is not None
+    assert told is not None
+    assert not torch.allclose(plain, told)

@@ -16,8 +16,9 @@ from dougong.model.sandwich import SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.recipes.compare import _arrangements
 from dougong.recipes.known import read_recipe
+from dougong.recipes.losses import completion_losses
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import completion_losses, run_recipe
+from dougong.recipes.run import run_recipe
 
 SETTINGS = ["model.completion.num_tokens=2", "objective.completion_weight=0.5", "data.withhold=0.4"]
 

@@ -9,6 +9,7 @@ Promise     0 it worked; 2 the user can mend it, said in one line on stderr; any
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,17 +79,59 @@ def check(
     what: Annotated[str, Argument(help="A recipe's name or YAML file, or a table.")],
     target: Annotated[str | None, Option(help="A table's column to predict.")] = None,
     settings: Settings = None,
+    pictures: Annotated[
+        Path | None, Option(help="An .html file to show the worst media in, by each figure of their quality.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every record of a table, or all that a recipe needs, and say what is wrong, without training."""
     from dougong.cli.show import print_check
     from dougong.recipes.check import check_recipe_or_table
 
-    result = check_recipe_or_table(what, target=target, settings=settings or ())
+    result = check_recipe_or_table(what, target=target, settings=settings or (), pictures=pictures)
     if as_json:
         print(json.dumps(result.as_json()))
     else:
         print_check(result)
+
+
+@app.command()
+def join(
+    tables: Annotated[list[Path], Argument(help="A table of records, more tables, and where to write: OUT.parquet.")],
+    key: Annotated[
+        str | None, Option("--by", help="A column of equal values; BASE=OTHER where its names differ.")
+    ] = None,
+    time: Annotated[str | None, Option(help="A column of times; BASE=OTHER where its names differ.")] = None,
+    tolerance: Annotated[float | None, Option(help="Farther apart is no match; seconds for timestamps.")] = None,
+    offset: Annotated[str, Option(help="Added to the others' times; 'estimate' finds it.")] = "0",
+    unmatched: Annotated[str, Option(help="A record without a partner: keep or drop.")] = "keep",
+    duplicates: Annotated[
+        str, Option(help="A key that repeats in another table: refuse, or take the first.")
+    ] = "refuse",
+    prefix: Annotated[bool, Option("--prefix", help="Put each table's name before its columns.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put records together from several tables, by key, by time or both; media are written into OUT."""
+    from dougong.recipes.join import join_files
+
+    if len(tables) < 3:
+        raise ConfigError(f"join has {len(tables)} tables: name the records, at least one more table, and OUT.parquet.")
+    report = join_files(
+        tables[0],
+        tables[1:-1],
+        tables[-1],
+        key=key,
+        time=time,
+        tolerance=tolerance,
+        offset=offset,
+        unmatched=unmatched,
+        duplicates=duplicates,
+        prefix=prefix,
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print("\n".join(report["lines"]))
 
 
 @app.command()
@@ -99,13 +142,17 @@ def train(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Train, judge, and write a run's folder: checkpoints, bundle, report."""
+    """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes under torchrun."""
     from dougong.cli.show import print_run
+    from dougong.engine.parallel.ranks import connected_ranks
     from dougong.recipes.known import read_recipe
     from dougong.recipes.run import run_recipe
 
     found = read_recipe(recipe, settings or ())
-    result = run_recipe(found, out or Path("runs") / found.name, resume=resume, quiet=as_json)
+    with connected_ranks() as ranks:
+        result = run_recipe(found, out or Path("runs") / found.name, resume=resume, quiet=as_json, ranks=ranks)
+    if not ranks.first:
+        return
     if as_json:
         print(json.dumps(result.as_json()))
     else:
@@ -117,17 +164,40 @@ def evaluate(
     model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
     data: Annotated[Path | None, Option(help="A table with the target in it. Default: the run's test table.")] = None,
     missing: Annotated[list[str] | None, Option(help="A modality to withhold. May be repeated.")] = None,
+    corrupt: Annotated[
+        list[str] | None,
+        Option(help="Spoil MODALITY=LEVEL or MODALITY:KIND=LEVEL, 0 to 1; may be repeated. Or all: level by level."),
+    ] = None,
+    baseline: Annotated[
+        Path | None, Option(help="With --corrupt all: a model to take effective robustness against.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a model on a table: with everything, and with modalities withheld."""
-    from dougong.cli.show import print_figures
+    """Judge a model on a table: with everything, with modalities withheld, and with media spoilt on purpose."""
+    from dougong.cli.show import print_figures, print_robustness
+    from dougong.data.corruption import parse_corruption
     from dougong.recipes.judge import judge
+    from dougong.recipes.robust import sweep
 
-    figures = judge(model, data, missing or ())
+    graded = corrupt == ["all"]
+    if baseline is not None and not graded:
+        raise ConfigError("--baseline says nothing without --corrupt all. Add that, or leave it out.")
+    if not graded and "all" in (corrupt or ()):
+        raise ConfigError("--corrupt all goes through every modality by itself. Leave the other ones out.")
+    figures = judge(model, data, missing or (), [] if graded else [parse_corruption(text) for text in corrupt or ()])
+    if graded:
+        curves = sweep(model, data, missing or (), baseline=baseline, announce=None if as_json else _tell)
+        figures = figures if not as_json else {**figures, "robustness": [curve._asdict() for curve in curves]}
     if as_json:
         print(json.dumps(figures))
-    else:
-        print_figures(figures)
+        return
+    print_figures(figures)
+    if graded:
+        print_robustness(curves)
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    print(f"{done} of {total}: {what}", file=sys.stderr)
 
 
 @app.command()
@@ -180,7 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status: Any = app(args=arguments, standalone_mode=False)
     except DougongError as error:
-        print(f"dougong: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of torchrun's processes, the first speaks for all that need no other name
+        print(f"dougong{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
     except ClickError as error:
         # Without a message, the help was printed already: nothing was asked for.

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dougong.engine.robustness import Robustness
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
     from dougong.recipes.run import RunResult
@@ -67,6 +69,69 @@ def print_figures(figures: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def print_robustness(curves: list[Robustness]) -> None:
+    """What is left at each level, and what that comes to, beside the clean figure."""
+    title = f"{curves[0].metric.replace('_', ' ')} with media spoilt, all kinds mixed, by level"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # eight figures in 80 columns
+    table.add_column("spoilt")
+    effective = any(curve.effective is not None for curve in curves)
+    names = [f"{level:g}" for level in curves[0].levels[1:]]
+    for name in ("clean", *names, "relative", *(["effective"] if effective else [])):
+        table.add_column(name, justify="right")
+    for curve in curves:
+        last = [] if curve.effective is None else [f"{curve.effective:+.3f}"]
+        table.add_row(curve.what, *(f"{score:.3f}" for score in (*curve.scores, curve.relative)), *last)
+    Console().print(table)
+
+
+def print_quality(console: Console, result: CheckResult) -> None:
+    """Of each modality's figures the median and the worst, and the records to look at first."""
+    for part, report in result.reports.items():
+        table = Table(title=f"{part}: quality")
+        for name in ("modality", "figure", "median", "worst 5 %", "worst rows"):
+            table.add_column(name, justify="right" if name in ("median", "worst 5 %") else "left")
+        for modality, figures in report.quality.items():
+            for figure in figures:
+                sign = {"low": "\N{LESS-THAN OR EQUAL TO}", "high": "\N{GREATER-THAN OR EQUAL TO}"}[figure.side]
+                rows = ", ".join(str(row) for row, _ in figure.rows[:4])
+                table.add_row(modality, figure.name, f"{figure.median:.3f}", f"{sign} {figure.worst:.3f}", rows)
+        if report.quality:
+            console.print(table)
+        for modality, troubles in report.troubles.items():
+            for trouble in troubles:
+                rows = ", ".join(map(str, trouble.rows[:8]))
+                text = f"{part}, {modality}: {trouble.num_records} x letters {trouble.name} (rows {rows})"
+                console.print(text, highlight=False)
+
+
+def print_relations(result: CheckResult) -> None:
+    """What stands twice, what leaks, and what does not belong together."""
+    console = Console()
+    if result.duplicates:
+        media = Table(title="the same, or nearly")
+        for name in ("column", "media", "repeats", "exact across parts", "near groups", "near across parts"):
+            media.add_column(name, justify="left" if name == "column" else "right")
+        for found in result.duplicates:
+            counts = (found.num_media, found.num_repeats, found.num_exact_across, found.num_near, found.num_near_across)
+            media.add_row(found.column, *map(str, counts))
+        console.print(media)
+        for found in result.duplicates:
+            for group in [group for group in found.groups if group.num_media > 1][:3]:
+                rows = "; ".join(f"{part} {', '.join(map(str, rows))}" for part, rows in group.rows.items())
+                console.print(f"{found.column}, nearly the same, rows: {rows}", highlight=False, markup=False)
+    if result.alignments:
+        pairs = Table(title="what belongs together, true pairs against shuffled ones")
+        for name in ("pair", "AUC", "p", "found"):
+            pairs.add_column(name, justify="right" if name in ("AUC", "p") else "left")
+        for pair in result.alignments:
+            pairs.add_row(f"{pair.left}, {pair.right}", f"{pair.auc:.3f}", f"{pair.p_value:.3f}", pair.verdict)
+        console.print(pairs)
+        for row, names in list(result.suspicious_rows.items())[:10]:
+            console.print(f"train row {row} does not fit: {'; '.join(names)}", highlight=False, markup=False)
+        if len(result.suspicious_rows) > 10:
+            console.print(f"... {len(result.suspicious_rows) - 10} more; --json lists them")
+
+
 def print_check(result: CheckResult) -> None:
     """Columns, parts, the first bad records, warnings."""
     console = Console()
@@ -88,6 +153,8 @@ def print_check(result: CheckResult) -> None:
             console.print(f"{part} row {record.row}, {record.column}: {record.reason}", highlight=False, markup=False)
         if report.num_bad > 20:
             console.print(f"... {report.num_bad - 20} more; --json lists up to 1000")
+    print_quality(console, result)
+    print_relations(result)
     if result.num_parameters is not None:
         console.print(f"model: {result.num_parameters:,} parameters")
     for note in result.notes:

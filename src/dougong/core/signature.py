@@ -14,7 +14,12 @@ from pydantic import Field, model_validator
 from dougong.core.config import Config
 
 
-class TextInput(Config):
+class _Input(Config):
+    quality: tuple[str, ...] = ()
+    """The figures of quality that come beside the values, by name (data/quality.py); empty: none are measured."""
+
+
+class TextInput(_Input):
     """Token ids. Values: `ids_UT` int64, `mask_UT` bool."""
 
     kind: Literal["text"] = "text"
@@ -22,7 +27,7 @@ class TextInput(Config):
     max_tokens: int
 
 
-class ImageInput(Config):
+class ImageInput(_Input):
     """Normalised pixels. Values: `pixels_UCHW` float32."""
 
     kind: Literal["image"] = "image"
@@ -31,7 +36,7 @@ class ImageInput(Config):
     channels: int = 3
 
 
-class AudioInput(Config):
+class AudioInput(_Input):
     """Normalised mono samples. Values: `samples_UT` float32, `mask_UT` bool."""
 
     kind: Literal["audio"] = "audio"
@@ -39,7 +44,7 @@ class AudioInput(Config):
     max_samples: int
 
 
-class TableInput(Config):
+class TableInput(_Input):
     """Numbers and categories. Values: `numbers_UN` float32, `known_UN` bool, `categories_UK` int64 (0: unknown)."""
 
     kind: Literal["table"] = "table"
@@ -48,7 +53,7 @@ class TableInput(Config):
     """For each categorical column, its number of categories, the unknown one included."""
 
 
-class SignalInput(Config):
+class SignalInput(_Input):
     """Channels over time. Values: `samples_UCT` float32, `mask_UT` bool."""
 
     kind: Literal["signal"] = "signal"
@@ -56,7 +61,7 @@ class SignalInput(Config):
     max_samples: int
 
 
-class VolumeInput(Config):
+class VolumeInput(_Input):
     """Voxels. Values: `voxels_U1DHW` float32."""
 
     kind: Literal["volume"] = "volume"

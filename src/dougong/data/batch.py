@@ -34,7 +34,8 @@ class MediaArrays(NamedTuple):
     there_B: npt.NDArray[np.bool_] | None = None
     quality_UQ: npt.NDArray[np.float32] | None = None
     level_U: npt.NDArray[np.float32] | None = None
-    """These three as nn/batch.py has them."""
+    id_U: npt.NDArray[np.int64] | None = None
+    """These four as nn/batch.py has them."""
 
 
 class BatchArrays(NamedTuple):

@@ -9,6 +9,7 @@ Promise     a batch depends on its records, the seed and its number alone, so it
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections import OrderedDict
@@ -24,7 +25,9 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import Array, BadRecord, BatchArrays, MediaArrays
+from dougong.data.corruption import CorruptConfig, Corruption, Corruptor, Spoiling, corrupt
 from dougong.data.modality.medium import BadValue, Modality
+from dougong.data.position import WHOLE, Share
 from dougong.data.preparation import Preparation
 from dougong.data.target import encode_target
 
@@ -73,6 +76,17 @@ class Request(NamedTuple):
     number: tuple[int, int]
     """Epoch and batch, for the seed."""
 
+    share: Share = WHOLE
+    """Which part of the batch these are the cells of."""
+
+    size: int | None = None
+    """How many records the whole batch has. None: these."""
+
+    @property
+    def place(self) -> slice:
+        """Where these records stand in the whole batch."""
+        return self.share.of(len(self.rows) if self.size is None else self.size)
+
 
 class Collator:
     """Makes batches of requests."""
@@ -87,6 +101,9 @@ class Collator:
         views: Sequence[View] = (),
         one_view_a_batch: bool = False,
         withhold: float = 0.0,
+        corrupt: CorruptConfig | None = None,
+        corruptions: Sequence[Corruption] = (),
+        quality: bool = False,
         withheld_beside: bool = False,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
@@ -95,6 +112,8 @@ class Collator:
         With `withheld_beside`, it is encoded all the same, for a loss alone.
 
         With `one_view_a_batch`, all records of a batch are seen alike, so that a withheld modality costs nothing.
+        `corrupt` spoils media by chance, `corruptions` all of a modality alike, a medium the same way in every batch.
+        `quality` measures it also where the preparation does not ask for it.
 
         Raises:
             ConfigError: two of these say different things, or one of them says nothing.
@@ -110,6 +129,8 @@ class Collator:
         self._seed = seed
         self._augment = augment
         self._withhold = withhold
+        self._corruptor = Corruptor(preparation.modalities, seed=seed, training=corrupt, judging=corruptions)
+        self._quality = quality or preparation.quality
         self._withheld_beside = withheld_beside
         names = list(preparation.modalities)
         self._views = tuple(views)
@@ -121,7 +142,8 @@ class Collator:
     def __call__(self, request: Request) -> BatchArrays:
         names = list(self.preparation.modalities)
         keys = {name: self._keys(modality, request) for name, modality in self.preparation.modalities.items()}
-        has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_).T
+        has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_)
+        has_BM = has_BM.reshape(len(names), len(request.rows)).T
         kept_BM, there_BM = self._choose(has_BM, request)
 
         reasons: dict[int, tuple[str, str]] = {}
@@ -131,11 +153,30 @@ class Collator:
         target = self._target(request, reasons)
 
         good = np.array([index for index in range(len(request.rows)) if index not in reasons], np.int64)
+        there = {name: there_BM[good, place] for place, name in enumerate(names)}
+        distinct, index = {}, {}
+        for name in names:
+            distinct[name], index[name] = _share([keys[name][i] for i in good], there[name])
+        spoilt = None if self._corruptor.idle else self._corruptor.choose(distinct, index, there, request.number)
+        # Each rank alters its media in its own way, as it does not know how many the others have.
+        rank = ("rank", request.share.rank) if request.share.rank else ()
+        numbered = request.share.world > 1  # else there is nobody to recognise them
         arrays = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
-            random = self._random("augment", name, *request.number) if self._augment else None
-            shared = _share(modality, media[name], [keys[name][i] for i in good], there_BM[good, place], random)
-            arrays[name] = shared._replace(present_B=kept_BM[good, place])
+            random = self._random("augment", name, *request.number, *rank) if self._augment else None
+            own, level_U = [media[name][key] for key in distinct[name]], None
+            if spoilt is not None:
+                own, level_U = _spoil(modality, own, spoilt[name])
+            values = modality.stack(own, random)
+            arrays[name] = MediaArrays(
+                values,
+                index[name],
+                kept_BM[good, place],
+                there[name],
+                modality.quality(values) if self._quality else None,
+                level_U,
+                np.array([_number(key) for key in distinct[name]], np.int64) if numbered else None,
+            )
         bad = tuple(BadRecord(int(request.rows[index]), *why) for index, why in sorted(reasons.items()))
         return BatchArrays(arrays, None if target is None else target[good], request.rows[good], bad)
 
@@ -147,15 +188,20 @@ class Collator:
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """What each record is seen with; and that with what is only encoded."""
         random = self._random("views", *request.number)
+        # Drawn for the whole batch, so that a record is seen alike, whoever has it.
+        size = len(has_BM) if request.size is None else request.size
         if self._views:
             chance = _chances(self._views, request.number[0])
-            size = 1 if self._one_view_a_batch else len(has_BM)
-            chosen = random.choice(len(self._views), size, p=chance)
+            if self._one_view_a_batch:
+                chosen = random.choice(len(self._views), 1, p=chance)
+            else:
+                chosen = random.choice(len(self._views), size, p=chance)[request.place]
             kept_BM = has_BM & self._view_VM[chosen]
             return kept_BM, kept_BM | (has_BM & self._beside_VM[chosen])
         if not self._withhold:
             return has_BM, has_BM
-        kept_BM = has_BM & (random.random(has_BM.shape) >= self._withhold)
+        drawn_BM = random.random((size, has_BM.shape[1]))[request.place]
+        kept_BM = has_BM & (drawn_BM >= self._withhold)
         emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
         return kept_BM, has_BM if self._withheld_beside else kept_BM
@@ -237,19 +283,31 @@ def _key(modality: Modality, cells: tuple[Any, ...]) -> Hashable:
     return key
 
 
-def _share(
-    modality: Modality,
-    media: dict[Hashable, Array],
-    keys: list[Hashable],
-    there_B: npt.NDArray[np.bool_],
-    random: np.random.Generator | None,
-) -> MediaArrays:
-    """The distinct media of good records, in the order in which they are first met."""
+def _share(keys: list[Hashable], there_B: npt.NDArray[np.bool_]) -> tuple[list[Hashable], npt.NDArray[np.int64]]:
+    """The distinct media of good records, in the order in which they are first met, and which of them each has."""
     place: dict[Hashable, int] = {}
     index_B = np.zeros(len(keys), np.int64)
     for index in np.flatnonzero(there_B):
         index_B[index] = place.setdefault(keys[index], len(place))
-    return MediaArrays(modality.stack([media[key] for key in place], random), index_B, there_B, there_B)
+    return list(place), index_B
+
+
+def _number(key: Hashable) -> int:
+    """The same for the same medium in every process; Python's own hash of a text is not."""
+    content = key if isinstance(key, bytes) else repr(key).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def _spoil(
+    modality: Modality, media: list[Array], spoilt: Sequence[Spoiling | None]
+) -> tuple[list[Array], npt.NDArray[np.float32]]:
+    """The media, those that are to be spoilt replaced, and how strongly each was."""
+    level_U = np.array([0.0 if one is None else one.level for one in spoilt], np.float32)
+    changed = [
+        medium if one is None else corrupt(modality, medium, one.kind, one.level, np.random.default_rng(one.seed))
+        for medium, one in zip(media, spoilt, strict=True)
+    ]
+    return changed, level_U
 
 
 class _Cache:

@@ -3,8 +3,9 @@
 Here        LoaderConfig, Loader.
 Elsewhere   putting one batch together (data/collate.py); where a run stands (data/position.py).
 Promise     the order follows from the seed, the epoch and the row counts alone: a run goes on from any position
-            without decoding what came before, to the same batches, with any number of workers. Memory is bounded
-            by one window of rows, whatever the table's size.
+            without decoding what came before, to the same batches, with any number of workers. Several processes share
+            out each batch of that same order, and decode only their own part. Memory is bounded by one window of
+            rows, whatever the table's size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final, NamedTuple
@@ -28,10 +29,11 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
+from dougong.data.corruption import CorruptConfig, Corruption
 from dougong.data.modality.audio import AudioModality
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.medium import media_key
-from dougong.data.position import Position
+from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, cells_of
 
@@ -109,15 +111,21 @@ class Loader:
         views: tuple[View, ...] = (),
         one_view_a_batch: bool = False,
         withhold: float = 0.0,
+        corrupt: CorruptConfig | None = None,
+        corruptions: Sequence[Corruption] = (),
+        quality: bool = False,
         withheld_beside: bool = False,
+        share: Share = WHOLE,
     ) -> None:
-        """`train` shuffles and augments; `views` and all after it are data/collate.py's.
+        """`train` shuffles and augments; `share` is the part of each batch that comes here; the other settings are
+        data/collate.py's. Batches and positions count as without a share, and a part may be empty.
 
         Raises:
-            ConfigError: `group_by` or a view names what is not there.
+            ConfigError: `group_by`, a view or a corruption names what is not there.
             DataError: the table has no records, or lacks a column of the preparation.
         """
         self._table, self._config, self._seed, self._train = table, config, seed, train
+        self._share = share
         for view in views:
             strange = [name for name in (*view.keep, *view.beside) if name not in preparation.modalities]
             if strange:
@@ -139,6 +147,9 @@ class Loader:
             views=views,
             one_view_a_batch=one_view_a_batch,
             withhold=withhold,
+            corrupt=corrupt,
+            corruptions=corruptions,
+            quality=quality,
             withheld_beside=withheld_beside,
             cache_bytes=config.cache_bytes,
         )
@@ -207,10 +218,11 @@ class Loader:
         order = self._order(epoch, place, window, groups)
         for inner in range(max(0, first - passed), self._num_batches(window)):
             chosen = order[inner * self._config.batch_size :][: self._config.batch_size]
+            number, size = passed + inner, len(chosen)
+            chosen = chosen[self._share.of(size)]
             cells = _take(blocks, chosen, self._columns)
-            number = passed + inner
             after = Position(epoch, number + 1) if number + 1 < total else Position(epoch + 1, 0)
-            yield after, Request(rows[chosen], cells, (epoch, number))
+            yield after, Request(rows[chosen], cells, (epoch, number), self._share, size)
 
     def _order(self, epoch: int, place: int, window: _Window, groups: list[Indices] | None) -> Indices:
         if not self._train:

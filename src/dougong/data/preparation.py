@@ -88,6 +88,9 @@ class PreparationConfig(Config):
     image_scale: tuple[float, float, float] | None = None
     """The standard deviation, likewise."""
 
+    quality: bool = False
+    """Measure each medium's quality beside decoding it, as a gate that reads it needs (model.gate_quality)."""
+
     @field_validator("image_size", "sample_rate", "vocabulary_size", "max_seconds", "image_scale")
     @classmethod
     def _above_zero(cls, value: Any) -> Any:
@@ -106,19 +109,26 @@ class PreparationConfig(Config):
 class _Saved(Config):
     modalities: dict[str, ModalityConfig]
     target: Target
+    quality: bool = False
 
 
 class Preparation:
     """The modalities of a table by name (a column's, or "table"), and the target."""
 
-    def __init__(self, modalities: Mapping[str, Modality], target: Target) -> None:
+    def __init__(self, modalities: Mapping[str, Modality], target: Target, *, quality: bool = False) -> None:
+        """With `quality`, each medium's quality is measured wherever it is decoded."""
         self.modalities = dict(modalities)
         self.target = target
+        self.quality = quality
 
     def signature(self) -> Signature:
-        return Signature(
-            inputs={name: modality.signature() for name, modality in self.modalities.items()}, target=self.target
-        )
+        inputs = {name: modality.signature() for name, modality in self.modalities.items()}
+        if self.quality:
+            inputs = {
+                name: found.model_copy(update={"quality": self.modalities[name].quality_names})
+                for name, found in inputs.items()
+            }
+        return Signature(inputs=inputs, target=self.target)
 
     @property
     def columns(self) -> list[str]:
@@ -127,12 +137,13 @@ class Preparation:
 
     def only(self, names: Sequence[str]) -> Preparation:
         """The same with fewer modalities."""
-        return Preparation({name: self.modalities[name] for name in self.modalities if name in names}, self.target)
+        kept = {name: self.modalities[name] for name in self.modalities if name in names}
+        return Preparation(kept, self.target, quality=self.quality)
 
     def save(self, folder: Path) -> list[str]:
         """Write preparation.json and a tokenizer file for each text; return the files' names."""
         configs = {name: modality.config for name, modality in self.modalities.items()}  # type: ignore[attr-defined]
-        saved = _Saved(modalities=configs, target=self.target)
+        saved = _Saved(modalities=configs, target=self.target, quality=self.quality)
         write_json(folder / "preparation.json", saved.model_dump(mode="json"))
         names = ["preparation.json"]
         for place, modality in enumerate(self.modalities.values()):
@@ -157,7 +168,7 @@ class Preparation:
             }
         except (OSError, ValueError, ConfigError) as error:
             raise BundleError(f"{folder} has no readable preparation ({error}). Save the bundle again.") from None
-        return cls(modalities, saved.target)
+        return cls(modalities, saved.target, quality=saved.quality)
 
 
 def _tokenizer_file(place: int) -> str:
@@ -221,7 +232,7 @@ def fit_preparation(
         while name in modalities:
             name += "_"
         modalities[name] = TableModality(TableConfig(numbers=tuple(numbers), categories=tuple(categories)))
-    return Preparation(modalities, target)
+    return Preparation(modalities, target, quality=config.quality)
 
 
 def _fit_text(name: str, cells: list[Any], config: PreparationConfig) -> TextModality:

@@ -27,7 +27,7 @@ def to_tensors(arrays: BatchArrays, device: torch.device = CPU) -> Batch:
             _to_tensor(one.present_B, device),
             *(
                 None if each is None else _to_tensor(each, device)
-                for each in (one.there_B, one.quality_UQ, one.level_U)
+                for each in (one.there_B, one.quality_UQ, one.level_U, one.id_U)
             ),
         )
         for name, one in arrays.media.items()

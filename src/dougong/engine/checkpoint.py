@@ -6,7 +6,8 @@ Promise     a folder that is not whole and unaltered is never loaded: every file
             nothing is ever unpickled. What a resumed run computes is what an uninterrupted one would have.
 
 A checkpoint is `RUN/checkpoints/step-00000123/` with model.safetensors, optimizer.safetensors, random.json,
-state.json, where weights are averaged also average.safetensors, and manifest.json.
+state.json, where weights are averaged also average.safetensors, where several ranks trained also random-1.json and so
+on for those after the first, and manifest.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +27,10 @@ from torch.optim import Optimizer
 from dougong.core.config import Config
 from dougong.core.errors import CheckpointError
 from dougong.core.files import inside, sha256_of, whole_folder, write_json
+from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
 from dougong.engine.precision import Chosen
-from dougong.engine.random_state import random_state, restore_random_state
+from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
 
 FORMAT = 1
@@ -87,9 +90,15 @@ class Found(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path, state: RunState, model: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None
+    folder: Path,
+    state: RunState,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: WeightAverage | None = None,
+    random_states: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Save under `folder` and return the checkpoint's own folder."""
+    """Save under `folder` and return the checkpoint's own folder; `random_states` are all ranks', where there are
+    several."""
     path = folder / f"step-{state.step:08d}"
     with whole_folder(path) as temporary:
         write_weights(temporary / MODEL, distinct_weights(model))
@@ -97,7 +106,8 @@ def save_checkpoint(
         if average is not None:
             write_weights(temporary / AVERAGE, average.weights())
         write_json(temporary / STATE, state.model_dump(mode="json"))
-        (temporary / RANDOM).write_text(json.dumps(random_state()), encoding="utf-8")
+        for rank, kept in enumerate(random_states or (random_state(),)):
+            (temporary / _random_name(rank)).write_text(json.dumps(kept), encoding="utf-8")
         sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, {"format": FORMAT, "files": sums})
     return path
@@ -116,8 +126,8 @@ def check_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing or damaged") from None
     if found_format != FORMAT:
         raise CheckpointError(f"{folder}: its format is {found_format!r}, this version reads {FORMAT}")
-    # Averages that the manifest does not know would be loaded unseen.
-    unlisted = [AVERAGE] if (folder / AVERAGE).exists() else []
+    # Averages or random states that the manifest does not know would be loaded unseen.
+    unlisted = [file.name for file in (folder / AVERAGE, *folder.glob("random-*.json")) if file.exists()]
     for name in dict.fromkeys([*NEEDED, *sums, *unlisted]):
         file = inside(folder, name)
         if file is None or not file.is_file():
@@ -142,9 +152,13 @@ def latest_checkpoint(folder: Path) -> Found:
 
 
 def restore_checkpoint(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: WeightAverage | None = None,
+    rank: int = 0,
 ) -> None:
-    """Put weights, optimizer and random states back.
+    """Put weights, optimizer and random states back. A rank that had no part in that run draws numbers of its own.
 
     Raises:
         CheckpointError: it is of another model, or of a run that averaged its weights where this one does not.
@@ -159,7 +173,11 @@ def restore_checkpoint(
     _restore_optimizer(model, optimizer, read_weights(folder / OPTIMIZER), where=str(folder))
     if average is not None:
         average.restore(read_weights(folder / AVERAGE))
-    restore_random_state(json.loads((folder / RANDOM).read_bytes()))
+    random = folder / _random_name(rank)
+    if random.exists():
+        restore_random_state(json.loads(random.read_bytes()))
+    else:
+        seed_all(derive_seed(checkpoint.state.seed, "train", "rank", rank, "from", checkpoint.state.step))
 
 
 def load_weights(model: nn.Module, checkpoint_folder: Path) -> None:
@@ -221,6 +239,10 @@ def set_aside(skipped: Skipped) -> None:
     if target.exists():
         shutil.rmtree(target)
     skipped.folder.rename(target)
+
+
+def _random_name(rank: int) -> str:
+    return f"random-{rank}.json" if rank else RANDOM
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 
 Here        Tally, Intake.
 Elsewhere   deciding that a record is bad (data/); saving the tally (engine/checkpoint.py).
-Promise     a step gets only batches that hold records; a record counts as bad once, however often it is met;
-            where too many are bad, training refuses to go on.
+Promise     a step gets only batches that hold records, on some rank at least; a record counts as bad once, however
+            often it is met; where too many are bad, training refuses to go on. Every rank counts what all have met.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dougong.core.errors import DataError
-from dougong.data.batch import BatchArrays
+from dougong.data.batch import BadRecord, BatchArrays
 from dougong.data.position import Loader, Position
+from dougong.engine.parallel.ranks import ALONE, Ranks
 
 ENOUGH_SEEN = 200
 """Records to meet before a share of bad ones says something; at the end of an epoch any number does."""
@@ -36,45 +37,75 @@ class Tally:
     first_bad: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Taken(NamedTuple):
+    """The batches of a step."""
+
+    arrays: list[BatchArrays]
+    """This rank's share of each, which may be empty."""
+
+    num_records: int
+    """Of all ranks."""
+
+
+class _Met(NamedTuple):
+    """One batch: this rank's share of it, and what all ranks have of it."""
+
+    position: Position
+    arrays: BatchArrays
+    num_records: int
+    num_rows: int
+    """Distinct ones, bad ones included."""
+
+    bad: list[BadRecord]
+
+
 class Intake:
     """Takes batches from a loader, from the tally's position on."""
 
     def __init__(
-        self, loader: Loader, tally: Tally, *, max_bad_share: float, on_more_bad: Callable[[Tally], None]
+        self,
+        loader: Loader,
+        tally: Tally,
+        *,
+        max_bad_share: float,
+        on_more_bad: Callable[[Tally], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.tally = tally
         self._loader = loader
         self._max_bad_share = max_bad_share
         self._on_more_bad = on_more_bad
+        self._ranks = ranks
         self._batches: Iterator[tuple[Position, BatchArrays]] | None = None
-        self._ahead: deque[tuple[Position, BatchArrays]] = deque()
+        self._ahead: deque[_Met] = deque()
 
-    def take(self, count: int) -> list[BatchArrays]:
+    def take(self, count: int) -> Taken:
         """The next `count` batches that hold records.
 
         Raises:
             DataError: too many records are bad, or an epoch has no good one.
         """
         taken: list[BatchArrays] = []
-        num_empty = 0
+        num_records = num_empty = 0
         while len(taken) < count:
-            position, arrays = self._ahead.popleft() if self._ahead else self._read()
-            self._note(position, arrays)
-            if len(arrays.row_B):
-                taken.append(arrays)
+            met = self._ahead.popleft() if self._ahead else self._read()
+            self._note(met)
+            if met.num_records:
+                taken.append(met.arrays)
+                num_records += met.num_records
                 num_empty = 0
             else:
                 num_empty += 1
                 if num_empty >= self._loader.batches_per_epoch:
                     raise DataError(f"a whole epoch has no record that can be used.{self._first()}")
-        return taken
+        return Taken(taken, num_records)
 
     def peek(self) -> BatchArrays | None:
         """The batch that `take` will give first, still to be taken; None where an epoch has none."""
         while len(self._ahead) < self._loader.batches_per_epoch:
             self._ahead.append(self._read())
-            if len(self._ahead[-1][1].row_B):
-                return self._ahead[-1][1]
+            if self._ahead[-1].num_records:
+                return self._ahead[-1].arrays
         return None
 
     def close(self) -> None:
@@ -84,19 +115,23 @@ class Intake:
             close()
         self._batches = None
 
-    def _read(self) -> tuple[Position, BatchArrays]:
+    def _read(self) -> _Met:
         if self._batches is None:
             self._batches = self._loader.batches(self.tally.position)
-        return next(self._batches)
+        position, arrays = next(self._batches)
+        # A record may stand in a batch under several views, and be bad in several columns.
+        num_rows = len({*arrays.row_B.tolist(), *(record.row for record in arrays.bad)})
+        num_records, num_rows, num_bad = self._ranks.sums(len(arrays.row_B), num_rows, len(arrays.bad))
+        told = self._ranks.tell([list(record) for record in arrays.bad]) if num_bad else []
+        return _Met(position, arrays, num_records, num_rows, [BadRecord(*record) for part in told for record in part])
 
-    def _note(self, position: Position, arrays: BatchArrays) -> None:
-        tally, before = self.tally, self.tally.position
+    def _note(self, met: _Met) -> None:
+        tally, before, position = self.tally, self.tally.position, met.position
         tally.position = position
         if before.epoch == 0:
-            # A record may stand in a batch under several views, and be bad in several columns.
-            tally.seen += len({*arrays.row_B.tolist(), *(record.row for record in arrays.bad)})
+            tally.seen += met.num_rows
         num_before = len(tally.bad_rows)
-        for record in arrays.bad:
+        for record in met.bad:
             if record.row not in tally.bad_rows and len(tally.first_bad) < NUM_FIRST:
                 tally.first_bad.append(record._asdict())
             tally.bad_rows.add(record.row)

@@ -7,7 +7,7 @@ Promise     figures are in the target's own units; a figure that these records d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -83,20 +83,26 @@ class DecisionMetrics:
         num_outputs = target.num_outputs
         # torchmetrics refuses a single class; one that never occurs changes no figure below.
         num_classes = max(2, num_outputs)
+        # Left to itself, torchmetrics adds up what the ranks have whenever there are any: here each has it all.
+        alone: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
         metrics: dict[str, Metric]
         if target.task == "single_label":
             metrics = {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "macro_f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
-                "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", **alone),
+                "macro_f1": MulticlassF1Score(num_classes, average="macro", **alone),
+                "confusion": MulticlassConfusionMatrix(num_classes, **alone),
             }
         elif target.task == "multi_label":
             metrics = {
-                "micro_f1": MultilabelF1Score(num_outputs, average="micro", validate_args=False),
-                "f1_C": MultilabelF1Score(num_outputs, average="none", validate_args=False),
+                "micro_f1": MultilabelF1Score(num_outputs, average="micro", **alone),
+                "f1_C": MultilabelF1Score(num_outputs, average="none", **alone),
             }
         else:
-            metrics = {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError(), "r2": R2Score()}
+            metrics = {
+                "rmse": MeanSquaredError(squared=False, sync_on_compute=False),
+                "mae": MeanAbsoluteError(sync_on_compute=False),
+                "r2": R2Score(sync_on_compute=False),
+            }
             for metric in metrics.values():
                 metric.set_dtype(torch.float64)
         self._metrics = {name: metric.to(device) for name, metric in metrics.items()}

@@ -47,11 +47,13 @@ def choose_precision(
     *,
     pairs: int = 5,
     budget_seconds: float = 20.0,
+    agree: Callable[[bool], bool] = bool,
 ) -> PrecisionChoice:
     """Time forward and backward of one batch in both formats, by turns.
 
     bf16 is chosen where it is clearly faster and its loss is finite; a loss that is not makes
-    it fp32 without more ado. After `budget_seconds` no new pair begins.
+    it fp32 without more ado. After `budget_seconds` no new pair begins. What depends on a clock or on this rank's
+    records is decided by `agree`: ranks that measured another number of times would wait for each other.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device_type = parameters[0].device.type
@@ -65,22 +67,26 @@ def choose_precision(
         return math.isfinite(value.item())
 
     with random_state_kept(), _buffers_kept(model):
-        return measure_precision(run, pairs=pairs, budget_seconds=budget_seconds)
+        return measure_precision(run, pairs=pairs, budget_seconds=budget_seconds, agree=agree)
 
 
 def measure_precision(
-    run: Callable[[Chosen], bool], *, pairs: int = 5, budget_seconds: float = math.inf
+    run: Callable[[Chosen], bool],
+    *,
+    pairs: int = 5,
+    budget_seconds: float = math.inf,
+    agree: Callable[[bool], bool] = bool,
 ) -> PrecisionChoice:
     """Time `run` in both formats by turns, after one untimed turn each; it says whether its result was finite."""
     deadline = time.perf_counter() + budget_seconds
     run("fp32")
-    if not run("bf16"):
+    if not agree(run("bf16")):
         return PrecisionChoice("fp32", None)
     ratios: list[float] = []
-    while len(ratios) < pairs and (not ratios or time.perf_counter() < deadline):
+    while len(ratios) < pairs and (not ratios or agree(time.perf_counter() < deadline)):
         ratios.append(_seconds(run, "fp32") / _seconds(run, "bf16"))
     ratio = statistics.median(ratios)
-    return PrecisionChoice("bf16" if ratio >= ENOUGH_GAIN else "fp32", ratio)
+    return PrecisionChoice("bf16" if agree(ratio >= ENOUGH_GAIN) else "fp32", ratio)
 
 
 def _seconds(run: Callable[[Chosen], bool], precision: Chosen) -> float:

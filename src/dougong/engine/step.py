@@ -1,9 +1,10 @@
 """One training step.
 
-Here        TrainParts, StepReport, `train_step`.
-Elsewhere   the loop, events and checkpoints (engine/trainer.py); the loss (objectives/).
-Promise     records weigh the same, however they are shared out to micro-batches; a step whose loss or gradient
-            is not finite changes nothing.
+Here        TrainParts, StepReport, `train_step`, `plain_backward`.
+Elsewhere   what many ranks add up (engine/parallel/replicate.py); the loop, events and checkpoints
+            (engine/trainer.py); the loss, and other ways to take its gradients (objectives/).
+Promise     records weigh the same, however they are shared out to micro-batches and ranks; a step whose loss or
+            gradient is not finite, on any rank, changes nothing on all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ from dougong.nn.block_stack import BlockStack
 Loss = Callable[[Any, Batch], Tensor]
 """From a model's output and its batch to a scalar: the sum over the batch's records."""
 
+Reduce = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""From this rank's loss, and what the buffers were before the step, to the loss of all ranks; gradients and buffers
+become those of all ranks in place."""
+
+
+def nothing_to_add(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """What one process alone reduces by."""
+    return loss
+
+
+Backward = Callable[["TrainParts", Batch, int], Tensor]
+"""Adds a batch's gradients to those of the micro-batches before it, and returns its loss; both are parts of a mean over
+so many records."""
+
 
 @dataclass(frozen=True)
 class TrainParts:
@@ -35,13 +50,17 @@ class TrainParts:
     max_grad_norm: float | None = 1.0
     precision: Chosen = "fp32"
     device_type: str = "cpu"
+    backward: Backward | None = None
+    """None: plain_backward."""
+
+    reduce: Reduce = nothing_to_add
 
 
 class StepReport(NamedTuple):
     """What a step did."""
 
     loss: float
-    """Mean over the records."""
+    """Mean over the records, of all ranks."""
 
     grad_norm: float
     """Before clipping."""
@@ -53,16 +72,19 @@ class StepReport(NamedTuple):
 def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int) -> StepReport:
     """Step once over the micro-batches.
 
-    `num_records` counts all of them, so that uneven batches weigh each record the same.
+    `num_records` counts all of them, on all ranks, so that uneven batches weigh each record the same. A rank whose
+    share of a batch is empty has an empty one here: the loss may hold exchanges that wait for it.
     """
     parts.optimizer.zero_grad(set_to_none=True)
     buffers = list(parts.model.buffers())
     before = [buffer.clone() for buffer in buffers]
-    losses = [_backward(parts, batch, num_records) for batch in batches]
+    backward = parts.backward or plain_backward
+    losses = [backward(parts, batch, num_records) for batch in batches]
+    total = parts.reduce(torch.stack(losses).sum(), before)
     gradients = _gradients(parts.optimizer)
 
     # The one wait for the device: whether to step at all depends on both numbers.
-    loss, grad_norm = torch.stack([torch.stack(losses).sum(), _norm(gradients, like=losses[0])]).tolist()
+    loss, grad_norm = torch.stack([total, _norm(gradients, like=total)]).tolist()
 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         parts.optimizer.zero_grad(set_to_none=True)
@@ -75,7 +97,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     return StepReport(loss, grad_norm, skipped=False)
 
 
-def _backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+def plain_backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    """Every parameter's gradient of the one loss."""
     with autocast(parts.precision, parts.device_type):
         loss = parts.loss(parts.model(batch), batch).float() / num_records
     loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types

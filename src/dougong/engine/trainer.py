@@ -4,7 +4,9 @@ Here        TrainConfig, Watch, TrainResult, `train`.
 Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py);
             showing what is announced (watch/).
 Promise     the same seed gives the same losses; a run that was killed at any moment goes on to the losses that it
-            would have had, bit for bit on a CPU. Evaluating, measuring and saving leave no trace in training.
+            would have had, bit for bit on a CPU. Evaluating, measuring and saving leave no trace in training. On many
+            ranks the losses are those of one process up to rounding, where the model draws no random numbers; the
+            first rank alone writes, and whatever depends on a clock, a signal or the disk is agreed on.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from dougong.engine.average import WeightAverage
 from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import (
     Checkpoint,
+    Found,
     RunState,
+    check_checkpoint,
     checkpoints_of,
     clear_leftovers,
     latest_checkpoint,
@@ -50,9 +54,11 @@ from dougong.engine.checkpoint import (
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.parallel.ranks import ALONE, Ranks
+from dougong.engine.parallel.replicate import apply_replicate
 from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
-from dougong.engine.random_state import random_state_kept, seed_all
-from dougong.engine.step import Loss, TrainParts, train_step
+from dougong.engine.random_state import random_state, random_state_kept, seed_all
+from dougong.engine.step import Backward, Loss, TrainParts, nothing_to_add, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -182,11 +188,18 @@ def train(
     announce: Announcer | None = None,
     seed: int = 0,
     resume: bool = False,
+    backward: Backward | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
 
-    The model ends with its last weights; `best_weights(folder)` says where the best are.
+    The model ends with its last weights; `best_weights(folder)` says where the best are. `backward` takes the
+    gradients in another way than the plain one.
     With `resume`, go on from the newest whole checkpoint, or start where there is none.
+
+    With `ranks`, all of them call this, each with a loader of its share and a folder that all can read; `watch` must
+    judge to the same figures on each. Listeners hear of the run on the first alone. How many ranks there are may
+    change from one resumption to the next.
 
     Raises:
         RunError: the folder holds a run and `resume` is not asked for.
@@ -197,14 +210,16 @@ def train(
     """
     if config.patience is not None and watch is None:
         raise ConfigError(f"patience={config.patience} has nothing to watch. Give validation records, or use null.")
-    found = latest_checkpoint(checkpoints_of(folder))
-    if not resume and (found.checkpoint is not None or found.skipped):
-        raise RunError(f"{folder} holds a run already. Go on with it by resume, or name another folder.")
-    start = found.checkpoint
-    announcer = Announcer(*(announce.listeners if announce is not None else ()))
+    found = latest_checkpoint(checkpoints_of(folder)) if ranks.first else Found(None, ())
+    start = _agreed_start(found, folder, ranks, resume=resume)
+    announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
     with interruptible() as interruption:
         # Before anything on the disk changes: a run that is refused stays as it was.
-        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption)
+        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, ranks)
+        ranks.wait()  # all have read what the first may now change
+        if not ranks.first:
+            with contextlib.closing(run.intake):
+                return run.train()
         clear_leftovers(checkpoints_of(folder))
         events = EventFile(folder / EVENTS, resume_at=None if start is None else run.step)
         announcer.listeners.insert(0, events)
@@ -214,6 +229,20 @@ def train(
                 announcer(CheckpointSkipped(step=run.step, path=str(skipped.folder), reason=skipped.reason))
             prune_checkpoints(checkpoints_of(folder), config.keep)  # a kill may have come before it
             return run.train()
+
+
+def _agreed_start(found: Found, folder: Path, ranks: Ranks, *, resume: bool) -> Checkpoint | None:
+    """The checkpoint that the first rank has found."""
+
+    def choose() -> str | None:
+        if not resume and (found.checkpoint is not None or found.skipped):
+            raise RunError(f"{folder} holds a run already. Go on with it by resume, or name another folder.")
+        return None if found.checkpoint is None else found.checkpoint.folder.name
+
+    name = ranks.first_says(choose)
+    if name is None or ranks.first:
+        return found.checkpoint
+    return check_checkpoint(checkpoints_of(folder) / name)
 
 
 class _Run:
@@ -231,9 +260,11 @@ class _Run:
         seed: int,
         start: Checkpoint | None,
         interruption: Interruption,
+        backward: Backward | None,
+        ranks: Ranks,
     ) -> None:
         self.config, self.folder, self.watch, self.announce, self.seed = config, folder, watch, announce, seed
-        self.interruption = interruption
+        self.interruption, self.ranks = interruption, ranks
         self.batches_per_epoch = loader.batches_per_epoch
         self.total_steps = config.total_steps(self.batches_per_epoch)
         self.device = next(model.parameters()).device
@@ -246,6 +277,8 @@ class _Run:
         self.evaluations_without_gain = 0
         self.skipped_in_a_row = 0
         self.tally = Tally()
+        # First: what follows starts from the weights that all ranks have.
+        reduce = nothing_to_add if ranks.group is None else apply_replicate(model, ranks.group)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
 
         model.train()
@@ -253,13 +286,14 @@ class _Run:
         if start is not None:
             self._go_on(start, model, optimizer)
         self.intake = Intake(
-            loader, self.tally, max_bad_share=config.max_bad_share, on_more_bad=self._announce_set_aside
+            loader, self.tally, max_bad_share=config.max_bad_share, on_more_bad=self._announce_set_aside, ranks=ranks
         )
         if start is None:
-            seed_all(derive_seed(seed, "train"))
+            # Each rank drops other channels, of other records.
+            seed_all(derive_seed(seed, "train", *(("rank", ranks.rank) if ranks.rank else ())))
             self.precision = self._choose_precision(model, loss)
         self.parts = TrainParts(
-            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type
+            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type, backward, reduce
         )
 
     def train(self) -> TrainResult:
@@ -273,13 +307,14 @@ class _Run:
                 resumed=self.resumed,
             )
         )
-        reason = self._reason()
+        reason = self._reason(*self.ranks.any(self.interruption.wanted))
         while reason is None:
             epoch = self.tally.position.epoch
             self._step()
             improved = self._evaluate() if self._evaluation_due(epoch) else False
-            reason = self._reason()
-            if improved or reason is not None or self._checkpoint_due():
+            interrupted, due = self.ranks.any(self.interruption.wanted, self._checkpoint_due())
+            reason = self._reason(interrupted)
+            if improved or reason is not None or due:
                 self._save()
         self.announce(
             RunFinished(
@@ -290,23 +325,23 @@ class _Run:
                 seconds=time.perf_counter() - self.started,
             )
         )
+        self.ranks.wait()  # the last checkpoint is whole
         return TrainResult(reason, self.step, self.best_metric, self.best_step, self.precision)
 
-    def _reason(self) -> Reason | None:
+    def _reason(self, interrupted: bool) -> Reason | None:
         if self.step >= self.total_steps:
             return "steps"
         if self.config.patience is not None and self.evaluations_without_gain >= self.config.patience:
             return "early"
-        return "interrupted" if self.interruption.wanted else None
+        return "interrupted" if interrupted else None
 
     # A step --------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         started = time.perf_counter()
         epoch = self.tally.position.epoch
-        arrays = self.intake.take(self.config.accumulation)
+        arrays, num_records = self.intake.take(self.config.accumulation)
         waited = time.perf_counter() - started
-        num_records = sum(len(each.row_B) for each in arrays)
         learning_rate = self.config.optimizer.learning_rate_at(self.step, self.total_steps)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
@@ -409,6 +444,10 @@ class _Run:
 
     def _save(self) -> None:
         tally = self.tally
+        random_states = self.ranks.tell(random_state())
+        self.last_saved = time.perf_counter()
+        if not self.ranks.first:
+            return
         state = RunState(
             step=self.step,
             epoch=tally.position.epoch,
@@ -426,7 +465,7 @@ class _Run:
             first_bad=tuple(tally.first_bad),
         )
         checkpoints = checkpoints_of(self.folder)
-        path = save_checkpoint(checkpoints, state, self.parts.model, self.parts.optimizer, self.average)
+        path = save_checkpoint(checkpoints, state, self.parts.model, self.parts.optimizer, self.average, random_states)
         prune_checkpoints(checkpoints, self.config.keep)
         self.last_saved = time.perf_counter()
         self.announce(CheckpointSaved(step=self.step, path=str(path), best=self.best_step == self.step))
@@ -443,7 +482,7 @@ class _Run:
                     f"{start.folder} has another {what}: {there} there, {here} here. Resume with the settings and "
                     "records of that run, or begin another one."
                 )
-        restore_checkpoint(start, model, optimizer, self.average)
+        restore_checkpoint(start, model, optimizer, self.average, self.ranks.rank)
         self.step = state.step
         self.best_metric, self.best_step = state.best_metric, state.best_step
         self.evaluations_without_gain = state.evaluations_without_gain
@@ -458,4 +497,4 @@ class _Run:
         arrays = self.intake.peek()
         if arrays is None:
             return PrecisionChoice("fp32", None)  # taking the first batch will say what is wrong
-        return choose_precision(model, loss, to_tensors(arrays, self.device))
+        return choose_precision(model, loss, to_tensors(arrays, self.device), agree=self.ranks.every)

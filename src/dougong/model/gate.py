@@ -1,7 +1,8 @@
 """Decides how much each modality counts in the fused vector.
 
 Here        ModalityGate, its config, GateOutput.
-Elsewhere   aligning widths (model/bridge.py).
+Elsewhere   aligning widths (model/bridge.py); measuring quality (data/quality.py); teaching the gate from corruption
+            that is known (objectives/gate.py).
 Promise     what sits in an absent modality's slot never reaches the output or a gradient, not even NaN.
             For two modalities this is exactly alpha = sigmoid(W [h_a, h_b]), fused = alpha h_a + (1 - alpha) h_b.
 """
@@ -13,8 +14,12 @@ from typing import NamedTuple
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dougong.core.config import Config
+from dougong.nn.start import keep_variance
+
+QUALITY_WIDTH = 16
 
 
 class GateConfig(Config):
@@ -25,6 +30,9 @@ class GateConfig(Config):
 
     num_modalities: int = Field(gt=0)
     """How many vectors a record has (M), absent ones included."""
+
+    num_quality: tuple[int, ...] = ()
+    """Figures of quality of each modality (Q); 0 for one whose quality is not measured. Empty: of none."""
 
     temperature: float = 1.0
     """Below 1 the gate chooses, above 1 it averages."""
@@ -55,21 +63,48 @@ class ModalityGate(nn.Module):
     """Scores the modalities from all their vectors together and mixes them by those scores.
 
     After the gated multimodal unit of Arevalo et al. 2017 (arXiv:1702.01992), with one softmax over the modalities in
-    place of their pairwise sigmoids, so that any number of them fits, and without its tanh layers.
+    place of their pairwise sigmoids, so that any number of them fits, and without its tanh layers. Where quality is
+    measured, each modality's own figures add to its score through a small network of their own: how blurred a picture
+    is says how far to trust it, whatever the picture shows.
     """
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
         self.temperature = config.temperature
         self.score = nn.Linear(config.num_modalities * config.width, config.num_modalities)
+        self.quality = nn.ModuleList([QualityScore(count) for count in config.num_quality if count])
+        self.places = [place for place, count in enumerate(config.num_quality) if count]
 
-    def forward(self, x_BMD: Tensor, present_BM: Tensor) -> GateOutput:
+    def forward(self, x_BMD: Tensor, present_BM: Tensor, quality: tuple[Tensor | None, ...] = ()) -> GateOutput:
+        """`quality` has each modality's figures, (B, Q), or None where this batch has none of them."""
         x_BMD = x_BMD.masked_fill(~present_BM[..., None], 0.0)  # 0 * NaN would still be NaN
 
-        score_BM = self.score(x_BMD.flatten(1)) / self.temperature
+        score_BM = self.score(x_BMD.flatten(1))
+        for place, scorer in zip(self.places, self.quality, strict=True):
+            figures_BQ = quality[place] if quality else None
+            if figures_BQ is not None:
+                figures_BQ = figures_BQ.masked_fill(~present_BM[:, place, None], 0.0)
+                more_B1 = scorer(figures_BQ)
+                score_BM = score_BM + functional.pad(more_B1, (place, score_BM.shape[1] - place - 1))
+        score_BM = score_BM / self.temperature
         # A finite floor, not -inf: a record with no modality at all would get NaN gradients.
         score_BM = score_BM.masked_fill(~present_BM, torch.finfo(score_BM.dtype).min)
         weight_BM = score_BM.softmax(dim=-1) * present_BM
 
         fused_BD = (weight_BM[:, None, :].to(x_BMD.dtype) @ x_BMD)[:, 0]
         return GateOutput(fused_BD, weight_BM)
+
+
+class QualityScore(nn.Module):
+    """What a modality's figures of quality add to its score; nothing at the start. (B, Q) to (B, 1)."""
+
+    def __init__(self, num_quality: int) -> None:
+        super().__init__()
+        self.widen = keep_variance(nn.Linear(num_quality, QUALITY_WIDTH))
+        self.narrow = nn.Linear(QUALITY_WIDTH, 1)
+        nn.init.zeros_(self.narrow.weight)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, quality_BQ: Tensor) -> Tensor:
+        score_B1: Tensor = self.narrow(functional.gelu(self.widen(quality_BQ)))
+        return score_B1

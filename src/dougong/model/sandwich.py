@@ -27,8 +27,10 @@ from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
 from dougong.model.encoders.signal import SignalEncoderConfig
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.evidence import Opinion, Rule, conflict
 from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
+from dougong.model.votes import Decide, vote
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.modules_by_name import ModulesByName
@@ -62,6 +64,20 @@ class SandwichConfig(Config):
 
     bridge: BridgeConfig = BridgeConfig()
 
+    decide: Decide = "fused"
+    """fused: one head on the fused vector. Otherwise each modality has a head of its own, and so has the bridge; their
+    scores are averaged (mean), weighted by how sure each is (confidence), or taken as evidence (evidence)."""
+
+    evidence_rule: Rule = "dempster"
+    """How evidence is combined: dempster grows surer with each that agrees, average does not."""
+
+    own_heads: Literal["none", "taught", "watching"] = "none"
+    """Beside decide=fused: each modality decides by itself too, from what its encoder says before the bridge. taught:
+    its loss reaches the encoder (objective.own_weight). watching: it only tells how much the modality knows."""
+
+    gate_quality: bool = False
+    """The gate also reads each modality's figures of quality (data.preparation.quality)."""
+
     gate_temperature: float = Field(default=1.0, gt=0)
     head_ratio: float = Field(default=2.0, gt=0)
     """Hidden channels of the head, as a multiple of `width`."""
@@ -72,6 +88,22 @@ class SandwichConfig(Config):
     def _a_pair(self) -> Self:
         if len(set(self.align)) not in (0, 2) or len(self.align) > 2:
             raise ValueError(f"align={list(self.align)} must name two modalities, or none.")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_decide(self) -> Self:
+        if self.decide != "fused" and self.own_heads != "none":
+            raise ValueError(
+                f"own_heads={self.own_heads} cannot take effect beside decide={self.decide}, which gives each modality "
+                "a taught head anyway. Leave own_heads out."
+            )
+        if self.evidence_rule != "dempster" and self.decide != "evidence":
+            raise ValueError(
+                f"evidence_rule={self.evidence_rule} combines evidence, and decide={self.decide} makes none. "
+                "Use decide: evidence."
+            )
+        if self.gate_quality and self.fusion == "late":
+            raise ValueError("gate_quality is read by the gate, and fusion=late has none. Use fusion: bridge.")
         return self
 
     @model_validator(mode="after")
@@ -103,6 +135,13 @@ class SandwichConfig(Config):
         return Sandwich(self, signature)
 
 
+class Own(NamedTuple):
+    """One modality alone. Shapes: U distinct media, D channels, C outputs."""
+
+    vector_UD: Tensor
+    logit_UC: Tensor
+
+
 class SandwichState(NamedTuple):
     """What walks through the blocks. A modality that the whole batch lacks is not in it."""
 
@@ -121,11 +160,17 @@ class SandwichState(NamedTuple):
     aligned: dict[str, Tensor]
     """(U, D): vectors of length 1 of the media that are to be drawn together."""
 
+    quality: dict[str, Tensor]
+    """(B, Q): figures of quality of each record's medium, where they are measured; zero where it has none."""
+
+    own: dict[str, Own]
+    """What each medium's modality decides by itself."""
+
     truth: dict[str, Tensor]
     """(U, K, D): in training, what completed tokens of each medium should be; without a gradient."""
 
     completed_BM: Tensor
-    """Which modalities were completed."""
+    """Which modalities were completed; present_BM then has them too."""
 
     completed: dict[str, Tensor]
     """(B, K, D): the completed tokens of each such modality; zero in other records."""
@@ -147,6 +192,15 @@ class SandwichOutput(NamedTuple):
     completed_BM: Tensor
     completed: dict[str, Tensor]
     """These four as SandwichState has them."""
+
+    own_BMC: Tensor | None = None
+    """What each modality decides by itself; zero where it is absent. None for a model without such heads."""
+
+    opinion: Opinion | None = None
+    """decide=evidence: the combined opinion, with its vacuity."""
+
+    conflict_B: Tensor | None = None
+    """How far the modalities' own decisions are apart, 0 to 1; where they are classes, and decide by themselves."""
 
 
 class Explanation(NamedTuple):
@@ -186,6 +240,15 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         self.embedders = ModulesByName(embedders)
         blocks += [AlignBlock(name, config.width) for name in config.align]
         self.late = config.fusion == "late"
+        self.task = signature.target.task
+        self.decide, self.evidence_rule = config.decide, config.evidence_rule
+        if self.task != "single_label" and self.decide in ("confidence", "evidence"):
+            raise ConfigError(f"model.decide={self.decide} weighs classes, and the target is {self.task}. Use mean.")
+        self.has_own = config.decide != "fused" or config.own_heads != "none"
+        if self.has_own:
+            own_head = self._head_config(config, signature, config.width)
+            watching = config.own_heads == "watching"
+            blocks += [OwnBlock(name, own_head, watching=watching) for name in self.names]
         if config.completion is not None:
             if len(self.names) < 2:
                 raise ConfigError(
@@ -200,39 +263,55 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             blocks += [BridgeBlock(block) for block in config.bridge.build(self.names, config.width)]
         self.blocks = nn.ModuleList(blocks)
         self.width = config.width
-        self.norms = ModulesByName({name: nn.LayerNorm(config.width) for name in self.names})
-        self.pools = ModulesByName({name: AttentionPooling(width=config.width) for name in self.names})
-        fused_width = config.width
-        if self.late:
-            fused_width *= len(self.names)
-        else:
+        self.num_outputs = signature.target.num_outputs
+        self.only_votes = self.late and self.decide != "fused"
+        pooled = () if self.only_votes else self.names
+        self.norms = ModulesByName({name: nn.LayerNorm(config.width) for name in pooled})
+        self.pools = ModulesByName({name: AttentionPooling(width=config.width) for name in pooled})
+        if not self.late:
             self.gate = GateConfig(
-                width=config.width, num_modalities=len(self.names), temperature=config.gate_temperature
+                width=config.width,
+                num_modalities=len(self.names),
+                num_quality=_num_quality(config, signature),
+                temperature=config.gate_temperature,
             ).build()
-        self.decision = DecisionConfig(
-            width=fused_width,
-            hidden=round(config.width * config.head_ratio),
-            num_outputs=signature.target.num_outputs,
-            dropout=config.head_dropout,
-        ).build()
+        if self.only_votes:
+            # Votes alone when nobody else does: a record that has nothing is answered by what is common.
+            # It begins with next to no evidence.
+            self.prior_C = nn.Parameter(torch.full((self.num_outputs,), -4.0 if self.decide == "evidence" else 0.0))
+        else:
+            fused_width = config.width * (len(self.names) if self.late else 1)
+            self.decision = self._head_config(config, signature, fused_width).build()
         self.config = config.model_copy(update={"encoders": resolved})
         """What rebuilds this model without any pretrained folder."""
 
+    @staticmethod
+    def _head_config(config: SandwichConfig, signature: Signature, width: int) -> DecisionConfig:
+        return DecisionConfig(
+            width=width,
+            hidden=round(config.width * config.head_ratio),
+            num_outputs=signature.target.num_outputs,
+            dropout=config.head_dropout,
+        )
+
     def embed(self, batch: Batch) -> SandwichState:
-        tokens, masks, medium = {}, {}, {}
+        tokens, masks, medium, quality = {}, {}, {}, {}
         for name in self.names:
             media = batch.media[name]
             if next(iter(media.values.values())).shape[0]:
                 tokens[name], masks[name] = self.embedders[name](media.values)
                 medium[name] = media.index_B
+                if media.quality_UQ is not None:
+                    quality_BQ = media.quality_UQ.index_select(0, media.index_B)
+                    quality[name] = quality_BQ.masked_fill(~media.present_B[:, None], 0.0)
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
-        return SandwichState(tokens, masks, medium, present_BM, {}, {}, torch.zeros_like(present_BM), {})
+        return SandwichState(tokens, masks, medium, present_BM, {}, quality, {}, {}, torch.zeros_like(present_BM), {})
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Each encoder, with its way to the shared width, by its modality's name."""
         found = {name: list(self.embedders[name].parameters()) for name in self.names}
         for block in self.blocks:
-            if isinstance(block, EncoderBlock | FinishBlock):
+            if isinstance(block, EncoderBlock | FinishBlock):  # own heads stand on an encoder and are no part of it
                 found[block.name] += block.parameters()
         return found
 
@@ -257,24 +336,56 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         vectors = []
         for place, name in enumerate(self.names):
             if name not in state.tokens:
-                like = self.decision.norm.weight
+                like = next(self.parameters())
                 vectors.append(like.new_zeros(state.present_BM.shape[0], self.width))
                 continue
-            found = self.pools[name](self.norms[name](state.tokens[name]), state.masks[name])
-            x_BD = found.x_BD
-            if self.late:  # pooled before gathering: records that share a medium share its vector
-                x_BD = x_BD.index_select(0, state.medium[name])
+            x_BD = self._vector(state, name, place, pooled)
             vectors.append(x_BD.masked_fill(~state.present_BM[:, place, None], 0.0))
-            if pooled is not None:
-                weight = found.weight_BT[state.medium[name]] if self.late else found.weight_BT
-                pooled[name] = weight * state.present_BM[:, place, None]
         vector_BMD = torch.stack(vectors, dim=1)
         if self.late:
             fused_BD, weight_BM = vector_BMD.flatten(1), None
         else:
-            fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM)
+            quality = tuple(state.quality.get(name) for name in self.names)
+            fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM, quality)
+        output_BC = self.prior_C.expand(fused_BD.shape[0], -1) if self.only_votes else self.decision(fused_BD)
         made = state.aligned, state.truth, state.completed_BM, state.completed
-        return SandwichOutput(self.decision(fused_BD), fused_BD, weight_BM, vector_BMD, *made)
+        output = SandwichOutput(output_BC, fused_BD, weight_BM, vector_BMD, *made)
+        return self._vote(state, output) if self.has_own else output
+
+    def _vector(self, state: SandwichState, name: str, place: int, pooled: dict[str, Tensor] | None) -> Tensor:
+        """One modality's vector of each record."""
+        if self.only_votes:
+            return state.own[name].vector_UD.index_select(0, state.medium[name])
+        found = self.pools[name](self.norms[name](state.tokens[name]), state.masks[name])
+        # In late fusion it is pooled before gathering: records that share a medium share its vector.
+        x_BD: Tensor = found.x_BD
+        weight_BT: Tensor = found.weight_BT
+        if self.late:
+            x_BD, weight_BT = (each.index_select(0, state.medium[name]) for each in (x_BD, weight_BT))
+        if pooled is not None:
+            pooled[name] = weight_BT * state.present_BM[:, place, None]
+        return x_BD
+
+    def _vote(self, state: SandwichState, output: SandwichOutput) -> SandwichOutput:
+        """What the modalities decide by themselves, beside the decision or in its place."""
+        given_BM = state.present_BM & ~state.completed_BM  # what was completed from the others has no voice of its own
+        nothing_BC = torch.zeros_like(output.output_BC)
+        said = [
+            state.own[name].logit_UC.index_select(0, state.medium[name]) if name in state.own else nothing_BC
+            for name in self.names
+        ]
+        own_BMC = torch.stack(said, dim=1).masked_fill(~given_BM[..., None], 0.0)
+        output = output._replace(own_BMC=own_BMC)
+        if self.task == "single_label":
+            output = output._replace(conflict_B=conflict(own_BMC.detach().float().softmax(dim=-1), given_BM))
+        if self.decide == "fused":
+            return output
+        # One more vote: of the bridge, or of what is common where nobody else votes.
+        some_B1 = given_BM.any(dim=1, keepdim=True)
+        votes_BVC = torch.cat([own_BMC, output.output_BC[:, None]], dim=1)
+        present_BV = torch.cat([given_BM, ~some_B1 if self.only_votes else torch.ones_like(some_B1)], dim=1)
+        voted = vote(votes_BVC, present_BV, self.decide, self.evidence_rule)
+        return output._replace(output_BC=voted.output_BC, opinion=voted.opinion)
 
 
 class EncoderBlock(nn.Module):
@@ -321,6 +432,27 @@ class AlignBlock(nn.Module):
             return state
         vector_UD = self.contrastive(state.tokens[self.name], state.masks[self.name])
         return state._replace(aligned={**state.aligned, self.name: vector_UD})
+
+
+class OwnBlock(nn.Module):
+    """What one modality decides by itself, of each medium, before it meets the others."""
+
+    def __init__(self, name: str, head: DecisionConfig, *, watching: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.watching = watching
+        self.norm = nn.LayerNorm(head.width)
+        self.pool = AttentionPooling(width=head.width)
+        self.decision = head.build()
+
+    def forward(self, state: SandwichState) -> SandwichState:
+        if self.name not in state.tokens:
+            return state
+        x_UTD = state.tokens[self.name]
+        if self.watching:
+            x_UTD = x_UTD.detach()
+        vector_UD = self.pool(self.norm(x_UTD), state.masks[self.name]).x_BD
+        return state._replace(own={**state.own, self.name: Own(vector_UD, self.decision(vector_UD))})
 
 
 class TruthBlock(nn.Module):
@@ -424,6 +556,18 @@ class BridgeBlock(nn.Module):
 
 def _with(state: SandwichState, name: str, tokens: Tokens) -> SandwichState:
     return state._replace(tokens={**state.tokens, name: tokens.x_UTD}, masks={**state.masks, name: tokens.mask_UT})
+
+
+def _num_quality(config: SandwichConfig, signature: Signature) -> tuple[int, ...]:
+    """How many figures of quality the gate reads of each modality."""
+    if not config.gate_quality:
+        return ()
+    counts = tuple(len(shape.quality) for shape in signature.inputs.values())
+    if not any(counts):
+        raise ConfigError(
+            "model.gate_quality has nothing to read: no input measures its quality. Set data.preparation.quality: true."
+        )
+    return counts
 
 
 def _settled_encoders(config: SandwichConfig, signature: Signature) -> dict[str, EncoderConfig]:

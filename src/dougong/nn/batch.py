@@ -34,6 +34,10 @@ class MediaBatch(NamedTuple):
     level_U: Tensor | None = None
     """How strongly each medium was corrupted on purpose: 0 not at all, 1 the most (data/corruption.py)."""
 
+    id_U: Tensor | None = None
+    """A number of each medium's content, the same on every rank: where a batch is shared out, two ranks may hold the
+    same medium. None where it is not shared out."""
+
 
 class Batch(NamedTuple):
     """B records."""

@@ -1,8 +1,9 @@
 """What a run would meet, said before it starts.
 
 Here        check_recipe_or_table, CheckResult.
-Elsewhere   reading every record (data/check.py).
-Promise     nothing is trained and nothing is written; every record is read.
+Elsewhere   reading every record (data/check.py); duplicates, leaks and pairs that do not fit (data/duplicates.py,
+            data/leak.py, data/alignment.py).
+Promise     nothing is trained, and nothing is written but the sheet that was asked for; every record is read.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dougong.core.errors import DataError
+from dougong.data.alignment import MOST_SIDES, Alignment, find_misaligned, suspicious_rows
 from dougong.data.check import TableReport, check_table
 from dougong.data.columns import ColumnRole
+from dougong.data.duplicates import Duplicates, find_duplicates
+from dougong.data.features import sides_of
+from dougong.data.leak import MEDIA, Leak
 from dougong.data.preparation import fit_preparation
 from dougong.data.target import infer_target
 from dougong.recipes.known import KNOWN, read_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
-from dougong.recipes.tables import open_tables
+from dougong.recipes.tables import Tables, open_tables
+from dougong.watch.sheet import SheetPart, check_sheet, write_sheet
 
 
 class CheckResult(NamedTuple):
@@ -34,6 +40,14 @@ class CheckResult(NamedTuple):
     num_parameters: int | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    duplicates: tuple[Duplicates, ...] = ()
+    leaks: tuple[Leak, ...] = ()
+    alignments: tuple[Alignment, ...] = ()
+
+    @property
+    def suspicious_rows(self) -> dict[int, tuple[str, ...]]:
+        """Training rows that do not fit, the most suspicious first, with the modalities that say so."""
+        return suspicious_rows(self.alignments)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -48,33 +62,45 @@ class CheckResult(NamedTuple):
                     "bad": report.num_bad,
                     "present": report.num_present,
                     "first_bad": [record._asdict() for record in report.bad],
+                    **_quality_as_json(report),
                 }
                 for part, report in self.reports.items()
             },
             "notes": list(self.notes),
             "warnings": list(self.warnings),
+            "duplicates": [found.as_json() for found in self.duplicates],
+            "leaks": [leak._asdict() for leak in self.leaks],
+            "alignments": [found.as_json() for found in self.alignments],
+            "suspicious_rows": [{"row": row, "pairs": names} for row, names in self.suspicious_rows.items()],
         }
 
 
-def check_recipe_or_table(what: str, *, target: str | None = None, settings: Sequence[str] = ()) -> CheckResult:
-    """Read what a recipe's name or file, or a table's path, stands for.
+def check_recipe_or_table(
+    what: str, *, target: str | None = None, settings: Sequence[str] = (), pictures: Path | None = None
+) -> CheckResult:
+    """Read what a recipe's name or file, or a table's path, stands for; `pictures` is where the worst media are shown.
 
     Raises:
         DougongError: it can be neither read nor run.
     """
+    if pictures is not None:
+        check_sheet(pictures)
     if what in KNOWN or what.endswith((".yaml", ".yml")):
         recipe = read_recipe(what, settings)
     elif Path(what).exists():
         recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
     else:
         raise DataError(f"{what!r} is neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists.")
-    tables = open_tables(recipe.data, seed=recipe.seed)
+    # What leaks is told here; only a run refuses it.
+    tables = open_tables(recipe.data.model_copy(update={"allow_leak": True}), seed=recipe.seed)
     found = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
     preparation = fit_preparation(tables.train, tables.roles, found, recipe.data.preparation)
     parts = {"train": tables.train, "validation": tables.validation}
     if not tables.test_is_validation:
         parts["test"] = tables.test
     reports = {part: check_table(table, preparation) for part, table in parts.items()}
+    if pictures is not None:
+        write_sheet(pictures, what, [SheetPart(part, parts[part], reports[part]) for part in parts], preparation)
     signature = preparation.signature()
     warnings = list(_warnings(reports, recipe.train.max_bad_share))
     num_parameters: int | None = None
@@ -83,6 +109,9 @@ def check_recipe_or_table(what: str, *, target: str | None = None, settings: Seq
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
     else:
         warnings.append("volumes are read, but have no encoder yet: a run leaves them out")
+    duplicates = find_duplicates(parts, tables.roles)
+    alignments = find_misaligned(tables.train, tables.roles, unit=tables.unit, seed=recipe.seed)
+    warnings += _relations(recipe, tables, duplicates, alignments)
     return CheckResult(
         name=what,
         roles=tables.roles,
@@ -90,9 +119,68 @@ def check_recipe_or_table(what: str, *, target: str | None = None, settings: Seq
         inputs={name: shape.model_dump() for name, shape in signature.inputs.items()},
         target=found.model_dump(),
         num_parameters=num_parameters,
-        notes=tables.notes,
+        notes=(*tables.notes, *_looked_at(tables, duplicates, alignments)),
         warnings=tuple(warnings),
+        duplicates=duplicates,
+        leaks=tables.leaks,
+        alignments=alignments,
     )
+
+
+def _quality_as_json(report: TableReport) -> dict[str, Any]:
+    return {
+        "quality": {
+            name: {
+                figure.name: {
+                    "median": figure.median,
+                    "worst_5_percent": figure.worst,
+                    "side": figure.side,
+                    "worst_rows": [{"row": row, "value": value} for row, value in figure.rows],
+                }
+                for figure in figures
+            }
+            for name, figures in report.quality.items()
+        },
+        "text_troubles": {
+            name: {trouble.name: {"records": trouble.num_records, "first_rows": list(trouble.rows)} for trouble in own}
+            for name, own in report.troubles.items()
+        },
+    }
+
+
+def _relations(
+    recipe: Recipe, tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]
+) -> list[str]:
+    """What is wrong between records, parts and modalities."""
+    would = "is allowed by data.allow_leak" if recipe.data.allow_leak else "a run would refuse this"
+    warnings = [f"{leak.line()}: {would}" for leak in tables.leaks]
+    for found in duplicates:
+        if found.kind in MEDIA and found.num_near_across:
+            warnings.append(
+                f"{found.column}: {found.num_near_across} groups of nearly the same {found.kind} media "
+                f"({found.num_near_rows_across} records) are in more than one part"
+            )
+    for pair in alignments:
+        if pair.shift or pair.num_flagged:
+            warnings.append(f"{pair.left} and {pair.right}: {pair.verdict}")
+    return warnings
+
+
+def _looked_at(tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]) -> list[str]:
+    """Where not everything was looked at."""
+    notes = []
+    if alignments and alignments[0].num_rows < tables.train.num_rows:
+        seen, there = alignments[0].num_rows, tables.train.num_rows
+        notes.append(f"whether modalities belong together was judged from {seen} of {there} training records")
+    num_sides = len(sides_of(tables.roles))
+    if num_sides > MOST_SIDES:
+        notes.append(f"{MOST_SIDES} of {num_sides} modalities were compared with each other, the first ones")
+    for found in duplicates:
+        if found.num_compared < 0.9 * found.num_media:
+            notes.append(
+                f"{found.column}: near duplicates were looked for among {found.num_compared} of {found.num_media} media"
+            )
+    return notes
 
 
 def _warnings(reports: dict[str, TableReport], most: float) -> list[str]:

@@ -38,6 +38,7 @@ def fit(
     modalities: Sequence[str] | None = None,
     test: str | Path | None = None,
     unit: str | None = None,
+    allow_leak: bool = False,
     steps: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -53,6 +54,7 @@ def fit(
         modalities: columns to use; None uses all that have a role and an encoder.
         test: records to judge on; None judges on the held-out ones.
         unit: a column whose values must not be on two sides of the split, such as the patient.
+        allow_leak: go on although `test` shares a unit or a medium with the table.
         steps: optimizer steps; None: 20 passes, within limits, or until the held-out figure no longer improves.
         seed: the same seed gives the same model.
         out: the run's folder, with its report; None keeps it in a temporary folder that is named in `provenance`.
@@ -72,6 +74,7 @@ def fit(
             "columns": dict(columns or {}),
             "modalities": None if modalities is None else list(modalities),
             "unit": unit,
+            "allow_leak": allow_leak,
             "withhold": 0.15,
             "loader": {"group_by": "auto", "batch_size": BATCH_SIZE},
         },

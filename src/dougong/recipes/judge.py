@@ -1,7 +1,8 @@
 """Judging a finished model again.
 
-Here        judge: a bundle or a run on a table, with modalities withheld.
-Elsewhere   the figures (engine/evaluate.py); the run's own judgement (recipes/run.py).
+Here        judge: a bundle or a run on a table, with modalities withheld or spoilt.
+Elsewhere   the figures (engine/evaluate.py); the run's own judgement (recipes/run.py); levels of corruption one after
+            the other (recipes/robust.py).
 Promise     without a table, it is the run's own test table, never its training records.
 """
 
@@ -13,32 +14,41 @@ from typing import Any
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
+from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.table import Table
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import SETTINGS
 from dougong.recipes.tables import open_tables
 from dougong.serve.files import load_from
+from dougong.serve.model import Model
 
 
-def judge(model: Path, table: Path | None, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Figures by condition: everything, and everything without `missing`.
+def judge(
+    model: Path, table: Path | None, missing: Sequence[str] = (), corrupt: Sequence[Corruption] = ()
+) -> dict[str, Any]:
+    """Figures by condition: everything, everything without `missing`, and each of these spoilt by `corrupt`.
 
     Raises:
-        ConfigError: there is no table to judge on, or `missing` names no modality.
+        ConfigError: there is no table to judge on, or `missing` or `corrupt` names what is not there.
     """
     loaded = load_from(model)
     names = list(loaded.preparation.modalities)
-    strange = [name for name in missing if name not in names]
-    if strange:
-        raise ConfigError(f"--missing {strange[0]!r} is no modality of this model. Use some of {', '.join(names)}.")
-    where: Table | Path = table if table is not None else _own_test_table(model)
-    conditions = {"all": tuple(names)}
+    check_modalities(missing, loaded)
+    check_corruptions(corrupt, loaded.preparation.modalities)
+    spared = [one.modality for one in corrupt if one.modality in missing]
+    if spared:
+        raise ConfigError(f"--corrupt and --missing both name {spared[0]!r}: what is withheld cannot be spoilt.")
+    where = table_to_judge_on(model, table)
+    kept = {"all": tuple(names)}
     if missing:
-        kept = tuple(name for name in names if name not in missing)
-        conditions[f"without {', '.join(missing)}"] = kept
+        kept[f"without {', '.join(missing)}"] = tuple(name for name in names if name not in missing)
+    conditions: dict[str, tuple[tuple[str, ...], Sequence[Corruption]]] = {name: (kept[name], ()) for name in kept}
+    if corrupt:
+        how = ", ".join(map(str, corrupt))
+        conditions.update({how if name == "all" else f"{name}, {how}": (kept[name], corrupt) for name in kept})
     figures: dict[str, Any] = {}
-    for condition, keep in conditions.items():
-        found = loaded.evaluate(where, keep=keep)
+    for condition, (keep, corruptions) in conditions.items():
+        found = loaded.evaluate(where, keep=keep, corruptions=corruptions)
         figures[condition] = {
             "metrics": found.metrics,
             "num_records": found.num_records,
@@ -46,6 +56,27 @@ def judge(model: Path, table: Path | None, missing: Sequence[str] = ()) -> dict[
             "gate": found.gate,
         }
     return figures
+
+
+def check_modalities(missing: Sequence[str], model: Model) -> None:
+    """Refuse names to withhold that are none.
+
+    Raises:
+        ConfigError: which, and what would work.
+    """
+    names = list(model.preparation.modalities)
+    strange = [name for name in missing if name not in names]
+    if strange:
+        raise ConfigError(f"--missing {strange[0]!r} is no modality of this model. Use some of {', '.join(names)}.")
+
+
+def table_to_judge_on(model: Path, table: Path | None) -> Table | Path:
+    """The table that was named, or the run's own test table.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    return table if table is not None else _own_test_table(model)
 
 
 def _own_test_table(model: Path) -> Table:

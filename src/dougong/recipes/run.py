@@ -1,8 +1,9 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, RunResult.
+Here        run_recipe, and train_recipe for the figures alone; RunResult.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
-Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
+            ranks do together what one does; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import VolumeInput
 from dougong.data.collate import View
+from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparation
 from dougong.data.table import Table
 from dougong.data.target import infer_target
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
+from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.objectives.contrastive import contrastive_loss
-from dougong.objectives.decision import decision_loss
-from dougong.objectives.missing import completion_loss
+from dougong.recipes.losses import backward_of, check_blend, check_objective, check_ranks, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
@@ -59,6 +60,9 @@ class RunResult:
     """A finished run."""
 
     folder: Path
+    recipe: Recipe
+    """As it was carried out."""
+
     model: Model
     evaluations: dict[str, Evaluation]
     """On the test records, by condition."""
@@ -81,32 +85,70 @@ class RunResult:
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, tables: Tables | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tables: Tables | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
-    """Train, judge, save the bundle and write the report.
+    """Train, judge, save the bundle and write the report. All of `ranks` call this, with one folder.
 
     Raises:
         RunError: the folder holds a run already, or none to resume.
     """
-    recipe = _settle(recipe, folder, resume=resume)
+    result = train_recipe(recipe, folder, resume=resume, quiet=quiet, tables=tables, ranks=ranks)
+    if ranks.first:
+        result.model.save(folder / "bundle")
+        views = judged_views(result.recipe, result.model.preparation)
+        write_evaluation(result, views)
+        write_samples(folder, result.model, result.tables.test, views, result.evaluations)
+        write_report(folder)
+    ranks.wait()
+    return result
+
+
+def train_recipe(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tables: Tables | None = None,
+    ranks: Ranks = ALONE,
+) -> RunResult:
+    """Train and judge: a run's folder without its bundle and report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+    """
+    check_objective(recipe.objective, recipe.model)
+    check_ranks(recipe.objective, ranks.world)
+    quiet = quiet or not ranks.first
+    settled = ranks.first_says(lambda: _settle(recipe, folder, resume=resume).model_dump(mode="json"))
+    recipe = parse(Recipe, settled, where=SETTINGS)
     say = _say_nothing if quiet else _say
-    tables = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
-    preparation, notes = _prepare(recipe, tables, folder)
+
+    def open_and_prepare() -> tuple[Tables, Preparation, tuple[str, ...]]:
+        opened = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
+        return opened, *_prepare(recipe, opened, folder)
+
+    tables, preparation, notes = ranks.after_first(open_and_prepare)
     say(_describe(tables, preparation))
     for note in (*tables.notes, *notes):
         say(f"note: {note}")
 
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    model = recipe.model.build(preparation.signature())
+    model = build_model(recipe, preparation)
     started = time.perf_counter()
-    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
+    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")] if ranks.first else []
     if not quiet:
         listeners.append(Progress())
-    _train(recipe, model, tables, preparation, folder, listeners, resume=resume)
+    _train(recipe, model, tables, preparation, folder, listeners, resume=resume, ranks=ranks)
     train_seconds = time.perf_counter() - started
 
     views = judged_views(recipe, preparation)
-    evaluations = {name: _judge(recipe, model, tables.test, preparation, view) for name, view in views.items()}
+    evaluations = {name: _judge(recipe, model, tables.test, preparation, view, ranks) for name, view in views.items()}
     manifest = Manifest(
         name=recipe.name,
         signature=preparation.signature(),
@@ -114,8 +156,9 @@ def run_recipe(
         provenance=_provenance(recipe, tables, (*tables.notes, *notes)),
         metrics={name: found.metrics for name, found in evaluations.items()},
     )
-    result = RunResult(
+    return RunResult(
         folder=folder,
+        recipe=recipe,
         model=Model(model, preparation, manifest),
         evaluations=evaluations,
         tables=tables,
@@ -123,11 +166,12 @@ def run_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-    result.model.save(folder / "bundle")
-    write_evaluation(result, views)
-    write_samples(folder, result.model, tables.test, views, evaluations)
-    write_report(folder)
-    return result
+
+
+def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
+    """The recipe's model before its first step; the same seed draws the same weights."""
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    return recipe.model.build(preparation.signature())
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
@@ -236,6 +280,7 @@ def _train(
     listeners: list[Listener],
     *,
     resume: bool,
+    ranks: Ranks,
 ) -> None:
     target = preparation.target
     views = tuple(_narrowed(recipe.data.views, preparation))
@@ -248,24 +293,26 @@ def _train(
         views=views,
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
+        corrupt=_corrupt(recipe, tables, preparation),
         withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
+        share=ranks.share,
     )
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
+    check_blend(recipe.objective, tuple(preparation.modalities))
+    losses = losses_of(recipe.objective, recipe.model, target.task, ranks.group)
+
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
-        assert batch.target is not None
-        total = decision_loss(output.output_BC, batch.target, target.task, recipe.objective.label_smoothing)
-        if len(output.aligned) == 2:
-            total = total + recipe.objective.align_weight * _alignment(output, batch)
-        if recipe.objective.completion_weight > 0:
-            total = total + recipe.objective.completion_weight * completion_losses(output, batch)
-        return total
+        found = losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
 
     def judge() -> dict[str, Evaluation]:
-        return {name: _judge(recipe, model, tables.validation, preparation, view) for name, view in judged.items()}
+        return {
+            name: _judge(recipe, model, tables.validation, preparation, view, ranks) for name, view in judged.items()
+        }
 
     train(
         model,
@@ -277,28 +324,10 @@ def _train(
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,
+        backward=backward_of(recipe.objective, model, losses),
+        ranks=ranks,
     )
     load_weights(model, best_weights(folder))
-
-
-def _alignment(output: SandwichOutput, batch: Batch) -> Tensor:
-    """The contrastive loss over the records that have both."""
-    (left, left_UD), (right, right_VD) = output.aligned.items()
-    there = [one.present_B if one.there_B is None else one.there_B for one in (batch.media[left], batch.media[right])]
-    both_B = there[0] & there[1]
-    return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
-
-
-def completion_losses(output: SandwichOutput, batch: Batch) -> Tensor:
-    """Of each modality that was withheld from some records and encoded beside them, summed."""
-    total = output.output_BC.new_zeros((), dtype=torch.float32)
-    for place, (name, media) in enumerate(batch.media.items()):
-        if name in output.completed and name in output.truth and media.there_B is not None:
-            hidden_B = output.completed_BM[:, place] & media.there_B
-            total = total + completion_loss(
-                output.completed[name][hidden_B], output.truth[name], media.index_B[hidden_B]
-            )
-    return total
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
@@ -315,9 +344,27 @@ def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
     return [view for view in narrowed if view.keep]
 
 
-def _judge(recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View) -> Evaluation:
+def _corrupt(recipe: Recipe, tables: Tables, preparation: Preparation) -> CorruptConfig | None:
+    """What is spoilt in training, as far as these modalities go."""
+    corrupt = recipe.data.corrupt
+    if corrupt is None:
+        return None
+    # Those that the recipe leaves out may be named: its baselines are the same recipe with fewer.
+    known = {*preparation.modalities, *tables.roles, TABLE_MODALITY}
+    named = [*(corrupt.chance if isinstance(corrupt.chance, dict) else ()), *corrupt.kinds]
+    strange = [name for name in named if name not in known]
+    if strange:
+        known_here = ", ".join(preparation.modalities)
+        raise RunError(f"data.corrupt names {strange[0]!r}, which is no modality here. Use some of {known_here}.")
+    return corrupt.only(tuple(preparation.modalities))
+
+
+def _judge(
+    recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View, ranks: Ranks
+) -> Evaluation:
     config = LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers)
-    return evaluate(model, Loader(table, preparation, config, views=(view,)), preparation.target)
+    loader = Loader(table, preparation, config, views=(view,), share=ranks.share)
+    return evaluate(model, loader, preparation.target, ranks=ranks)
 
 
 def _provenance(recipe: Recipe, tables: Tables, notes: tuple[str, ...]) -> dict[str, Any]:

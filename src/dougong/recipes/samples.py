@@ -43,7 +43,7 @@ def write_samples(
     shown = list(views)[: max(1, MOST // PER_CONDITION)]
     for condition in shown:
         rows = _choose(evaluations[condition])
-        cells = _cells(table, rows, [*model.preparation.columns, model.preparation.target.name])
+        cells = table.records(rows, [*model.preparation.columns, model.preparation.target.name])
         withheld = [name for name in model.preparation.modalities if name not in views[condition].keep]
         for row, record in zip(rows, cells, strict=True):
             sample = _sample(run, model, record, row, withheld, table.folder, len(samples))
@@ -59,20 +59,6 @@ def _choose(found: Evaluation) -> list[int]:
     right = found.row_B[right_B]
     step = max(1, len(right) // PER_CONDITION)
     return sorted([*wrong, *right[::step][: PER_CONDITION - len(wrong)].tolist()])
-
-
-def _cells(table: Table, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
-    """The records of these numbers."""
-    found: dict[int, dict[str, Any]] = {}
-    wanted = set(rows)
-    for chunk in range(table.num_chunks):
-        numbers = table.numbers_of(chunk)
-        places = [place for place, number in enumerate(numbers.tolist()) if number in wanted]
-        if places:
-            held = table.read(chunk, columns)
-            for place in places:
-                found[int(numbers[place])] = held.slice(place, 1).to_pylist()[0]
-    return [found[row] for row in rows]
 
 
 def _sample(

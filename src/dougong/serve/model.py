@@ -26,6 +26,7 @@ from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataE
 from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
+from dougong.data.corruption import Corruption
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, open_table
@@ -110,10 +111,20 @@ class Model:
         for request in requests:
             yield from self._answer(collator(request))
 
-    def evaluate(self, table: Table | str | Path, *, keep: Sequence[str] | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        table: Table | str | Path,
+        *,
+        keep: Sequence[str] | None = None,
+        corruptions: Sequence[Corruption] = (),
+        seed: int = 0,
+    ) -> Evaluation:
         """The figures on a table with the target in it, seen by the modalities in `keep` (None: all).
 
+        `corruptions` spoils media first; how each is spoilt follows from the medium and `seed` alone.
+
         Raises:
+            ConfigError: a corruption names what is not there.
             DataError: the table has no target, or not one usable record.
         """
         opened = table if isinstance(table, Table) else open_table(table)
@@ -121,7 +132,8 @@ class Model:
             raise DataError(f"{opened.path.name} has no column {self.preparation.target.name!r} to judge against.")
         opened = self._with_all_columns(opened)
         views = () if keep is None else (View(keep=tuple(keep)),)
-        loader = Loader(opened, self.preparation, LoaderConfig(batch_size=256), views=views)
+        config = LoaderConfig(batch_size=256)
+        loader = Loader(opened, self.preparation, config, seed=seed, views=views, corruptions=corruptions)
         return evaluate(self.network, loader, self.preparation.target)
 
     def explain(self, rows: Sequence[Mapping[str, Any]], *, folder: str | Path = ".") -> tuple[BatchArrays, Any]:

@@ -8,7 +8,7 @@ Promise     no array is unpickled, none is read before its claimed size is found
 from __future__ import annotations
 
 import io
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,7 +17,10 @@ import numpy as np
 from dougong.core.config import Config
 from dougong.core.signature import SignalInput, VolumeInput
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
+from dougong.data.damage.numbers import SIGNALS, VOLUMES
 from dougong.data.modality.medium import BadValue, Modality, media_bytes, media_key
+from dougong.data.quality import SIGNAL, VOLUME, Quality, signal_quality, volume_quality
 
 LARGEST_NUMBERS: Final = 64 * 2**20
 
@@ -67,6 +70,8 @@ class _ArrayModality(Modality):
 class SignalModality(_ArrayModality):
     """Decoded as (C, T)."""
 
+    quality_names = SIGNAL
+
     def __init__(self, config: SignalConfig) -> None:
         super().__init__(config)
         self.config = config
@@ -90,9 +95,18 @@ class SignalModality(_ArrayModality):
             mask_UT[index, : medium.shape[1]] = True
         return {"samples_UCT": samples_UCT, "mask_UT": mask_UT}
 
+    @property
+    def damages(self) -> Mapping[str, Damage]:
+        return SIGNALS
+
+    def quality(self, values: Mapping[str, Array]) -> Quality:
+        return signal_quality(values["samples_UCT"], values["mask_UT"], self.config.max_samples)
+
 
 class VolumeModality(_ArrayModality):
     """Decoded as (D, H, W)."""
+
+    quality_names = VOLUME
 
     def __init__(self, config: VolumeConfig) -> None:
         super().__init__(config)
@@ -119,6 +133,13 @@ class VolumeModality(_ArrayModality):
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         size = (self.config.depth, self.config.height, self.config.width)
         return {"voxels_U1DHW": np.stack(media)[:, None] if media else np.zeros((0, 1, *size), np.float32)}
+
+    @property
+    def damages(self) -> Mapping[str, Damage]:
+        return VOLUMES
+
+    def quality(self, values: Mapping[str, Array]) -> Quality:
+        return volume_quality(values["voxels_U1DHW"])
 
 
 def read_array(cell: Any, folder: Path) -> Array:

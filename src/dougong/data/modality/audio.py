@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,7 +22,10 @@ from pydantic import field_validator
 from dougong.core.config import Config
 from dougong.core.signature import AudioInput
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
+from dougong.data.damage.sounds import sounds
 from dougong.data.modality.medium import BadValue, Modality, media_bytes, media_key, pad
+from dougong.data.quality import AUDIO, Quality, audio_quality
 
 PAD_TO: Final = 800
 """Batches are padded to multiples of this, so that shapes repeat and memory is reused."""
@@ -86,6 +89,8 @@ class AudioConfig(Config):
 
 class AudioModality(Modality):
     """Kept decoded as 16-bit samples of zero mean and unit variance."""
+
+    quality_names = AUDIO
 
     def __init__(self, config: AudioConfig) -> None:
         self.config = config
@@ -165,6 +170,13 @@ class AudioModality(Modality):
             samples_UT *= (10 ** (decibels / 20)).astype(np.float32)
         samples_UT *= mask_UT
         return {"samples_UT": samples_UT, "mask_UT": mask_UT}
+
+    @functools.cached_property
+    def damages(self) -> Mapping[str, Damage]:
+        return sounds(self.config.sample_rate, KEPT_SCALE)
+
+    def quality(self, values: Mapping[str, Array]) -> Quality:
+        return audio_quality(values["samples_UT"], values["mask_UT"], self.config.sample_rate, self.max_samples)
 
 
 def _played(medium: Array, speed: float) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,7 +19,10 @@ from PIL import Image, UnidentifiedImageError
 from dougong.core.config import Config
 from dougong.core.signature import ImageInput
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
+from dougong.data.damage.pictures import PICTURES
 from dougong.data.modality.medium import BadValue, Modality, media_bytes, media_key
+from dougong.data.quality import IMAGE, Quality, image_quality
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Of Pillow's many. Some of the others start other programs on what the file says."""
@@ -68,6 +71,8 @@ class ImageConfig(Config):
 class ImageModality(Modality):
     """Kept decoded as bytes (H, W, 3), handed out as normalised floats (U, 3, H, W)."""
 
+    quality_names = IMAGE
+
     def __init__(self, config: ImageConfig) -> None:
         self.config = config
         scale = np.array(config.scale, np.float32)
@@ -100,6 +105,13 @@ class ImageModality(Modality):
         pixels_UCHW *= self._multiply
         pixels_UCHW -= self._subtract
         return {"pixels_UCHW": pixels_UCHW}
+
+    @property
+    def damages(self) -> Mapping[str, Damage]:
+        return PICTURES
+
+    def quality(self, values: Mapping[str, Array]) -> Quality:
+        return image_quality(values["pixels_UCHW"], self.config.mean, self.config.scale)
 
     def _alter(self, pixels_UHWC: Array, random: np.random.Generator) -> Array:
         if self.config.augment.flip:

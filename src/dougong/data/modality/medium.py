@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dougong.core.files import inside
 from dougong.core.signature import Input
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
 
 LARGEST_FILE_BYTES: Final = 256 * 2**20
 LONGEST_KEY: Final = 200
@@ -31,6 +32,9 @@ class BadValue(Exception):
 
 class Modality(ABC):
     """One modality of a table: reads its cells, makes its part of a batch."""
+
+    quality_names: tuple[str, ...] = ()
+    """What `quality` measures, in its order."""
 
     @property
     @abstractmethod
@@ -56,6 +60,15 @@ class Modality(ABC):
     @abstractmethod
     def stack(self, media: Sequence[Array], augment: np.random.Generator | None) -> dict[str, Array]:
         """One batch of distinct media, altered at random where a generator is given."""
+
+    @property
+    @abstractmethod
+    def damages(self) -> Mapping[str, Damage]:
+        """The ways in which a decoded medium can be spoilt on purpose, by name."""
+
+    @abstractmethod
+    def quality(self, values: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+        """How good each of U stacked media is, (U, Q), as data/quality.py says."""
 
 
 def media_key(cell: Any) -> Hashable:

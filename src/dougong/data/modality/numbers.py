@@ -7,8 +7,9 @@ Promise     a missing value is marked, never guessed; a value that is no number 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,7 +18,10 @@ import numpy as np
 from dougong.core.config import Config
 from dougong.core.signature import TableInput
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
+from dougong.data.damage.numbers import rows
 from dougong.data.modality.medium import BadValue, Modality
+from dougong.data.quality import TABLE, Quality, table_quality
 
 LARGEST_NUMBER: Final = float(np.finfo(np.float32).max)
 
@@ -47,6 +51,8 @@ class TableConfig(Config):
 
 class TableModality(Modality):
     """Decoded as one row: numbers (NaN where missing), then category indices."""
+
+    quality_names = TABLE
 
     def __init__(self, config: TableConfig) -> None:
         self.config = config
@@ -87,6 +93,13 @@ class TableModality(Modality):
             "known_UN": known_UN,
             "categories_UK": np.ascontiguousarray(rows_UC[:, split:]).astype(np.int64),
         }
+
+    @functools.cached_property
+    def damages(self) -> Mapping[str, Damage]:
+        return rows(len(self.config.numbers), self.signature().category_sizes)
+
+    def quality(self, values: Mapping[str, Array]) -> Quality:
+        return table_quality(values["numbers_UN"], values["known_UN"], values["categories_UK"])
 
 
 def to_category(cell: Any) -> str:

@@ -7,8 +7,9 @@ Promise     the tokenizer is the one file that `tokenizers` writes, so any other
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,7 +19,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from dougong.core.config import Config
 from dougong.core.signature import TextInput
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
+from dougong.data.damage.words import Vocabulary, vocabulary_of, words
 from dougong.data.modality.medium import BadValue, Modality, media_key, pad
+from dougong.data.quality import TEXT, Quality, text_quality
 
 LARGEST_CHARACTERS: Final = 1_000_000
 PRIVATE: Final = 0xF0000
@@ -41,6 +45,8 @@ class TextConfig(Config):
 
 class TextModality(Modality):
     """Token ids between [CLS] and [SEP]."""
+
+    quality_names = TEXT
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -78,6 +84,34 @@ class TextModality(Modality):
         longest = max((len(ids) for ids in media), default=1)
         ids_UT, mask_UT = pad(media, longest, np.int64)
         return {"ids_UT": ids_UT, "mask_UT": mask_UT}
+
+    @functools.cached_property
+    def damages(self) -> Mapping[str, Damage]:
+        return words(self.tokenizer, self._vocabulary)
+
+    def quality(self, values: Mapping[str, Array]) -> Quality:
+        around_V, piece_V = self._marked
+        return text_quality(
+            values["ids_UT"],
+            values["mask_UT"],
+            max_tokens=self.config.max_tokens,
+            unknown=self._vocabulary.unknown,
+            around_V=around_V,
+            piece_V=piece_V,
+        )
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return vocabulary_of(self.tokenizer)
+
+    @functools.cached_property
+    def _marked(self) -> tuple[Array, Array]:
+        """Of each id: whether it stands around texts, and whether it is a mere piece of a word."""
+        around_V, piece_V = np.zeros((2, self._vocabulary.size), np.bool_)
+        for piece, number in self.tokenizer.get_vocab().items():
+            around_V[number] = number in self._vocabulary.around
+            piece_V[number] = piece.startswith("##") or (len(piece) == 1 and piece.isalpha())
+        return around_V, piece_V
 
 
 def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:

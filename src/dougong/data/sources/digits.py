@@ -1,6 +1,6 @@
 """Prepares the Free Spoken Digit Dataset: recordings of people saying one digit.
 
-Here        prepare_digits.
+Here        prepare_digits; finding the recordings and keeping speakers apart, for whoever pairs them with something.
 Elsewhere   decoding the recordings (the rest of data); appearing whole or not at all (staging.py, core/files.py).
 Promise     every recording is in exactly one table, and no speaker is in two of them;
             tests/data/sources/test_digits.py holds it to that.
@@ -25,8 +25,8 @@ RECORDING_NAME: Final = re.compile(r"(?P<digit>[0-9])_(?P<speaker>[^_]+)_(?P<tak
 SCHEMA: Final = pa.schema([pa.field("speech", MEDIA), pa.field("digit", pa.string()), pa.field("speaker", pa.string())])
 
 
-class _Recording(NamedTuple):
-    """One file; sorting puts them by speaker, then digit, then take."""
+class Recording(NamedTuple):
+    """One file. Sorting puts them by speaker, then digit, then take."""
 
     speaker: str
     digit: str
@@ -40,15 +40,9 @@ def prepare_digits(recordings: Path, folder: Path) -> Path:
     By alphabet the last speaker is the test, the one before is the validation, and all others are for training:
     4, 1 and 1 of the published six. A folder prepared before from the same files is returned as it is.
     """
-    found, num_other_files = _find_recordings(recordings)
-    speakers = sorted({recording.speaker for recording in found})
-    if len(speakers) < 3:
-        raise DataError(
-            f"{recordings} holds recordings of {len(speakers)} speakers ({', '.join(speakers)}): train, validation and "
-            "test need one each, since a speaker is never shared. Give the recordings of 3 speakers or more."
-        )
-    speakers_of = {"train": speakers[:-2], "validation": speakers[-2:-1], "test": speakers[-1:]}
-    settings = {"speakers": speakers_of, "recordings": _fingerprint(found)}
+    found, num_other_files = find_recordings(recordings)
+    speakers_of = speakers_apart(found, recordings)
+    settings = {"speakers": speakers_of, "recordings": fingerprint(found)}
     if is_prepared(folder, name=NAME, settings=settings):
         return folder
 
@@ -70,8 +64,12 @@ def prepare_digits(recordings: Path, folder: Path) -> Path:
     return folder
 
 
-def _find_recordings(recordings: Path) -> tuple[list[_Recording], int]:
-    """The recordings in order, and how many files are something else."""
+def find_recordings(recordings: Path) -> tuple[list[Recording], int]:
+    """The recordings in order, and how many files are something else.
+
+    Raises:
+        DataError: there is no such folder, or no recording in it.
+    """
     if not recordings.is_dir():
         raise DataError(
             f"{recordings} is not a folder: there are no spoken digits to read. "
@@ -82,7 +80,7 @@ def _find_recordings(recordings: Path) -> tuple[list[_Recording], int]:
     for path in recordings.iterdir():
         match = RECORDING_NAME.fullmatch(path.name)
         if match is not None and path.is_file():
-            found.append(_Recording(match["speaker"], match["digit"], int(match["take"]), path))
+            found.append(Recording(match["speaker"], match["digit"], int(match["take"]), path))
         else:
             num_other_files += 1
     if not found:
@@ -93,13 +91,28 @@ def _find_recordings(recordings: Path) -> tuple[list[_Recording], int]:
     return sorted(found), num_other_files
 
 
-def _fingerprint(found: Sequence[_Recording]) -> str:
+def speakers_apart(found: Sequence[Recording], recordings: Path) -> dict[str, list[str]]:
+    """Who is heard in which table: the last by alphabet is the test, the one before the validation.
+
+    Raises:
+        DataError: there are fewer than three speakers.
+    """
+    speakers = sorted({recording.speaker for recording in found})
+    if len(speakers) < 3:
+        raise DataError(
+            f"{recordings} holds recordings of {len(speakers)} speakers ({', '.join(speakers)}): train, validation and "
+            "test need one each, since a speaker is never shared. Give the recordings of 3 speakers or more."
+        )
+    return {"train": speakers[:-2], "validation": speakers[-2:-1], "test": speakers[-1:]}
+
+
+def fingerprint(found: Sequence[Recording]) -> str:
     """Changes with the files. Names and sizes, because a folder already prepared should be recognised at once."""
     listing = "\n".join(f"{recording.path.name} {recording.path.stat().st_size}" for recording in found)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _write_table(path: Path, rows: Sequence[_Recording]) -> None:
+def _write_table(path: Path, rows: Sequence[Recording]) -> None:
     table = pa.table(
         {
             "speech": [{"bytes": row.path.read_bytes(), "path": row.path.name} for row in rows],

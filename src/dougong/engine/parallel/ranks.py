@@ -1,0 +1,176 @@
+"""The processes that train one model together, and how they agree.
+
+Here        Ranks, ALONE, `connected_ranks`.
+Elsewhere   what they send of the model: tensors with gradients (gather.py), gradients (replicate.py); each one's part
+            of a batch (data/position.py's Share).
+Promise     one process alone sends nothing and is asked nothing. Nothing is ever unpickled: what ranks tell each other
+            is JSON or the bytes of tensors. A mistake that the first rank meets while the others wait is raised on all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dougong.core import errors
+from dougong.core.errors import ConfigError, DougongError
+from dougong.data.position import Share
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a group. Every method but the properties must be called by all of them, in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """None: this process alone."""
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of every batch."""
+        return Share(self.rank, self.world)
+
+    def sums(self, *numbers: int) -> tuple[int, ...]:
+        """Each number added up over the ranks."""
+        if self.group is None:
+            return numbers
+        sums = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(sums, group=self.group)
+        return tuple(sums.tolist())
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is up on some rank."""
+        return tuple(count > 0 for count in self.sums(*(int(flag) for flag in flags)))
+
+    def every(self, flag: bool) -> bool:
+        """Whether it is up on all ranks."""
+        return self.sums(int(flag))[0] == self.world
+
+    def tell(self, value: Any) -> list[Any]:
+        """What each rank has to say, by rank. Anything that JSON can hold."""
+        if self.group is None:
+            return [value]
+        texts = self._gathered(torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8))
+        return [json.loads(text.numpy().tobytes()) for text in texts]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows of all ranks, by rank; each may have another number of them, also none. Without gradients.
+
+        A rank without rows need not know what a row looks like.
+        """
+        if self.group is None:
+            return x
+        shapes = self.tell([list(x.shape), str(x.dtype).removeprefix("torch.")])
+        shape, dtype_name = next((told for told in shapes if told[0][0]), shapes[0])
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        x = x.detach().cpu().contiguous() if x.shape[0] else torch.empty((0, *shape[1:]), dtype=dtype)
+        parts = self._gathered(x.reshape(-1).view(torch.uint8))
+        return torch.cat([part.view(dtype).reshape(-1, *shape[1:]) for part in parts if part.numel()] or [x])
+
+    def after_first(self, work: Callable[[], T]) -> T:
+        """The first rank works, then all others do the same work and find what it left on the disk.
+
+        Raises:
+            DougongError: what the first one raised.
+        """
+        if self.group is None:
+            return work()
+        result: list[T] = []
+        told: dict[str, str] | None = None
+        if self.first:
+            try:
+                result.append(work())
+            except DougongError as error:
+                told = {"kind": type(error).__name__, "message": str(error)}
+        told = self._from_first(told)
+        if told is not None:
+            raise _mistake(told["kind"])(told["message"])
+        return result[0] if result else work()
+
+    def first_says(self, work: Callable[[], T]) -> T:
+        """What the first rank finds, told to all. Anything that JSON can hold.
+
+        Raises:
+            DougongError: what the first one raised.
+        """
+        if self.group is None:
+            return work()
+        found: T | None = self.after_first(work if self.first else lambda: None)
+        said: T = self._from_first(found)
+        return said
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        self.sums(0)
+
+    def _from_first(self, value: Any) -> Any:
+        return self.tell(value if self.first else None)[0]
+
+    def _gathered(self, content: Tensor) -> list[Tensor]:
+        """Bytes of all ranks. The sizes go first, since a collective needs the same size everywhere."""
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = content.numel()
+        dist.all_reduce(sizes, group=self.group)
+        longest = int(sizes.max())
+        if longest == 0:
+            return [content] * self.world
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: content.numel()] = content
+        everything = torch.empty(self.world * longest, dtype=torch.uint8)
+        dist.all_gather_into_tensor(everything, padded, group=self.group)
+        # Copies: a part in the middle need not begin where its numbers may.
+        return [
+            part[:size].clone() for part, size in zip(torch.split(everything, longest), sizes.tolist(), strict=True)
+        ]
+
+
+ALONE: Final = Ranks()
+"""One process that is asked nothing."""
+
+
+@contextlib.contextmanager
+def connected_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """The ranks that `torchrun` started, connected inside; ALONE where it started none.
+
+    Each kind of device has its own back end (gloo for the CPU, NCCL for CUDA), and what is sent goes by where it lies.
+
+    Raises:
+        ConfigError: the environment names some of what is needed to connect, and lacks the rest.
+    """
+    if "WORLD_SIZE" not in environment:
+        yield ALONE
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} is set and {missing[0]} is not: the ranks cannot find each other. "
+            "Start with torchrun, or unset WORLD_SIZE."
+        )
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(environment.get("LOCAL_RANK", "0")))
+    dist.init_process_group()
+    try:
+        yield Ranks(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def _mistake(kind: str) -> type[DougongError]:
+    found = getattr(errors, kind, DougongError)
+    assert issubclass(found, DougongError)
+    return found

@@ -1,0 +1,103 @@
+"""The same model on every rank, each trained on its share of a batch.
+
+Here        `apply_replicate`.
+Elsewhere   the step that calls what it returns (engine/step.py); each rank's share (data/position.py).
+Promise     after a step every rank has the same weights, those of one process that had the whole batch, up to rounding.
+            A weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
+            one that no rank has a gradient of is left alone, as by one process: an optimizer must not decay it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES: Final = 25 * 2**20
+"""Sent at once: enough that the number of messages does not matter, little enough to hold twice."""
+
+
+def apply_replicate(
+    model: nn.Module, group: dist.ProcessGroup, *, bucket_bytes: int = BUCKET_BYTES
+) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+    """Give every rank the weights and buffers of the group's first, in place, and return what a step reduces by.
+
+    What is returned takes a rank's loss and what its buffers were before the step. It returns the sum of the ranks'
+    losses, adds the gradients up over the ranks, and moves floating-point buffers (running means) by what the ranks
+    moved theirs on average. It averages nothing else: a loss must be divided by the records of all ranks.
+    """
+    with torch.no_grad():
+        everything = [*model.parameters(), *model.buffers()]
+        for bucket in _buckets(everything, bucket_bytes):
+            flat = _flat(bucket)
+            dist.broadcast(flat, group_src=0, group=group)
+            _put(flat, bucket)
+
+    def reduce(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            # What has a gradient somewhere is agreed on by one exchange that looks the same everywhere; the loss rides
+            # along. Ranks that each sent what they happened to have would wait for each other forever.
+            told = loss.new_tensor([float(parameter.grad is not None) for parameter in parameters] + [0.0])
+            told[-1] = loss
+            dist.all_reduce(told, group=group)
+            *counts, total = told.unbind()
+            found = torch.stack(counts).tolist() if counts else []
+            gradients = []
+            for parameter, count in zip(parameters, found, strict=True):
+                if count:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    gradients.append(parameter.grad)
+            _add_up(gradients, group, bucket_bytes)
+            _average_moves(list(model.buffers()), before, group, bucket_bytes)
+            return total
+
+    return reduce
+
+
+def _average_moves(
+    buffers: list[Tensor], before: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int
+) -> None:
+    """Moves, not values: a buffer that no rank moved stays exactly as it was."""
+    pairs = [(now, then) for now, then in zip(buffers, before, strict=True) if now.is_floating_point()]
+    moves = [now - then for now, then in pairs]
+    _add_up(moves, group, bucket_bytes)
+    world = dist.get_world_size(group)
+    for (now, then), move in zip(pairs, moves, strict=True):
+        now.copy_(then + move / world)
+
+
+def _add_up(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> None:
+    """Sum over the ranks, in place."""
+    buckets = list(_buckets(tensors, bucket_bytes))
+    flats = [_flat(bucket) for bucket in buckets]
+    works = [dist.all_reduce(flat, group=group, async_op=True) for flat in flats]
+    for work, flat, bucket in zip(works, flats, buckets, strict=True):
+        if work is not None:
+            work.wait()
+        _put(flat, bucket)
+
+
+def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """In order, each of one type on one device, and of about so many bytes; one tensor is the least."""
+    held: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = held.setdefault((tensor.dtype, tensor.device), [])
+        if bucket and sum(each.nbytes for each in bucket) + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket = held[tensor.dtype, tensor.device] = []
+        bucket.append(tensor)
+    yield from (bucket for bucket in held.values() if bucket)
+
+
+def _flat(bucket: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+
+
+def _put(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view(tensor.shape))

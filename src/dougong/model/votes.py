@@ -1,0 +1,47 @@
+"""One decision out of several: each modality has decided by itself, and the votes are counted.
+
+Here        `vote`, Voted, Decide.
+Elsewhere   whose votes they are (model/sandwich.py); the opinions of evidence (model/evidence.py).
+Promise     an absent voter changes nothing, whatever stands in its place; a record without any voter still gets
+            finite outputs and gradients.
+
+Shapes: B records, V voters, C outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from dougong.model.evidence import SMALLEST, Opinion, Rule, combine, evidence
+
+Decide = Literal["fused", "mean", "confidence", "evidence"]
+ENERGY_SCALE = 0.1
+
+
+class Voted(NamedTuple):
+    """What came of it."""
+
+    output_BC: Tensor
+    """Scores, as a head gives them; of evidence the logarithm of the expected probabilities."""
+
+    opinion: Opinion | None
+    """Where the votes are evidence."""
+
+
+def vote(logit_BVC: Tensor, present_BV: Tensor, how: Decide, rule: Rule = "dempster") -> Voted:
+    """Count the votes of those who are present.
+
+    mean: of their scores. confidence: their scores, each times its energy (logsumexp / 10, taken as a constant), after
+    QMF (Zhang et al. 2023, arXiv:2306.02050). evidence: their Dirichlets, combined by `rule`.
+    """
+    logit_BVC = logit_BVC.masked_fill(~present_BV[..., None], 0.0)
+    if how == "evidence":
+        opinion = combine(evidence(logit_BVC), present_BV, rule)
+        return Voted(opinion.probability_BC.clamp(min=SMALLEST).log(), opinion)
+    if how == "confidence":
+        weight_BV1 = (ENERGY_SCALE * logit_BVC.float().logsumexp(dim=-1, keepdim=True)).detach()
+        return Voted((logit_BVC * weight_BV1).sum(dim=1), None)
+    count_B1 = present_BV.sum(dim=1, keepdim=True).clamp(min=1)
+    return Voted(logit_BVC.sum(dim=1) / count_B1, None)

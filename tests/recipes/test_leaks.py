@@ -1,0 +1,121 @@
+"""Holds recipes/tables.py to its promise: tables that share a unit or a medium are refused, unless it is allowed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dougong.core.config import parse
+from dougong.core.errors import DataError
+from dougong.recipes.check import check_recipe_or_table
+from dougong.recipes.recipe import DataConfig, Recipe
+from dougong.recipes.run import run_recipe
+from dougong.recipes.tables import Tables, open_tables
+
+Records = Callable[..., list[dict[str, Any]]]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return str(path)
+
+
+def opened(**data: Any) -> Tables:
+    return open_tables(parse(DataConfig, {"target": "colour", **data}, where="data"), seed=0)
+
+
+def test_a_run_on_tables_that_share_a_medium_is_refused(records: Records, tmp_path: Path) -> None:
+    train, test = records(60, seed=0, missing=0.0), records(30, seed=1, missing=0.0)
+    test[4]["photo"] = train[7]["photo"]
+    data = {"train": write(tmp_path / "a.parquet", train), "test": write(tmp_path / "b.parquet", test)}
+
+    with pytest.raises(DataError) as caught:
+        opened(**data)
+    assert str(caught.value) == (
+        "the split leaks: 1 image media of 'photo' are in train and in test (1 and 1 records; such as row 7 of train "
+        "and row 4 of test), so figures would be of what was learnt by heart. Remove those records from one side, or "
+        "set data.allow_leak: true to go on."
+    )
+    recipe = parse(Recipe, {"name": "r", "data": {"target": "colour", **data}, "train": {"steps": 2}}, where="r")
+    with pytest.raises(DataError, match="the split leaks"):
+        run_recipe(recipe, tmp_path / "run", quiet=True)
+
+    allowed = opened(**data, allow_leak=True)
+    assert len(allowed.leaks) == 1
+    assert allowed.notes[0].startswith("data.allow_leak: 1 image media of 'photo' are in train and in test")
+
+
+def test_a_unit_in_training_and_validation_is_refused_and_clean_tables_are_not(
+    records: Records, tmp_path: Path
+) -> None:
+    sides = [
+        [{**record, "who": f"{side}{number % 5}"} for number, record in enumerate(records(40, seed=seed, missing=0.2))]
+        for seed, side in enumerate("abc")
+    ]
+    names = ("train", "validation", "test")
+    data = {name: write(tmp_path / f"{name}.parquet", side) for name, side in zip(names, sides, strict=True)}
+
+    assert opened(**data, unit="who", columns={"who": "ignore"}).leaks == ()
+
+    sides[1][0]["who"] = "a3"
+    write(tmp_path / "validation.parquet", sides[1])
+    with pytest.raises(DataError, match="1 values of the unit 'who' are in train and in validation .8 and 1 records"):
+        opened(**data, unit="who", columns={"who": "ignore"})
+    assert opened(**data, columns={"who": "ignore"}).leaks == ()
+
+
+def test_a_table_without_the_unit_is_told(records: Records, tmp_path: Path) -> None:
+    train = [{**record, "who": f"a{number % 5}"} for number, record in enumerate(records(40, seed=0, missing=0.0))]
+    data = {
+        "train": write(tmp_path / "a.parquet", train),
+        "test": write(tmp_path / "b.parquet", records(20, seed=1, missing=0.0)),
+    }
+
+    notes = opened(**data, unit="who", columns={"who": "ignore"}, validation_share=0.4).notes
+
+    assert "test has no column 'who': whether it shares units is not known" in notes
+
+
+def test_check_tells_of_a_leak_of_duplicates_and_of_pairs(records: Records, tmp_path: Path) -> None:
+    train, test = records(120, seed=0, missing=0.0), records(30, seed=1, missing=0.0)
+    test[4]["photo"] = train[7]["photo"]
+    data = {"train": write(tmp_path / "a.parquet", train), "test": write(tmp_path / "b.parquet", test)}
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\ndata: {{train: {data['train']}, test: {data['test']}, target: colour}}\n"
+    )
+
+    found = check_recipe_or_table(str(tmp_path / "r.yaml")).as_json()
+
+    assert [leak["num_shared"] for leak in found["leaks"]] == [1]
+    assert any(line.endswith("a run would refuse this") for line in found["warnings"])
+    photo = next(one for one in found["duplicates"] if one["column"] == "photo")
+    assert photo["num_exact_across"] == 1
+    pairs = {(pair["left"], pair["right"]): pair for pair in found["alignments"]}
+    assert pairs["photo", "clip"]["related"]
+    assert pairs["photo", "colour"]["auc"] > 0.85
+
+
+def test_a_joined_table_is_trained_on_as_any(records: Records, tmp_path: Path) -> None:
+    whole = [{"id": number, **record} for number, record in enumerate(records(60, seed=0, missing=0.0))]
+    for name in ("base", "photos"):
+        (tmp_path / name).mkdir()
+    base = write(tmp_path / "base" / "b.parquet", [{k: r[k] for k in ("id", "clip", "colour")} for r in whole])
+    listing = []
+    for record in whole[10:]:
+        (tmp_path / "photos" / f"{record['id']}.png").write_bytes(record["photo"]["bytes"])
+        listing.append({"id": record["id"], "photo": f"{record['id']}.png"})
+    photos = write(tmp_path / "photos" / "p.parquet", listing[::-1])
+    values = {
+        "name": "joined",
+        "data": {"train": base, "target": "colour", "join": [{"table": photos, "key": "id"}]},
+        "train": {"steps": 3, "precision": "fp32"},
+    }
+
+    result = run_recipe(parse(Recipe, values, where="r"), tmp_path / "run", quiet=True)
+
+    assert set(result.model.preparation.modalities) == {"clip", "photo"}
+    assert "joined to b.parquet: p.parquet: 50 of 60 records matched, 10 unmatched" in result.notes
+    assert all(not found.bad for found in result.evaluations.values())

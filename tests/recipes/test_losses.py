@@ -1,0 +1,116 @@
+"""Each way to fuse and to balance trains through a recipe; settings without effect are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dougong.core.config import parse
+from dougong.core.errors import ConfigError, DougongError
+from dougong.core.events import read_events
+from dougong.recipes.losses import ObjectiveConfig, check_objective
+from dougong.recipes.pilot import blending_pilot
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.run import RunResult, run_recipe
+from dougong.recipes.tables import open_tables
+
+WAYS: dict[str, dict[str, Any]] = {
+    "evidence": {"model": {"fusion": "late", "decide": "evidence"}},
+    "confidence": {"model": {"fusion": "late", "decide": "confidence"}},
+    "mean": {"model": {"fusion": "late", "decide": "mean"}},
+    "modulated": {
+        "model": {"fusion": "late", "own_heads": "watching"},
+        "objective": {"balance": "ogm-ge", "ogm_alpha": 0.8},
+    },
+    "pareto": {"model": {"fusion": "late", "own_heads": "taught"}, "objective": {"balance": "mmpareto"}},
+    "blended": {
+        "model": {"fusion": "late", "own_heads": "taught"},
+        "objective": {"blend": {"whole": 0.5, "photo": 0.2, "remark": 0.3}},
+    },
+    "bottleneck": {"model": {"bridge": {"kind": "bottleneck"}, "own_heads": "taught"}},
+}
+
+
+def run(table: Path, folder: Path, way: dict[str, Any], steps: int = 6) -> RunResult:
+    values: dict[str, Any] = {
+        "name": "way",
+        "data": {
+            "train": str(table),
+            "target": "colour",
+            "modalities": ["photo", "remark", "table"],
+            "withhold": 0.3,
+            "loader": {"batch_size": 16},
+        },
+        "model": {"width": 16, "bridge": {"num_heads": 2}},
+        "train": {"steps": steps, "precision": "fp32", "checkpoint_every": 3},
+    }
+    values["model"] |= way.get("model", {})
+    if "bridge" in way.get("model", {}):
+        values["model"]["bridge"] = {"num_heads": 2} | way["model"]["bridge"]
+    values["objective"] = way.get("objective", {})
+    return run_recipe(parse(Recipe, values, where="test"), folder, quiet=True)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_every_way_trains_and_answers(way: str, colour_table: Path, tmp_path: Path) -> None:
+    result = run(colour_table, tmp_path / "run", WAYS[way])
+    losses = [event["loss"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["kind"] == "StepDone"]
+    assert len(losses) == 6
+    assert all(loss == loss for loss in losses)
+    assert result.evaluations["all"].num_records > 0
+    assert set(result.evaluations) >= {"all", "without photo", "photo alone"}
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "message"),
+    [
+        ({}, {"balance": "ogm-ge"}, "Set model.own_heads: watching"),
+        ({"own_heads": "watching"}, {"balance": "mmpareto"}, "Set model.own_heads: taught"),
+        ({}, {"blend": {"whole": 1.0}}, "objective.blend weighs each modality's own loss"),
+        ({"fusion": "late"}, {"gate_weight": 0.5}, "fusion=late has none. Use model.fusion: bridge"),
+    ],
+)
+def test_a_part_without_anything_to_work_on_is_refused(
+    model: dict[str, Any], objective: dict[str, Any], message: str
+) -> None:
+    recipe = parse(Recipe, {"name": "x", "model": model, "objective": objective}, where="test")
+    with pytest.raises(ConfigError, match=message):
+        check_objective(recipe.objective, recipe.model)
+
+
+def test_weights_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="one for 'whole', the decision together"):
+        ObjectiveConfig(blend={"image": 1.0})
+    with pytest.raises(ValueError, match="must not be below 0"):
+        ObjectiveConfig(gate_weight=-1.0)
+    with pytest.raises(ValueError, match="must be above 0"):
+        ObjectiveConfig(ogm_alpha=0.0)
+
+
+def test_a_blend_of_strangers_is_refused(colour_table: Path, tmp_path: Path) -> None:
+    way = {"model": {"own_heads": "taught"}, "objective": {"blend": {"whole": 1.0, "foto": 1.0}}}
+    with pytest.raises(DougongError, match="objective.blend names 'foto', which is no modality here"):
+        run(colour_table, tmp_path / "run", way)
+
+
+def test_a_pilot_weighs_the_heads_and_its_weights_run(colour_table: Path, tmp_path: Path) -> None:
+    values = {
+        "name": "pilot",
+        "data": {"train": str(colour_table), "target": "colour", "modalities": ["photo", "remark"]},
+        "model": {"width": 16, "fusion": "late", "own_heads": "taught", "bridge": {"num_heads": 2}},
+        "train": {"steps": 20, "precision": "fp32"},
+    }
+    recipe = parse(Recipe, values, where="test")
+    tables = open_tables(recipe.data, seed=0)
+
+    weights = blending_pilot(recipe, tmp_path / "pilot", tables, share=0.5)
+
+    assert set(weights) == {"whole", "photo", "remark"}
+    assert sum(weights.values()) == pytest.approx(1.0)
+    steps = [event for event in read_events(tmp_path / "pilot" / "events.jsonl") if event["kind"] == "StepDone"]
+    assert len(steps) == 10
+    assert parse(ObjectiveConfig, {"blend": weights}, where="test").blend == weights
+    with pytest.raises(ConfigError, match="a pilot runs for a share of train.steps"):
+        blending_pilot(parse(Recipe, values | {"train": {}}, where="test"), tmp_path / "other", tables)
