@@ -117,17 +117,22 @@ def evaluate(
     model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
     data: Annotated[Path | None, Option(help="A table with the target in it. Default: the run's test table.")] = None,
     missing: Annotated[list[str] | None, Option(help="A modality to withhold. May be repeated.")] = None,
+    contribution: Annotated[bool, Option("--contribution", help="Measure how much each modality counts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Judge a model on a table: with everything, and with modalities withheld."""
-    from dougong.cli.show import print_figures
-    from dougong.recipes.judge import judge
+    from dougong.cli.show import print_contribution, print_figures
+    from dougong.recipes.judge import judge, judge_contribution
 
     figures = judge(model, data, missing or ())
+    counted = judge_contribution(model, data) if contribution else None
     if as_json:
-        print(json.dumps(figures))
+        more = {} if counted is None else {"contribution": counted.model_dump()}
+        print(json.dumps({**figures, **more}))
     else:
         print_figures(figures)
+        if counted is not None:
+            print_contribution(counted)
 
 
 @app.command()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
     from dougong.recipes.run import RunResult
+    from dougong.serve.contribution import Contribution
 
 
 def print_comparison(result: Comparison) -> None:
@@ -65,6 +66,32 @@ def print_figures(figures: dict[str, Any]) -> None:
         values = [f"{found['metrics'][name]:.4f}" if name in found["metrics"] else "-" for name in names]
         table.add_row(condition, *values, str(found["num_records"]))
     Console().print(table)
+
+
+def print_contribution(found: Contribution) -> None:
+    """One row per modality, and what all of them make together."""
+    metric = found.metric.replace("_", " ")
+    table = Table(title=f"what each modality counts for the {metric}, {found.num_records} records")
+    for name in ("modality", "Shapley value", "share", "perceptual score", "of the model's", "share of tokens"):
+        table.add_column(name, justify="left" if name == "modality" else "right")
+    for name, each in found.modalities.items():
+        relative = "-" if each.perceptual_of_model is None else f"{each.perceptual_of_model:.4f}"
+        table.add_row(
+            name,
+            f"{each.shapley:+.4f}",
+            f"{each.share:.1%}",
+            f"{each.perceptual:+.4f}",
+            relative,
+            f"{each.token_share:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{metric} with everything {found.all:.4f}, with nothing {found.none:.4f}", highlight=False)
+    console.print(
+        f"without what modalities say only together (EMAP): {found.additive:.4f}, the model itself "
+        f"{found.additive_original:.4f}, {found.num_projected} records",
+        highlight=False,
+    )
 
 
 def print_check(result: CheckResult) -> None:

@@ -1,6 +1,6 @@
 """Judging a finished model again.
 
-Here        judge: a bundle or a run on a table, with modalities withheld.
+Here        judge: a bundle or a run on a table, with modalities withheld; judge_contribution: what each counts.
 Elsewhere   the figures (engine/evaluate.py); the run's own judgement (recipes/run.py).
 Promise     without a table, it is the run's own test table, never its training records.
 """
@@ -17,6 +17,7 @@ from dougong.data.table import Table
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import SETTINGS
 from dougong.recipes.tables import open_tables
+from dougong.serve.contribution import Contribution, measure_contribution
 from dougong.serve.files import load_from
 
 
@@ -46,6 +47,15 @@ def judge(model: Path, table: Path | None, missing: Sequence[str] = ()) -> dict[
             "gate": found.gate,
         }
     return figures
+
+
+def judge_contribution(model: Path, table: Path | None) -> Contribution:
+    """How much each modality counts, on a table.
+
+    Raises:
+        ConfigError: there is no table to judge on, or the model has one modality.
+    """
+    return measure_contribution(load_from(model), table if table is not None else _own_test_table(model))
 
 
 def _own_test_table(model: Path) -> Table:
