@@ -114,3 +114,11 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _one_dropout(self) -> Recipe:
+        if self.data.withhold and self.train.sampling is not None:
+            raise ValueError(
+                f"data.withhold={self.data.withhold} and train.sampling both leave modalities out at random. Give one."
+            )
+        return self
