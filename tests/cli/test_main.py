@@ -40,13 +40,21 @@ def test_a_table_goes_the_whole_way_by_commands(
     assert set(spoilt) == {"all", "photo:blur=0.5, clip=1"}
     graded = output(capsys, "evaluate", run, "--missing", "clip", "--missing", "remark", "--corrupt", "all", "--json")
     assert [curve["what"] for curve in graded["robustness"]] == ["photo", "table", "every modality"]  # type: ignore[attr-defined]
+    few = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(colour_table).slice(0, 8), few)
+    counted = output(capsys, "evaluate", run, "--data", few, "--contribution", "--json")
+    assert set(counted) == {"all", "contribution"}
+    assert set(counted["contribution"]["modalities"]) == {"photo", "clip", "remark", "table"}  # type: ignore[index]
     told = output(capsys, "predict", run, colour_table, tmp_path / "a.jsonl", "--withhold", "photo", "--json")
     assert told["answered"] == 240
 
 
 def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(colour_run)]) == 0
-    assert "accuracy" in capsys.readouterr().out
+    assert main(["evaluate", str(colour_run), "--contribution"]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown
+    assert "Shapley" in shown
+    assert "EMAP" in shown
     assert main(["check", str(colour_table), "--target", "colour"]) == 0
     checked = capsys.readouterr().out
     assert "by its first bytes" in checked

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from dougong.core.errors import ConfigError, DataError
-from dougong.data.split import split_table
+from dougong.data.split import sample_table, split_table
 from dougong.data.table import Table, table_of_rows
 
 
@@ -44,3 +44,15 @@ def test_one_unit_cannot_be_split() -> None:
 def test_an_unknown_unit_is_named() -> None:
     with pytest.raises(ConfigError, match=r"unit 'patient' is no column. Use one of speaker, x"):
         split_table(table(100), 0.2, unit="patient", seed=0)
+
+
+def test_a_sample_is_from_all_over_the_table_and_keeps_its_numbers() -> None:
+    whole = table()
+    got = [sample_table(whole, 300, seed=seed) for seed in (0, 0, 1)]
+
+    assert [part.num_rows for part in got] == [300] * 3
+    assert numbers(got[0]) == numbers(got[1]) != numbers(got[2])
+    assert got[0].column("x").to_pylist() == numbers(got[0])
+    assert min(numbers(got[0])) < 600
+    assert max(numbers(got[0])) > 11_400
+    assert sample_table(whole, 12_000, seed=0) is whole

@@ -162,3 +162,20 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         read_recipe("vqqa")
     with pytest.raises(ConfigError, match="has no setting 'train.step'. Did you mean 'steps'"):
         read_recipe("vqa", ["train.step=3"])
+
+
+def test_rates_of_modalities_follow_what_is_lost_where_a_recipe_says_so(colour_table: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(colour_table, evaluate_every=2, sampling={"num_records": 20})
+
+    run_recipe(recipe, tmp_path / "run", quiet=True)
+
+    changes = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["kind"] == "SamplingChanged"]
+    assert [change["step"] for change in changes] == [2, 4]
+    assert set(changes[0]["after"]) == {"photo", "clip", "remark", "table"}
+
+
+def test_two_ways_of_leaving_out_at_random_are_refused(colour_table: Path) -> None:
+    values = recipe_for(colour_table, sampling={}).model_dump()
+    values["data"]["withhold"] = 0.15
+    with pytest.raises(ConfigError, match=r"data.withhold=0.15 and train.sampling both leave modalities out at random"):
+        parse(Recipe, values, where="test")

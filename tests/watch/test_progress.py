@@ -13,6 +13,7 @@ from dougong.core.events import (
     RecordsSetAside,
     RunFinished,
     RunStarted,
+    SamplingChanged,
     StepDone,
 )
 from dougong.watch import progress
@@ -194,3 +195,24 @@ def test_an_error_in_training_gives_the_terminal_back(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="in training"):
         fail()
     assert file.getvalue().rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in file.getvalue()[-40:]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_rate_that_moves_is_told_with_its_reason_and_one_that_stays_is_not() -> None:
+    def changed(**after: float) -> SamplingChanged:
+        reason = {"photo": "from 0.3 to 0.36", "clip": "stays"}
+        before = {"photo": 0.3, "clip": 0.3}
+        return SamplingChanged(
+            step=20,
+            before=before,
+            after=after,
+            with_all=0.9,
+            without={},
+            with_none=0.1,
+            quality={},
+            reason=reason,
+            seconds=0.1,
+        )
+
+    assert lines(changed(photo=0.36, clip=0.3)) == ["step 20: left out of training records: photo from 0.3 to 0.36"]
+    assert lines(changed(photo=0.3, clip=0.3)) == []

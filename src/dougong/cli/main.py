@@ -171,12 +171,13 @@ def evaluate(
     baseline: Annotated[
         Path | None, Option(help="With --corrupt all: a model to take effective robustness against.")
     ] = None,
+    contribution: Annotated[bool, Option("--contribution", help="Measure how much each modality counts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Judge a model on a table: with everything, with modalities withheld, and with media spoilt on purpose."""
-    from dougong.cli.show import print_figures, print_robustness
+    from dougong.cli.show import print_contribution, print_figures, print_robustness
     from dougong.data.corruption import parse_corruption
-    from dougong.recipes.judge import judge
+    from dougong.recipes.judge import judge, judge_contribution
     from dougong.recipes.robust import sweep
 
     graded = corrupt == ["all"]
@@ -185,15 +186,18 @@ def evaluate(
     if not graded and "all" in (corrupt or ()):
         raise ConfigError("--corrupt all goes through every modality by itself. Leave the other ones out.")
     figures = judge(model, data, missing or (), [] if graded else [parse_corruption(text) for text in corrupt or ()])
-    if graded:
-        curves = sweep(model, data, missing or (), baseline=baseline, announce=None if as_json else _tell)
-        figures = figures if not as_json else {**figures, "robustness": [curve._asdict() for curve in curves]}
+    curves = sweep(model, data, missing or (), baseline=baseline, announce=None if as_json else _tell) if graded else []
+    counted = judge_contribution(model, data) if contribution else None
     if as_json:
-        print(json.dumps(figures))
+        more: dict[str, Any] = {"robustness": [curve._asdict() for curve in curves]} if graded else {}
+        more |= {} if counted is None else {"contribution": counted.model_dump()}
+        print(json.dumps({**figures, **more}))
         return
     print_figures(figures)
     if graded:
         print_robustness(curves)
+    if counted is not None:
+        print_contribution(counted)
 
 
 def _tell(what: str, done: int, total: int) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
     from dougong.recipes.run import RunResult
+    from dougong.serve.contribution import Contribution
 
 
 def print_comparison(result: Comparison) -> None:
@@ -130,6 +131,32 @@ def print_relations(result: CheckResult) -> None:
             console.print(f"train row {row} does not fit: {'; '.join(names)}", highlight=False, markup=False)
         if len(result.suspicious_rows) > 10:
             console.print(f"... {len(result.suspicious_rows) - 10} more; --json lists them")
+
+
+def print_contribution(found: Contribution) -> None:
+    """One row per modality, and what all of them make together."""
+    metric = found.metric.replace("_", " ")
+    table = Table(title=f"what each modality counts for the {metric}, {found.num_records} records")
+    for name in ("modality", "Shapley value", "share", "perceptual score", "of the model's", "share of tokens"):
+        table.add_column(name, justify="left" if name == "modality" else "right")
+    for name, each in found.modalities.items():
+        relative = "-" if each.perceptual_of_model is None else f"{each.perceptual_of_model:.4f}"
+        table.add_row(
+            name,
+            f"{each.shapley:+.4f}",
+            f"{each.share:.1%}",
+            f"{each.perceptual:+.4f}",
+            relative,
+            f"{each.token_share:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{metric} with everything {found.all:.4f}, with nothing {found.none:.4f}", highlight=False)
+    console.print(
+        f"without what modalities say only together (EMAP): {found.additive:.4f}, the model itself "
+        f"{found.additive_original:.4f}, {found.num_projected} records",
+        highlight=False,
+    )
 
 
 def print_check(result: CheckResult) -> None:

@@ -66,6 +66,25 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingChanged(Event):
+    """The rates at which modalities are left out of training records, after they were judged anew."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    with_all: float
+    without: dict[str, float]
+    with_none: float
+    """The task's first figure with and without each modality (its negative where less is better)."""
+
+    quality: dict[str, float]
+    """The mean quality of each modality's media, where it is known."""
+
+    reason: dict[str, str]
+    seconds: float
+    """What measuring took."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
     """A checkpoint is whole on the disk."""
 

@@ -1,6 +1,6 @@
 """Parts of a table that share nothing.
 
-Here        split_table.
+Here        split_table; sample_table, some of the records.
 Elsewhere   splits that come with the data (data/sources/).
 Promise     records of one unit (a speaker, a patient, or those that share a medium) are on one side; the same seed
             splits the same table alike; records keep their numbers.
@@ -77,3 +77,12 @@ def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> t
             "Give a validation table, or set data.validation_share higher."
         )
     return train, held_out
+
+
+def sample_table(table: Table, most: int, *, seed: int) -> Table:
+    """At most so many records, drawn from all over the table; all of a smaller table."""
+    if table.num_rows <= most:
+        return table
+    chosen = np.zeros(table.num_rows, np.bool_)
+    chosen[np.random.default_rng(derive_seed(seed, "sample")).choice(table.num_rows, most, replace=False)] = True
+    return _Part(table, np.split(chosen, table.first_rows[1:-1]))

@@ -31,6 +31,7 @@ from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
 from dougong.engine.precision import Chosen
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
+from dougong.engine.sampling import SamplingState
 from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
 
 FORMAT = 1
@@ -66,6 +67,9 @@ class RunState(Config):
 
     bad_rows: tuple[int, ...] = ()
     first_bad: tuple[dict[str, Any], ...] = ()
+
+    sampling: SamplingState | None = None
+    """The rates at which modalities are left out, where they move."""
 
 
 class Checkpoint(NamedTuple):

@@ -1,6 +1,6 @@
 """Judges a model on a split.
 
-Here        Evaluation, `evaluate`.
+Here        Evaluation, `evaluate`; `evaluating`, the mode that it judges in.
 Elsewhere   the figures (engine/metrics.py); comparing conditions and drawing them (recipes/, watch/).
 Promise     the model is left as it was, each module in the mode it had; every record that the loader gives is in
             the result with its row number, and those it set aside are listed. Ranks that share the records out all get
@@ -98,7 +98,7 @@ def evaluate(
     beside: dict[str, list[Tensor]] = {"weight_BM": [], "conflict_B": [], "vacuity_B": []}
     modalities: list[str] = []
 
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for number, arrays in enumerate(loader.one_pass()):
             bad += [(number, record) for record in arrays.bad]
             if not len(arrays.row_B):
@@ -187,7 +187,7 @@ def _array(x: Tensor, dtype: type[np.generic]) -> npt.NDArray[Any]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after it each module's own mode, since a frozen encoder may stay out of training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

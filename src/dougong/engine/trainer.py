@@ -32,6 +32,7 @@ from dougong.core.events import (
     RecordsSetAside,
     RunFinished,
     RunStarted,
+    SamplingChanged,
     StepDone,
 )
 from dougong.core.seeds import derive_seed
@@ -51,6 +52,7 @@ from dougong.engine.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from dougong.engine.contribution import Probe
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
@@ -58,6 +60,7 @@ from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.parallel.replicate import apply_replicate
 from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.random_state import random_state, random_state_kept, seed_all
+from dougong.engine.sampling import ModalitySampler, SamplingConfig
 from dougong.engine.step import Backward, Loss, TrainParts, nothing_to_add, train_step
 from dougong.nn.block_stack import BlockStack
 
@@ -107,6 +110,9 @@ class TrainConfig(Config):
 
     max_skipped: int = 10
     """Steps in a row without a finite loss and gradient after which training gives up."""
+
+    sampling: SamplingConfig | None = None
+    """Modalities are left out of training records at rates that follow what is lost without each. None: none is."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -165,6 +171,9 @@ class Watch:
 
     higher_is_better: bool = True
     split: str = "validation"
+
+    probe: Probe | None = None
+    """Some records of the split, to measure on after each evaluation what `sampling` follows."""
 
 
 class TrainResult(NamedTuple):
@@ -280,6 +289,17 @@ class _Run:
         # First: what follows starts from the weights that all ranks have.
         reduce = nothing_to_add if ranks.group is None else apply_replicate(model, ranks.group)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        if config.sampling is not None and ranks.world > 1:
+            raise ConfigError(
+                f"train.sampling draws for whole batches, and {ranks.world} ranks share each out. "
+                "Train in one process, or use data.withhold."
+            )
+        if config.sampling is not None and config.sampling.moves and (watch is None or watch.probe is None):
+            raise ConfigError(
+                "train.sampling follows what is lost without each modality, and there are no records to measure it on. "
+                "Give the watch a probe, or leave sampling out."
+            )
+        self.sampler = None if config.sampling is None else ModalitySampler(config.sampling, seed)
 
         model.train()
         optimizer = config.optimizer.build(model)
@@ -311,7 +331,10 @@ class _Run:
         while reason is None:
             epoch = self.tally.position.epoch
             self._step()
-            improved = self._evaluate() if self._evaluation_due(epoch) else False
+            improved = False
+            if self._evaluation_due(epoch):
+                improved = self._evaluate()
+                self._move_rates()
             interrupted, due = self.ranks.any(self.interruption.wanted, self._checkpoint_due())
             reason = self._reason(interrupted)
             if improved or reason is not None or due:
@@ -346,7 +369,10 @@ class _Run:
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
 
-        report = train_step(self.parts, [to_tensors(each, self.device) for each in arrays], num_records=num_records)
+        batches = [to_tensors(each, self.device) for each in arrays]
+        if self.sampler is not None:
+            batches = [self.sampler(batch, step=self.step, part=part) for part, batch in enumerate(batches)]
+        report = train_step(self.parts, batches, num_records=num_records)
         self.step += 1
         if self.average is not None and not report.skipped:
             self.average.update(self.step)
@@ -434,6 +460,30 @@ class _Run:
         with autocast(self.parts.precision, self.device.type):
             return watch.judge()
 
+    def _move_rates(self) -> None:
+        """Measure what is lost without each modality and let the sampler follow, where it is to and steps are left."""
+        if self.sampler is None or not self.sampler.config.moves or self.step >= self.total_steps:
+            return
+        assert self.watch is not None
+        assert self.watch.probe is not None
+        probe, started = self.watch.probe, time.perf_counter()
+        with random_state_kept(), autocast(self.parts.precision, self.device.type):
+            found = probe.removals()
+        change = self.sampler.update(found)
+        self.announce(
+            SamplingChanged(
+                step=self.step,
+                before=change.before,
+                after=change.after,
+                with_all=found.with_all,
+                without=found.without,
+                with_none=found.with_none,
+                quality=probe.quality(),
+                reason=change.reason,
+                seconds=time.perf_counter() - started,
+            )
+        )
+
     # Checkpoints ---------------------------------------------------------------------------------------------
 
     def _checkpoint_due(self) -> bool:
@@ -463,6 +513,7 @@ class _Run:
             seen=tally.seen,
             bad_rows=tuple(sorted(tally.bad_rows)),
             first_bad=tuple(tally.first_bad),
+            sampling=None if self.sampler is None else self.sampler.state,
         )
         checkpoints = checkpoints_of(self.folder)
         path = save_checkpoint(checkpoints, state, self.parts.model, self.parts.optimizer, self.average, random_states)
@@ -482,8 +533,16 @@ class _Run:
                     f"{start.folder} has another {what}: {there} there, {here} here. Resume with the settings and "
                     "records of that run, or begin another one."
                 )
+        if (state.sampling is None) != (self.sampler is None):
+            was, wants = ("without", "with") if state.sampling is None else ("with", "without")
+            raise CheckpointError(
+                f"{start.folder} was saved {was} moving rates of modalities and this run is {wants} them. "
+                "Set sampling as in that run."
+            )
         restore_checkpoint(start, model, optimizer, self.average, self.ranks.rank)
         self.step = state.step
+        if self.sampler is not None and state.sampling is not None:
+            self.sampler.state = state.sampling
         self.best_metric, self.best_step = state.best_metric, state.best_step
         self.evaluations_without_gain = state.evaluations_without_gain
         self.skipped_in_a_row = state.skipped_in_a_row

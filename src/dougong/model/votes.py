@@ -35,8 +35,9 @@ def vote(
 ) -> Voted:
     """Count the votes of those who are present.
 
-    mean: of their scores. gated: the sum of their scores, each times `weight_BV`. confidence: their scores, each times its energy (logsumexp / 10, taken as a constant), after
-    QMF (Zhang et al. 2023, arXiv:2306.02050). evidence: their Dirichlets, combined by `rule`.
+    mean: of their scores. gated: the sum of their scores, each times `weight_BV`. confidence: their scores, each times
+    its energy (logsumexp / 10, taken as a constant), after QMF (Zhang et al. 2023, arXiv:2306.02050). evidence: their
+    Dirichlets, combined by `rule`.
     """
     logit_BVC = logit_BVC.masked_fill(~present_BV[..., None], 0.0)
     if how == "evidence":

@@ -1,6 +1,6 @@
 """One batch of records as tensors.
 
-Here        MediaBatch, Batch.
+Here        MediaBatch, Batch; `only_media`, which leaves out what nobody has any more.
 Elsewhere   making it from records (data/batch.py, as NumPy arrays; engine/batches.py turns them into tensors).
 Promise     a medium that several records share stands in it once; what records lack is not in it at all.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -51,3 +52,19 @@ class Batch(NamedTuple):
     @property
     def num_records(self) -> int:
         return next(iter(self.media.values())).index_B.shape[0]
+
+
+def only_media(media: MediaBatch) -> MediaBatch:
+    """The same without the media that no record has, which would be encoded for nothing."""
+    there_B = media.present_B if media.there_B is None else media.there_B
+    used, place = torch.unique(media.index_B[there_B], return_inverse=True)
+    if len(used) == next(iter(media.values.values())).shape[0]:
+        return media
+    index_B = torch.zeros_like(media.index_B)
+    index_B[there_B] = place
+    return media._replace(
+        values={key: value[used] for key, value in media.values.items()},
+        index_B=index_B,
+        quality_UQ=None if media.quality_UQ is None else media.quality_UQ[used],
+        level_U=None if media.level_U is None else media.level_U[used],
+    )

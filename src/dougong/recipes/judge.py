@@ -1,6 +1,7 @@
 """Judging a finished model again.
 
-Here        judge: a bundle or a run on a table, with modalities withheld or spoilt.
+Here        judge: a bundle or a run on a table, with modalities withheld or spoilt; judge_contribution: what each of
+            them counts.
 Elsewhere   the figures (engine/evaluate.py); the run's own judgement (recipes/run.py); levels of corruption one after
             the other (recipes/robust.py).
 Promise     without a table, it is the run's own test table, never its training records.
@@ -19,6 +20,7 @@ from dougong.data.table import Table
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import SETTINGS
 from dougong.recipes.tables import open_tables
+from dougong.serve.contribution import Contribution, measure_contribution
 from dougong.serve.files import load_from
 from dougong.serve.model import Model
 
@@ -77,6 +79,15 @@ def table_to_judge_on(model: Path, table: Path | None) -> Table | Path:
         ConfigError: there is neither.
     """
     return table if table is not None else _own_test_table(model)
+
+
+def judge_contribution(model: Path, table: Path | None) -> Contribution:
+    """How much each modality counts, on a table.
+
+    Raises:
+        ConfigError: there is no table to judge on, or the model has one modality.
+    """
+    return measure_contribution(load_from(model), table_to_judge_on(model, table))
 
 
 def _own_test_table(model: Path) -> Table:

@@ -126,3 +126,11 @@ class Recipe(Config):
                 "0.3, or data.views with what they leave out beside."
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_dropout(self) -> Self:
+        if self.data.withhold and self.train.sampling is not None:
+            raise ValueError(
+                f"data.withhold={self.data.withhold} and train.sampling both leave modalities out at random. Give one."
+            )
+        return self

@@ -34,6 +34,7 @@ from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparatio
 from dougong.data.table import Table
 from dougong.data.target import infer_target
 from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.contribution import Probe
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
 from dougong.engine.parallel.ranks import ALONE, Ranks
@@ -314,13 +315,18 @@ def _train(
             name: _judge(recipe, model, tables.validation, preparation, view, ranks) for name, view in judged.items()
         }
 
+    sampling = recipe.train.sampling
+    probe = None
+    if sampling is not None and sampling.moves:
+        probe = Probe.on(model, tables.validation, preparation, most=sampling.num_records, seed=recipe.seed)
+
     train(
         model,
         loss,
         loader,
         recipe.train,
         folder=folder,
-        watch=Watch(judge, metric.name, higher_is_better=metric.higher_is_better),
+        watch=Watch(judge, metric.name, higher_is_better=metric.higher_is_better, probe=probe),
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,

@@ -25,6 +25,7 @@ from dougong.core.events import (
     RecordsSetAside,
     RunFinished,
     RunStarted,
+    SamplingChanged,
     StepDone,
 )
 
@@ -65,6 +66,11 @@ class Progress:
                 figures = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
                 self._metrics = next((f"{name} {value:.3f}" for name, value in event.metrics.items()), "")
                 self._say(f"step {event.step}: {event.split} ({event.condition}): {figures}")
+            case SamplingChanged():
+                moved = [name for name, rate in event.after.items() if rate != event.before[name]]
+                if moved:
+                    told = "; ".join(f"{name} {event.reason[name]}" for name in moved)
+                    self._say(f"step {event.step}: left out of training records: {told}")
             case CheckpointSkipped():
                 self._say(f"{event.path} is damaged and set aside: {event.reason}. An older checkpoint is used.")
             case RecordsSetAside():
