@@ -30,20 +30,28 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "numpy", "pyarrow")
 
 
-def run(name: str, about: str, measure: Callable[[bool], Iterable[Figure]]) -> None:
-    """Parse the options, measure, and print; `measure` is told whether to be quick."""
+def run(name: str, about: str, measure: Callable[..., Iterable[Figure]], *, parts: Sequence[str] = ()) -> None:
+    """Parse the options, measure, and print; `measure` is told whether to be quick.
+
+    Of a long benchmark the caller may ask for some `parts` alone: `measure` is then told which, and the written result
+    has their names.
+    """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; not a figure to quote")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
+    if parts:
+        parser.add_argument("--part", action="append", choices=parts, help="only this part; may be repeated")
     options = parser.parse_args()
-    figures = list(measure(options.quick))
+    chosen = [part for part in parts if part in (getattr(options, "part", None) or parts)]
+    figures = list(measure(options.quick, chosen) if parts else measure(options.quick))
     if options.json:
         print(json.dumps([figure.model_dump() for figure in figures]))
     else:
         print(f"{about}{' (quick: not to be quoted)' if options.quick else ''}\n\n{as_markdown(figures)}")
     if options.write and not options.quick:
-        print(f"written to {_write(name, about, figures)}", file=sys.stderr)
+        some = chosen if len(chosen) < len(parts) else []
+        print(f"written to {_write(name, about, figures, some)}", file=sys.stderr)
 
 
 class Kept:
@@ -69,17 +77,17 @@ class Kept:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def _write(name: str, about: str, figures: Sequence[Figure]) -> Path:
+def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str]) -> Path:
     hardware = f"{os.cpu_count()}-core-{platform.machine()}"
     day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    path = RESULTS / f"{name}_{hardware}_{day}.md"
+    path = RESULTS / f"{'-'.join((name, *parts))}_{hardware}_{day}.md"
     packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [
         f"# {name}",
         "",
         about,
         "",
-        f"- command: `python benchmarks/{name}.py --write`",
+        f"- command: `python benchmarks/{' '.join((f'{name}.py', *(f'--part {part}' for part in parts)))} --write`",
         f"- commit: {_git('rev-parse', '--short', 'HEAD')}{' with changes' if _git('status', '--porcelain') else ''}",
         f"- machine: {_processor()}, {os.cpu_count()} cores",
         f"- versions: Python {platform.python_version()}, {packages}",
