@@ -10,6 +10,7 @@ Promise     a medium that records share is encoded once; whatever a record lacks
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -25,6 +26,7 @@ from dougong.model.encoders.encoder import Tokens
 from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.encoders.vector import VectorEncoderConfig
 from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
 from dougong.nn.batch import Batch
@@ -34,7 +36,8 @@ from dougong.nn.pooling import AttentionPooling
 from dougong.nn.start import keep_variance
 
 EncoderConfig = Annotated[
-    TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig, Field(discriminator="kind")
+    TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig | VectorEncoderConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -141,7 +144,11 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
 
     def __init__(self, config: SandwichConfig, signature: Signature) -> None:
         super().__init__()
-        settled = _settled_encoders(config, signature)
+        strange = [name for name in config.align if name not in signature.inputs]
+        if strange:
+            known = ", ".join(signature.inputs)
+            raise ConfigError(f"model.align names {strange[0]!r}, which is no modality here. Use some of {known}.")
+        settled = settled_encoders(config.encoders, signature, config.width)
         self.names = tuple(settled)
         self.grids: dict[str, tuple[int, int]] = {}
         embedders: dict[str, nn.Module] = {}
@@ -321,17 +328,20 @@ def _with(state: SandwichState, name: str, tokens: Tokens) -> SandwichState:
     return state._replace(tokens={**state.tokens, name: tokens.x_UTD}, masks={**state.masks, name: tokens.mask_UT})
 
 
-def _settled_encoders(config: SandwichConfig, signature: Signature) -> dict[str, EncoderConfig]:
-    """An encoder for each input, in the signature's order."""
-    for setting, names in (("encoders", config.encoders), ("align", config.align)):
-        strange = [name for name in names if name not in signature.inputs]
-        if strange:
-            known = ", ".join(signature.inputs)
-            raise ConfigError(f"model.{setting} names {strange[0]!r}, which is no modality here. Use some of {known}.")
+def settled_encoders(named: Mapping[str, EncoderConfig], signature: Signature, width: int) -> dict[str, EncoderConfig]:
+    """An encoder for each input, in the signature's order: the named one, else a small one from scratch.
+
+    Raises:
+        ConfigError: an encoder is named for no modality, is of another kind, or does not exist.
+    """
+    strange = [name for name in named if name not in signature.inputs]
+    if strange:
+        known = ", ".join(signature.inputs)
+        raise ConfigError(f"model.encoders names {strange[0]!r}, which is no modality here. Use some of {known}.")
     settled: dict[str, EncoderConfig] = {}
     for name, shape in signature.inputs.items():
-        chosen = config.encoders.get(name) or _default_encoder(name, shape, config.width)
-        if chosen.kind != shape.kind:
+        chosen = named.get(name) or _default_encoder(name, shape, width)
+        if getattr(chosen, "reads", chosen.kind) != shape.kind:
             raise ConfigError(f"model.encoders.{name} is for {chosen.kind}, and the column holds {shape.kind}.")
         settled[name] = chosen
     return settled
