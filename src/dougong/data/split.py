@@ -1,6 +1,6 @@
 """Parts of a table that share nothing.
 
-Here        split_table.
+Here        split_table, part_of.
 Elsewhere   splits that come with the data (data/sources/).
 Promise     records of one unit (a speaker, a patient, or those that share a medium) are on one side; the same seed
             splits the same table alike; records keep their numbers.
@@ -77,3 +77,16 @@ def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> t
             "Give a validation table, or set data.validation_share higher."
         )
     return train, held_out
+
+
+def part_of(table: Table, rows: npt.NDArray[np.int64]) -> Table:
+    """Some of a table's rows, by their place in it, in the table's order; for a split that is made elsewhere.
+
+    Raises:
+        DataError: there is no row.
+    """
+    if not len(rows):
+        raise DataError(f"a part of {table.path.name} has no rows. Hold out fewer.")
+    kept_R = np.zeros(table.num_rows, np.bool_)
+    kept_R[rows] = True
+    return _Part(table, [kept_R[table.rows_of(chunk)] for chunk in range(table.num_chunks)])

@@ -1,6 +1,6 @@
 """Judges a model on a split.
 
-Here        Evaluation, `evaluate`.
+Here        Evaluation, `evaluate`, `evaluating`.
 Elsewhere   the figures (engine/metrics.py); comparing conditions and drawing them (recipes/, watch/).
 Promise     the model is left as it was, each module in the mode it had; every record that the loader gives is in
             the result with its row number, and those it set aside are listed.
@@ -82,7 +82,7 @@ def evaluate(
     gate_sum_M: Tensor | None = None
     modalities: list[str] = []
 
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for arrays in loader.one_pass():
             bad += arrays.bad
             if not len(arrays.row_B):
@@ -134,7 +134,7 @@ def _array(parts: list[Tensor], dtype: type[np.generic]) -> npt.NDArray[Any]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after it each module's own mode, since a frozen encoder may stay out of training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
