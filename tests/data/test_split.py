@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dougong.core.errors import ConfigError, DataError
-from dougong.data.split import split_table
-from dougong.data.table import Table, table_of_rows
+from dougong.data.split import part_of, split_table
+from dougong.data.table import Table, open_table, table_of_rows
 
 
 def numbers(table: Table) -> list[int]:
@@ -44,3 +46,15 @@ def test_one_unit_cannot_be_split() -> None:
 def test_an_unknown_unit_is_named() -> None:
     with pytest.raises(ConfigError, match=r"unit 'patient' is no column. Use one of speaker, x"):
         split_table(table(100), 0.2, unit="patient", seed=0)
+
+
+def test_a_part_made_elsewhere_keeps_its_rows_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"x": list(range(10))}), path, row_group_size=4)
+
+    part = part_of(open_table(path), np.array([9, 1, 2]))
+
+    assert part.column("x").to_pylist() == [1, 2, 9]
+    assert part.num_chunks == 2
+    with pytest.raises(DataError, match="has no rows"):
+        part_of(open_table(path), np.array([], np.int64))
