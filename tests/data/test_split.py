@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dougong.core.errors import ConfigError, DataError
-from dougong.data.split import sample_table, split_table
-from dougong.data.table import Table, table_of_rows
+from dougong.data.split import part_of, sample_table, split_table
+from dougong.data.table import Table, open_table, table_of_rows
 
 
 def numbers(table: Table) -> list[int]:
@@ -56,3 +58,15 @@ def test_a_sample_is_from_all_over_the_table_and_keeps_its_numbers() -> None:
     assert min(numbers(got[0])) < 600
     assert max(numbers(got[0])) > 11_400
     assert sample_table(whole, 12_000, seed=0) is whole
+
+
+def test_a_part_made_elsewhere_keeps_its_rows_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"x": list(range(10))}), path, row_group_size=4)
+
+    part = part_of(open_table(path), np.array([9, 1, 2]))
+
+    assert part.column("x").to_pylist() == [1, 2, 9]
+    assert part.num_chunks == 2
+    with pytest.raises(DataError, match="has no rows"):
+        part_of(open_table(path), np.array([], np.int64))

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional
 
-from dougong.objectives.contrastive import contrastive_loss
+from dougong.core.errors import ConfigError
+from dougong.objectives.contrastive import all_pairs_loss, contrastive_loss, negative_weights, spared
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -49,3 +52,89 @@ def test_a_medium_without_a_partner_is_something_to_be_told_from_and_no_more() -
     assert (
         contrastive_loss(left_UD, right_VD, torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long)) == 0
     )
+
+
+def test_a_negative_that_weighs_nothing_is_as_if_it_were_not_there() -> None:
+    left_UD, right_VD = unit(3, 8).requires_grad_(), unit(4, 8).requires_grad_()
+    order = torch.arange(3)
+    negative_UV = torch.ones(3, 4)
+    negative_UV[:, 3] = 0.0
+
+    spared = contrastive_loss(left_UD, right_VD, order, order, negative_UV=negative_UV)
+    spared.backward()
+
+    torch.testing.assert_close(spared, contrastive_loss(left_UD, right_VD[:3], order, order))
+    assert right_VD.grad is not None
+    assert right_VD.grad[3].abs().sum() == 0
+    assert right_VD.grad.isfinite().all()
+
+
+def test_a_negative_that_weighs_half_has_half_its_share_of_the_softmax() -> None:
+    left_UD = torch.tensor([[1.0, 0.0]])
+    right_VD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+    found = contrastive_loss(
+        left_UD,
+        right_VD,
+        torch.tensor([0]),
+        torch.tensor([0]),
+        temperature=1.0,
+        negative_UV=torch.tensor([[0.25, 0.5]]),  # the partner weighs 1, whatever is said of it
+    )
+
+    # To the right log(e + e^0 / 2) - 1; to the left there is one medium alone, and nothing to be wrong about.
+    assert found == pytest.approx(0.5 * (math.log(math.e + 0.5) - 1.0))
+
+
+def test_two_too_alike_are_held_against_each_other_less_and_less() -> None:
+    weights = negative_weights(torch.tensor([[0.0, 0.5, 0.7, 0.9, 1.0]]), low=0.5, high=0.9)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 1.0, 0.5, 0.0, 0.0]]))
+    with pytest.raises(ConfigError, match="low=0.9 must be below high=0.5"):
+        negative_weights(torch.zeros(1, 1), low=0.9, high=0.5)
+
+
+def test_records_of_one_key_are_spared() -> None:
+    found = spared(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), torch.tensor([7, 7, 9]), (4, 2))
+    # Media 0 and 1 are of key 7, as are right 0 and 1; right 1 is of key 9 too; left 3 is nobody's.
+    assert found.tolist() == [[True, True], [True, True], [False, True], [False, False]]
+
+
+def test_all_pairs_are_averaged_and_one_can_be_named() -> None:
+    vectors = {name: unit(4, 8) for name in ("a", "b", "c")}
+    index = {"a": torch.arange(4), "b": torch.tensor([1, 0, 3, 2]), "c": torch.tensor([3, 3, 0, 0])}
+    there = {name: torch.ones(4, dtype=torch.bool) for name in vectors}
+    there["c"] = torch.tensor([True, False, True, True])
+
+    def one(left: str, right: str) -> torch.Tensor:
+        both = there[left] & there[right]
+        return contrastive_loss(vectors[left], vectors[right], index[left][both], index[right][both])
+
+    torch.testing.assert_close(
+        all_pairs_loss(vectors, index, there), (one("a", "b") + one("a", "c") + one("b", "c")) / 3
+    )
+    torch.testing.assert_close(all_pairs_loss(vectors, index, there, pairs=[("b", "c")]), one("b", "c"))
+    with pytest.raises(ConfigError, match="names 'd', which is no modality here. Use two of a, b, c"):
+        all_pairs_loss(vectors, index, there, pairs=[("a", "d")])
+
+
+def test_a_modality_that_the_batch_lacks_is_in_no_pair() -> None:
+    vectors = {"a": unit(2, 8).requires_grad_()}
+    index = {name: torch.zeros(2, dtype=torch.long) for name in ("a", "b")}
+    there = {"a": torch.ones(2, dtype=torch.bool), "b": torch.zeros(2, dtype=torch.bool)}
+
+    loss = all_pairs_loss(vectors, index, there)
+    loss.backward()
+
+    assert loss == 0
+    assert vectors["a"].grad is not None
+
+
+def test_equal_keys_reach_the_loss() -> None:
+    vectors = {"a": unit(2, 8), "b": unit(2, 8)}
+    index = {name: torch.arange(2) for name in vectors}
+    there = {name: torch.ones(2, dtype=torch.bool) for name in vectors}
+
+    # Two records of one key: nothing is left to be told apart.
+    assert all_pairs_loss(vectors, index, there, key_B=torch.tensor([5, 5])) == pytest.approx(0.0, abs=1e-6)
+    apart = all_pairs_loss(vectors, index, there, key_B=torch.tensor([5, 6]))
+    torch.testing.assert_close(apart, all_pairs_loss(vectors, index, there))

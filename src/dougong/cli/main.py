@@ -64,13 +64,13 @@ def show(
 ) -> None:
     """Print a recipe as YAML, every setting included."""
     from dougong.core.config import to_yaml
-    from dougong.recipes.known import KNOWN, read_recipe
+    from dougong.recipes.known import KNOWN, read_any_recipe
 
     if recipe == "list":
         about = {name: (make.__doc__ or "").splitlines()[0] for name, make in KNOWN.items()}
-        print(json.dumps(about) if as_json else "\n".join(f"{name:12} {line}" for name, line in about.items()))
+        print(json.dumps(about) if as_json else "\n".join(f"{name:16} {line}" for name, line in about.items()))
         return
-    found = read_recipe(recipe, settings or ())
+    found = read_any_recipe(recipe, settings or ())
     print(found.model_dump_json() if as_json else to_yaml(found), end="\n" if as_json else "")
 
 
@@ -143,18 +143,31 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes under torchrun."""
-    from dougong.cli.show import print_run
+    from dougong.cli.show import print_alignment, print_run
     from dougong.engine.parallel.ranks import connected_ranks
-    from dougong.recipes.known import read_recipe
-    from dougong.recipes.run import run_recipe
+    from dougong.recipes.align import AlignResult, run_align
+    from dougong.recipes.alignment import AlignRecipe
+    from dougong.recipes.known import read_any_recipe
+    from dougong.recipes.run import RunResult, run_recipe
 
-    found = read_recipe(recipe, settings or ())
+    found = read_any_recipe(recipe, settings or ())
+    folder = out or Path("runs") / found.name
+    result: RunResult | AlignResult
     with connected_ranks() as ranks:
-        result = run_recipe(found, out or Path("runs") / found.name, resume=resume, quiet=as_json, ranks=ranks)
+        if isinstance(found, AlignRecipe):
+            if ranks.world > 1:
+                raise ConfigError(
+                    f"{found.name} draws modalities together in one process only. Start it without torchrun."
+                )
+            result = run_align(found, folder, resume=resume, quiet=as_json)
+        else:
+            result = run_recipe(found, folder, resume=resume, quiet=as_json, ranks=ranks)
     if not ranks.first:
         return
     if as_json:
         print(json.dumps(result.as_json()))
+    elif isinstance(result, AlignResult):
+        print_alignment(result)
     else:
         print_run(result)
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dougong.engine.robustness import Robustness
+    from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
     from dougong.recipes.run import RunResult
@@ -51,6 +52,22 @@ def print_run(result: RunResult) -> None:
         }
     )
     console = Console()
+    for note in result.notes:
+        console.print(f"note: {note}", style="dim", highlight=False)
+    console.print(f"bundle  {result.folder / 'bundle'}", highlight=False, soft_wrap=True)
+    console.print(f"report  {result.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def print_alignment(result: AlignResult) -> None:
+    """The same of a run that drew modalities together: one line per figure, since there are many."""
+    table = Table()
+    for name in ("sides", "figure", "value"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for sides, found in result.evaluations.items():
+        for name, value in found.metrics.items():
+            table.add_row(sides, name.replace("_", " "), f"{value:.4f}")
+    console = Console()
+    console.print(table)
     for note in result.notes:
         console.print(f"note: {note}", style="dim", highlight=False)
     console.print(f"bundle  {result.folder / 'bundle'}", highlight=False, soft_wrap=True)

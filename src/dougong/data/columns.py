@@ -1,6 +1,6 @@
 """What each column of a table means.
 
-Here        Role, infer_roles, and the words it explains its choice with.
+Here        Role, infer_roles, infer_role, and the words it explains its choice with.
 Elsewhere   reading tables (data/table.py); settings of each modality, learnt from the values (data/preparation.py).
 Promise     every column gets a role and a reason that can be printed; a role that the user names always wins.
 """
@@ -55,7 +55,7 @@ def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -
         elif name in named:
             roles[name] = ColumnRole(named[name], "named in the recipe")  # type: ignore[arg-type]
         else:
-            roles[name] = _infer(sample.column(name), name)
+            roles[name] = infer_role(sample.column(name), name)
     if all(found.role in ("ignore", "target") for found in roles.values()):
         raise DataError(
             f"{table.path.name} leaves nothing to predict {target!r} from: every other column is ignored. "
@@ -80,7 +80,7 @@ def _named_targets(named: Mapping[str, str]) -> list[str]:
     return [name for name, role in named.items() if role == "target"]
 
 
-def _infer(column: pa.ChunkedArray, name: str) -> ColumnRole:
+def infer_role(column: pa.ChunkedArray, name: str) -> ColumnRole:
     """From the type, then from the values."""
     kind = column.type
     values = [value for value in cells_of(column) if value is not None]

@@ -1,6 +1,6 @@
 """Parts of a table that share nothing.
 
-Here        split_table; sample_table, some of the records.
+Here        split_table; sample_table, some of the records; part_of, for a split that is made elsewhere.
 Elsewhere   splits that come with the data (data/sources/).
 Promise     records of one unit (a speaker, a patient, or those that share a medium) are on one side; the same seed
             splits the same table alike; records keep their numbers.
@@ -83,6 +83,18 @@ def sample_table(table: Table, most: int, *, seed: int) -> Table:
     """At most so many records, drawn from all over the table; all of a smaller table."""
     if table.num_rows <= most:
         return table
-    chosen = np.zeros(table.num_rows, np.bool_)
-    chosen[np.random.default_rng(derive_seed(seed, "sample")).choice(table.num_rows, most, replace=False)] = True
-    return _Part(table, np.split(chosen, table.first_rows[1:-1]))
+    random = np.random.default_rng(derive_seed(seed, "sample"))
+    return part_of(table, random.choice(table.num_rows, most, replace=False))
+
+
+def part_of(table: Table, rows: npt.NDArray[np.int64]) -> Table:
+    """Some of a table's rows, by their place in it, in the table's order; for a split that is made elsewhere.
+
+    Raises:
+        DataError: there is no row.
+    """
+    if not len(rows):
+        raise DataError(f"a part of {table.path.name} has no rows. Hold out fewer.")
+    kept_R = np.zeros(table.num_rows, np.bool_)
+    kept_R[rows] = True
+    return _Part(table, [kept_R[table.rows_of(chunk)] for chunk in range(table.num_chunks)])

@@ -10,6 +10,7 @@ Promise     a medium that records share is encoded once; whatever a record lacks
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -27,6 +28,7 @@ from dougong.model.encoders.image import ImageEncoderConfig, ImageTail
 from dougong.model.encoders.signal import SignalEncoderConfig
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.encoders.vector import VectorEncoderConfig
 from dougong.model.evidence import Opinion, Rule, conflict
 from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
@@ -38,7 +40,12 @@ from dougong.nn.pooling import AttentionPooling
 from dougong.nn.start import keep_variance
 
 EncoderConfig = Annotated[
-    TextEncoderConfig | ImageEncoderConfig | AudioEncoderConfig | TableEncoderConfig | SignalEncoderConfig,
+    TextEncoderConfig
+    | ImageEncoderConfig
+    | AudioEncoderConfig
+    | TableEncoderConfig
+    | SignalEncoderConfig
+    | VectorEncoderConfig,
     Field(discriminator="kind"),
 ]
 
@@ -178,6 +185,13 @@ class SandwichState(NamedTuple):
     completed: dict[str, Tensor]
     """(B, K, D): the completed tokens of each such modality; zero in other records."""
 
+    @classmethod
+    def begin(
+        cls, tokens: dict[str, Tensor], masks: dict[str, Tensor], medium: dict[str, Tensor], present_BM: Tensor
+    ) -> SandwichState:
+        """Before the first block: nothing is made yet of what is given."""
+        return cls(tokens, masks, medium, present_BM, {}, {}, {}, {}, torch.zeros_like(present_BM), {})
+
 
 class SandwichOutput(NamedTuple):
     """Shapes: B records, C outputs, D channels, M modalities."""
@@ -226,7 +240,11 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
 
     def __init__(self, config: SandwichConfig, signature: Signature) -> None:
         super().__init__()
-        settled = _settled_encoders(config, signature)
+        strange = [name for name in config.align if name not in signature.inputs]
+        if strange:
+            known = ", ".join(signature.inputs)
+            raise ConfigError(f"model.align names {strange[0]!r}, which is no modality here. Use some of {known}.")
+        settled = settled_encoders(config.encoders, signature, config.width)
         self.names = tuple(settled)
         self.grids: dict[str, tuple[int, int]] = {}
         embedders: dict[str, nn.Module] = {}
@@ -308,7 +326,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
                     quality_BQ = media.quality_UQ.index_select(0, media.index_B)
                     quality[name] = quality_BQ.masked_fill(~media.present_B[:, None], 0.0)
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
-        return SandwichState(tokens, masks, medium, present_BM, {}, quality, {}, {}, torch.zeros_like(present_BM), {})
+        return SandwichState.begin(tokens, masks, medium, present_BM)._replace(quality=quality)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Each encoder, with its way to the shared width, by its modality's name."""
@@ -576,17 +594,20 @@ def _num_quality(config: SandwichConfig, signature: Signature) -> tuple[int, ...
     return counts
 
 
-def _settled_encoders(config: SandwichConfig, signature: Signature) -> dict[str, EncoderConfig]:
-    """An encoder for each input, in the signature's order."""
-    for setting, names in (("encoders", config.encoders), ("align", config.align)):
-        strange = [name for name in names if name not in signature.inputs]
-        if strange:
-            known = ", ".join(signature.inputs)
-            raise ConfigError(f"model.{setting} names {strange[0]!r}, which is no modality here. Use some of {known}.")
+def settled_encoders(named: Mapping[str, EncoderConfig], signature: Signature, width: int) -> dict[str, EncoderConfig]:
+    """An encoder for each input, in the signature's order: the named one, else a small one from scratch.
+
+    Raises:
+        ConfigError: an encoder is named for no modality, is of another kind, or does not exist.
+    """
+    strange = [name for name in named if name not in signature.inputs]
+    if strange:
+        known = ", ".join(signature.inputs)
+        raise ConfigError(f"model.encoders names {strange[0]!r}, which is no modality here. Use some of {known}.")
     settled: dict[str, EncoderConfig] = {}
     for name, shape in signature.inputs.items():
-        chosen = config.encoders.get(name) or _default_encoder(name, shape, config.width)
-        if chosen.kind != shape.kind:
+        chosen = named.get(name) or _default_encoder(name, shape, width)
+        if getattr(chosen, "reads", chosen.kind) != shape.kind:
             raise ConfigError(f"model.encoders.{name} is for {chosen.kind}, and the column holds {shape.kind}.")
         settled[name] = chosen
     return settled

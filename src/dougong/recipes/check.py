@@ -10,21 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from dougong.core.errors import DataError
 from dougong.data.alignment import MOST_SIDES, Alignment, find_misaligned, suspicious_rows
-from dougong.data.check import TableReport, check_table
+from dougong.data.batch import BadRecord
+from dougong.data.check import LISTED, TableReport, check_table
 from dougong.data.columns import ColumnRole
 from dougong.data.duplicates import Duplicates, find_duplicates
 from dougong.data.features import sides_of
 from dougong.data.leak import MEDIA, Leak
-from dougong.data.preparation import fit_preparation
+from dougong.data.pairs import PairLoader
+from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.table import Table
 from dougong.data.target import infer_target
-from dougong.recipes.known import KNOWN, read_recipe
+from dougong.recipes.align import fit_sides, open_align_tables, side_role
+from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
+from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.watch.sheet import SheetPart, check_sheet, write_sheet
+
+CHECKED_AT_ONCE: Final = 256
 
 
 class CheckResult(NamedTuple):
@@ -86,11 +96,13 @@ def check_recipe_or_table(
     if pictures is not None:
         check_sheet(pictures)
     if what in KNOWN or what.endswith((".yaml", ".yml")):
-        recipe = read_recipe(what, settings)
+        recipe: AnyRecipe = read_any_recipe(what, settings)
     elif Path(what).exists():
         recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
     else:
         raise DataError(f"{what!r} is neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists.")
+    if isinstance(recipe, AlignRecipe):
+        return _check_alignment(what, recipe)
     # What leaks is told here; only a run refuses it.
     tables = open_tables(recipe.data.model_copy(update={"allow_leak": True}), seed=recipe.seed)
     found = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
@@ -181,6 +193,60 @@ def _looked_at(tables: Tables, duplicates: Sequence[Duplicates], alignments: Seq
                 f"{found.column}: near duplicates were looked for among {found.num_compared} of {found.num_media} media"
             )
     return notes
+
+
+def _check_alignment(what: str, recipe: AlignRecipe) -> CheckResult:
+    """The same of a recipe that draws modalities together."""
+    tables = open_align_tables(recipe.data, seed=recipe.seed)
+    preparation = fit_sides(recipe.data, tables.train)
+    network = recipe.model.build(preparation.signature())
+    parts = {"train": tables.train, "validation": tables.validation}
+    if not tables.test_is_validation:
+        parts["test"] = tables.test
+    reports = {part: _read_all(table, preparation, recipe.data) for part, table in parts.items()}
+    roles = {
+        column: ColumnRole(side_role(side, (column,), tables.train).role, f"shows {side}")
+        for side, columns in recipe.data.sides.items()
+        for column in columns
+    }
+    return CheckResult(
+        name=what,
+        roles=roles,
+        reports=reports,
+        inputs={name: shape.model_dump() for name, shape in preparation.signature().inputs.items()},
+        target={},
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        notes=tables.notes,
+        warnings=tuple(_warnings(reports, recipe.train.max_bad_share)),
+    )
+
+
+def _read_all(table: Table, preparation: Preparation, data: AlignDataConfig) -> TableReport:
+    """Each column of each side; a record is bad if one of its cells is, and present on a side if one cell is."""
+    bad: dict[int, BadRecord] = {}
+    present: dict[str, npt.NDArray[np.bool_]] = {}
+    num_batches = 0
+    for side, columns in data.sides.items():
+        present[side] = np.zeros(table.num_rows, np.bool_)
+        for column in columns:
+            one = PairLoader(table, preparation.only([side]), {side: (column,)}, batch_size=CHECKED_AT_ONCE)
+            numbers = np.concatenate([table.numbers_of(chunk) for chunk in range(table.num_chunks)])
+            where = {int(number): index for index, number in enumerate(numbers)}
+            for batch in one.one_pass():
+                num_batches += 1
+                for record in batch.bad:
+                    bad.setdefault(record.row, record._replace(column=column))
+                here = batch.row_B[batch.media[side].present_B]
+                present[side][[where[int(row)] for row in here]] = True
+    return TableReport(
+        num_rows=table.num_rows,
+        num_bad=len(bad),
+        bad=tuple(bad[row] for row in sorted(bad))[:LISTED],
+        num_present={side: int(there.sum()) for side, there in present.items()},
+        num_batches=num_batches,
+        quality={},
+        troubles={},
+    )
 
 
 def _warnings(reports: dict[str, TableReport], most: float) -> list[str]:

@@ -1,6 +1,6 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, and train_recipe for the figures alone; RunResult.
+Here        run_recipe, and train_recipe for the figures alone; RunResult; settle_recipe, for runs of every kind.
 Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
             ranks do together what one does; the first one alone writes and speaks.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dougong
 from dougong.core.bundle import Manifest
-from dougong.core.config import from_yaml, parse, to_yaml
+from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
 from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
@@ -127,7 +127,7 @@ def train_recipe(
     check_objective(recipe.objective, recipe.model)
     check_ranks(recipe.objective, ranks.world)
     quiet = quiet or not ranks.first
-    settled = ranks.first_says(lambda: _settle(recipe, folder, resume=resume).model_dump(mode="json"))
+    settled = ranks.first_says(lambda: settle_recipe(recipe, folder, resume=resume).model_dump(mode="json"))
     recipe = parse(Recipe, settled, where=SETTINGS)
     say = _say_nothing if quiet else _say
 
@@ -235,13 +235,19 @@ def write_evaluation(result: RunResult, views: Mapping[str, View], more: Mapping
     )
 
 
-def _settle(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
-    """The recipe that is really run: the folder's own when it is resumed."""
+def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
+    """The recipe that is really run: the folder's own when it is resumed.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ConfigError: the run in the folder is of another kind.
+    """
     settings = folder / SETTINGS
     if resume:
         if not settings.is_file():
             raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
-        return parse(Recipe, from_yaml(settings.read_text(encoding="utf-8"), where=str(settings)), where=str(settings))
+        values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
+        return parse(type(recipe), values, where=str(settings))
     if settings.exists():
         raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
     write_atomic(settings, to_yaml(recipe))

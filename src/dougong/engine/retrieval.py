@@ -1,0 +1,61 @@
+"""Finds one thing among many by vectors.
+
+Here        `ranks`, `retrieval_metrics`, Retrieved.
+Elsewhere   making the vectors (serve/aligner.py); drawing what was found (watch/retrieval.py).
+Promise     a tie counts against what is looked for: a model that says the same of everything finds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Places = npt.NDArray[np.int64]
+
+RECALL_AT: Final = (1, 10)
+
+
+class Retrieved(NamedTuple):
+    """What two sides of the same N records found of each other; an evaluation, for engine/trainer.py."""
+
+    metrics: dict[str, float]
+    num_records: int
+    """How many there are to find one among."""
+
+    score_NN: Floats
+    """Queries by what they are looked for among."""
+
+
+def ranks(score_NN: Floats) -> Places:
+    """Of each query, how many others score at least as high as its own, which stands on the diagonal: 0 is best."""
+    own_N1 = np.diagonal(score_NN)[:, None]
+    # A score that is no number beats nothing, and an own one that is none is beaten by all.
+    rank_N: Places = (~(score_NN < own_N1)).sum(axis=1) - 1
+    return rank_N
+
+
+def retrieval_metrics(query_ND: Floats, gallery_ND: Floats, *, names: tuple[str, str]) -> Retrieved:
+    """Recall at 1 and 10 both ways, their mean at 10 as `recall_at_10`, and the median rank, from 1.
+
+    Args:
+        query_ND, gallery_ND: vectors of length 1 of the same records in the same order.
+        names: what the two sides are called.
+    """
+    score_NN = query_ND @ gallery_ND.T
+    metrics: dict[str, float] = {}
+    for (one, other), rank_N in (
+        (names, ranks(score_NN)),
+        (names[::-1], ranks(np.ascontiguousarray(score_NN.T))),
+    ):
+        for k in RECALL_AT:
+            metrics[f"{one}_to_{other}_r{k}"] = float((rank_N < k).mean())
+        metrics[f"{one}_to_{other}_median_rank"] = float(np.median(rank_N) + 1)
+    last = RECALL_AT[-1]
+    metrics["recall_at_10"] = float(
+        np.mean([metrics[f"{one}_to_{other}_r{last}"] for one, other in (names, names[::-1])])
+    )
+    metrics["chance_at_10"] = min(1.0, last / max(1, len(score_NN)))
+    return Retrieved(metrics, len(score_NN), score_NN)

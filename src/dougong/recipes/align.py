@@ -1,0 +1,407 @@
+"""Carries out a recipe that draws modalities together: records in, a run's folder out.
+
+Here        run_align, AlignResult; open_align_tables and fit_sides, for whoever only looks.
+Elsewhere   the description (recipes/alignment.py); every part that is introduced here to the others.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses; the test
+            records are looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import io
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+import dougong
+from dougong.core.bundle import Manifest
+from dougong.core.errors import ConfigError
+from dougong.core.events import Announcer, Listener
+from dougong.core.files import write_atomic, write_json
+from dougong.core.seeds import derive_seed
+from dougong.core.signature import Target
+from dougong.data.columns import ColumnRole, infer_role
+from dougong.data.modality.image import open_picture
+from dougong.data.modality.medium import BadValue, media_bytes
+from dougong.data.pairs import PairLoader
+from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.sources.emoji import TABLE, prepare_emoji, split_emoji
+from dougong.data.split import part_of
+from dougong.data.table import Table, cells_of, open_table, table_of_rows
+from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.retrieval import Retrieved, ranks, retrieval_metrics
+from dougong.engine.trainer import Watch, train
+from dougong.model.dual import Dual, DualOutput
+from dougong.nn.batch import Batch
+from dougong.objectives.contrastive import all_pairs_loss
+from dougong.objectives.matching import matching_loss
+from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
+from dougong.recipes.run import settle_recipe
+from dougong.recipes.tables import cache_folder
+from dougong.serve.aligner import KIND, Aligner, vectors_of_cells
+from dougong.watch.progress import Progress
+from dougong.watch.retrieval import MOST_FOUND, RETRIEVALS, write_retrieval_report
+from dougong.watch.tensorboard import TensorBoard
+
+METRIC: Final = "recall_at_10"
+SHOWN_GROUPS: Final = 2
+SHOWN_QUERIES: Final = 12
+SHOWN_PIXELS: Final = 72
+LARGEST_PIXELS: Final = 50_000_000
+LOOKED_AT: Final = 1000
+
+NOTHING: Final = Target(name="", task="regression")
+"""Nothing is predicted; the preparation and the bundle have a place for what is."""
+
+
+class AlignTables(NamedTuple):
+    """What a run reads."""
+
+    train: Table
+    validation: Table
+    test: Table
+    test_is_validation: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """A finished run."""
+
+    folder: Path
+    aligner: Aligner
+    evaluations: dict[str, Retrieved]
+    """On the test records, by the two sides."""
+
+    tables: AlignTables
+    num_parameters: int
+    train_seconds: float
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.folder),
+            "bundle": str(self.folder / "bundle"),
+            "report": str(self.folder / "report.html"),
+            "parameters": self.num_parameters,
+            "seconds": round(self.train_seconds, 1),
+            "figures": {name: found.metrics for name, found in self.evaluations.items()},
+            "notes": list(self.notes),
+        }
+
+
+def run_align(recipe: AlignRecipe, folder: Path, *, resume: bool = False, quiet: bool = False) -> AlignResult:
+    """Train, judge, save the bundle and write the report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ConfigError: a side's columns are not there, or not of one kind.
+        DataError: the records cannot be fetched or read.
+    """
+    recipe = settle_recipe(recipe, folder, resume=resume)
+    tables = open_align_tables(recipe.data, seed=recipe.seed, quiet=quiet)
+    preparation = _kept_preparation(recipe.data, tables.train, folder)
+
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    model = recipe.model.build(preparation.signature())
+    listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
+    if not quiet:
+        listeners.append(Progress())
+    started = time.perf_counter()
+    _train(recipe, model, tables, preparation, folder, listeners, resume=resume)
+    train_seconds = time.perf_counter() - started
+
+    evaluations = judge_alignment(model, tables.test, preparation, recipe.data, model.pairs)
+    shares = next(iter(evaluations.values()))
+    among = f"one is looked for among {shares.num_records}: chance has it in its first ten by "
+    notes = (*tables.notes, f"{among}{shares.metrics['chance_at_10']:.3f}")
+    manifest = Manifest(
+        name=recipe.name,
+        signature=preparation.signature(),
+        model=model.config.model_dump(mode="json"),
+        provenance={
+            "kind": KIND,
+            "dougong": dougong.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "seed": recipe.seed,
+            "trained on": f"{tables.train.num_rows} records",
+            "judged on": f"{tables.test.num_rows} records",
+            "notes": list(notes),
+        },
+        metrics={name: found.metrics for name, found in evaluations.items()},
+    )
+    aligner = Aligner(model.eval(), preparation, manifest)
+    aligner.save(folder / "bundle")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    result = AlignResult(folder, aligner, evaluations, tables, num_parameters, train_seconds, notes)
+    _write_evaluation(result)
+    _write_retrievals(result, recipe.data)
+    write_retrieval_report(folder)
+    return result
+
+
+def open_align_tables(data: AlignDataConfig, *, seed: int, quiet: bool = True) -> AlignTables:
+    """Open, and hold out.
+
+    Raises:
+        ConfigError: there is no validation table.
+        DataError: a table cannot be used.
+    """
+    if data.source == "emoji":
+        return _emoji_tables(data, seed=seed, quiet=quiet)
+    assert data.train is not None  # AlignDataConfig has seen to it
+    if data.validation is None:
+        raise ConfigError("no validation table is named, so nothing chooses the checkpoint. Set data.validation.")
+    validation = open_table(data.validation)
+    test = validation if data.test is None else open_table(data.test)
+    notes = () if data.test else ("no test table was given: the figures are of the validation records",)
+    return AlignTables(open_table(data.train), validation, test, data.test is None, notes)
+
+
+def _emoji_tables(data: AlignDataConfig, *, seed: int, quiet: bool) -> AlignTables:
+    packages = Path(data.folder) if data.folder else None
+    place = cache_folder() / "emoji"
+    prepare_emoji(place, packages=packages, announce=None if quiet else _tell_progress)
+    table = open_table(place / TABLE)
+    held = data.held_out
+    subgroups, hexcodes, alike = (cells_of(table.column(name)) for name in ("subgroup", "hexcode", "alike"))
+    split = split_emoji(
+        subgroups,
+        hexcodes,
+        alike,
+        seed=seed if held.seed is None else held.seed,
+        num_held_out=held.subgroups,
+        num_validation=held.validation,
+        between=held.between,
+    )
+    notes = (
+        f"held out whole: {', '.join(split.held_out)}",
+        f"{split.num_alike} emoji were left out of training because they look like one that is held out",
+    )
+    parts = [part_of(table, rows) for rows in (split.train, split.validation, split.test)]
+    return AlignTables(parts[0], parts[1], parts[2], test_is_validation=False, notes=notes)
+
+
+# Preparation -----------------------------------------------------------------------------------------------------
+
+
+def _kept_preparation(data: AlignDataConfig, table: Table, folder: Path) -> Preparation:
+    kept = folder / "preparation"
+    if (kept / "preparation.json").exists():
+        return Preparation.load(kept)
+    preparation = fit_sides(data, table)
+    preparation.save(kept)
+    return preparation
+
+
+def fit_sides(data: AlignDataConfig, table: Table) -> Preparation:
+    """A modality for each side, learnt from all its columns together.
+
+    Raises:
+        ConfigError: a column is not there, or a side's columns are of several kinds.
+    """
+    modalities = {}
+    for side, columns in data.sides.items():
+        role = side_role(side, columns, table)
+        cells = pa.chunked_array([chunk for column in columns for chunk in table.column(column).chunks])
+        stacked = table_of_rows(pa.table({side: cells}), table.folder)
+        fitted = fit_preparation(stacked, {side: role}, NOTHING, data.preparation)
+        if side not in fitted.modalities:
+            raise ConfigError(
+                f"side {side!r} holds {role.role} columns, which have no encoder here. Use media or text."
+            )
+        modalities[side] = fitted.modalities[side]
+    return Preparation(modalities, NOTHING)
+
+
+def side_role(side: str, columns: tuple[str, ...], table: Table) -> ColumnRole:
+    """What a side's columns hold.
+
+    Raises:
+        ConfigError: one is not there, or they are of several kinds.
+    """
+    found: dict[str, str] = {}
+    for column in columns:
+        if column not in table.schema.names:
+            known = ", ".join(table.schema.names[:40])
+            raise ConfigError(f"data.sides.{side} names {column!r}, which {table.path.name} lacks. It has {known}.")
+        role = infer_role(table.head(LOOKED_AT, [column]).column(column), column)
+        # A name of one word is text here, whatever it would be in a table of records.
+        found[column] = "text" if pa.types.is_string(table.schema.field(column).type) else role.role
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{column} {kind}" for column, kind in found.items())
+        raise ConfigError(f"data.sides.{side} mixes kinds: {said}. Put each kind on a side of its own.")
+    return ColumnRole(next(iter(found.values())), f"a side by {len(columns)} columns")  # type: ignore[arg-type]
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    recipe: AlignRecipe,
+    model: Dual,
+    tables: AlignTables,
+    preparation: Preparation,
+    folder: Path,
+    listeners: list[Listener],
+    *,
+    resume: bool,
+) -> None:
+    loader = PairLoader(
+        tables.train,
+        preparation,
+        recipe.data.sides,
+        batch_size=recipe.data.batch_size,
+        views=recipe.data.views,
+        key=recipe.data.spare,
+        seed=recipe.seed,
+        train=True,
+    )
+
+    def loss(output: DualOutput, batch: Batch) -> Tensor:
+        return alignment_loss(output, batch, pairs=model.pairs, matching_weight=recipe.objective.matching_weight)
+
+    def judge() -> dict[str, Retrieved]:
+        return judge_alignment(model, tables.validation, preparation, recipe.data, model.pairs)
+
+    train(
+        model,
+        loss,
+        loader,
+        recipe.train,
+        folder=folder,
+        watch=Watch(judge, METRIC),
+        announce=Announcer(*listeners),
+        seed=recipe.seed,
+        resume=resume,
+    )
+    load_weights(model, best_weights(folder))
+
+
+def alignment_loss(
+    output: DualOutput, batch: Batch, *, pairs: tuple[tuple[str, str], ...] = (), matching_weight: float = 1.0
+) -> Tensor:
+    """The contrastive loss, and that of matching where the model has it; sums over the batch's pairs. A batch's target,
+    where it has one, is what records share that are not held against each other."""
+    index = {name: media.index_B for name, media in batch.media.items()}
+    there = {name: media.present_B for name, media in batch.media.items()}
+    found = all_pairs_loss(
+        output.vectors, index, there, pairs=pairs, temperature=output.temperature, key_B=batch.target
+    )
+    if output.match_P is None:
+        return found
+    assert output.is_pair_P is not None
+    return found + matching_weight * matching_loss(output.match_P, output.is_pair_P, output.known_P)
+
+
+def judge_alignment(
+    model: Dual, table: Table, preparation: Preparation, data: AlignDataConfig, pairs: tuple[tuple[str, str], ...]
+) -> dict[str, Retrieved]:
+    """Each pair of sides of the table's records: one looked for by the other, both ways."""
+    vectors = {}
+    for side in dict.fromkeys(name for pair in pairs for name in pair):
+        views = [cells_of(table.column(column)) for column in data.judged_columns(side)]
+        vectors[side] = vectors_of_cells(model, preparation, side, views, table.folder).x_ND
+    return {
+        f"{left} and {right}": retrieval_metrics(vectors[left], vectors[right], names=(left, right))
+        for left, right in pairs
+    }
+
+
+# What stays ------------------------------------------------------------------------------------------------------
+
+
+def _write_evaluation(result: AlignResult) -> None:
+    tables = result.tables
+    write_json(
+        result.folder / "evaluation.json",
+        {
+            "kind": KIND,
+            "rows": {
+                "train": tables.train.num_rows,
+                "validation": tables.validation.num_rows,
+                "test": tables.test.num_rows,
+            },
+            "split": "validation" if tables.test_is_validation else "test",
+            "notes": list(result.notes),
+            "conditions": {
+                name: {"metrics": found.metrics, "num_records": found.num_records}
+                for name, found in result.evaluations.items()
+            },
+        },
+    )
+
+
+def _write_retrievals(result: AlignResult, data: AlignDataConfig) -> None:
+    """Of some records of the test, by group: what was asked, and the ten that were found, best first."""
+    name, found = next(iter(result.evaluations.items()))
+    left, right = result.aligner.network.pairs[0]
+    kinds = {side: shape.kind for side, shape in result.aligner.preparation.signature().inputs.items()}
+    # Words look for pictures, where there are both.
+    asked, shown = (right, left) if kinds[left] != "text" and kinds[right] == "text" else (left, right)
+    score_NN = found.score_NN if asked == left else np.ascontiguousarray(found.score_NN.T)
+    table = result.tables.test
+    groups = [str(cell) for cell in cells_of(table.column(data.group))] if data.group else ["all"] * table.num_rows
+    rank_N = ranks(score_NN)
+    pages = _Shown(result.folder, table)
+    entries = []
+    for group in sorted(set(groups), key=lambda one: (-groups.count(one), one))[:SHOWN_GROUPS]:
+        for row in [place for place, one in enumerate(groups) if one == group][:SHOWN_QUERIES]:
+            best = np.argsort(-score_NN[row], kind="stable")[:MOST_FOUND]
+            entries.append(
+                {
+                    "group": group,
+                    "query": pages.of(data.judged_columns(asked)[0], kinds[asked], row),
+                    "rank": int(rank_N[row]) + 1,
+                    "found": [
+                        {
+                            **pages.of(data.judged_columns(shown)[0], kinds[shown], int(other)),
+                            "right": int(other) == row,
+                        }
+                        for other in best
+                    ],
+                }
+            )
+    write_json(result.folder / RETRIEVALS, {"pair": name, "asked": asked, "shown": shown, "entries": entries})
+
+
+class _Shown:
+    """Cells as a page shows them; pictures become small files in the run's folder."""
+
+    def __init__(self, folder: Path, table: Table) -> None:
+        self._folder, self._table = folder, table
+        self._cells: dict[str, list[Any]] = {}
+
+    def of(self, column: str, kind: str, row: int) -> dict[str, Any]:
+        if column not in self._cells:
+            self._cells[column] = cells_of(self._table.column(column))
+        cell = self._cells[column][row]
+        if kind == "text":
+            return {"text": str(cell)}
+        if kind != "image" or cell is None:
+            return {"text": f"record {row}"}
+        file = f"retrievals/{row}.png"
+        if not (self._folder / file).exists():
+            try:
+                picture = open_picture(media_bytes(cell, self._table.folder), LARGEST_PIXELS)
+            except BadValue:
+                return {"text": f"record {row}"}
+            picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+            content = io.BytesIO()
+            picture.save(content, format="PNG")
+            write_atomic(self._folder / file, content.getvalue())
+        return {"file": file}
+
+
+def _tell_progress(what: str, done: int, total: int) -> None:
+    if done == total or done % max(1, total // 10) == 0:
+        print(f"{what}: {done} of {total}", file=sys.stderr)

@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dougong.core.errors import ConfigError
+from dougong.core.signature import Target
+from dougong.data.batch import BatchArrays
+from dougong.data.columns import ColumnRole
+from dougong.data.pairs import PairLoader
+from dougong.data.position import Position
+from dougong.data.preparation import Preparation, PreparationConfig, fit_preparation
+from dougong.data.table import Table, table_of_rows
+
+NOTHING = Target(name="", task="regression")
+SIDES = {"left": ("a", "b", "c"), "right": ("d",)}
+
+
+@pytest.fixture
+def table() -> Table:
+    rows = {
+        **{name: [f"{name} number {row}" for row in range(10)] for name in ("a", "b", "c", "d")},
+        "key": [row // 2 for row in range(10)],
+    }
+    rows["b"][3] = None  # type: ignore[call-overload]
+    rows["d"][4] = None  # type: ignore[call-overload]
+    return table_of_rows(pa.table(rows), Path())
+
+
+@pytest.fixture
+def preparation(table: Table) -> Preparation:
+    modalities = {}
+    for side, columns in SIDES.items():
+        cells = pa.chunked_array([chunk for column in columns for chunk in table.column(column).chunks])
+        stacked = table_of_rows(pa.table({side: cells}), Path())
+        fitted = fit_preparation(stacked, {side: ColumnRole("text", "")}, NOTHING, PreparationConfig())
+        modalities |= fitted.modalities
+    return Preparation(modalities, NOTHING)
+
+
+def pairs_of(batch: BatchArrays, preparation: Preparation) -> set[tuple[int, str, str]]:
+    """Row, and both texts, of each pair that is whole."""
+    texts = {}
+    for side in SIDES:
+        tokenizer = preparation.modalities[side].tokenizer  # type: ignore[attr-defined]
+        texts[side] = [tokenizer.decode(ids) for ids in batch.media[side].values["ids_UT"].tolist()]
+    return {
+        (
+            int(row),
+            texts["left"][batch.media["left"].index_B[place]],
+            texts["right"][batch.media["right"].index_B[place]],
+        )
+        for place, row in enumerate(batch.row_B)
+        if batch.media["left"].present_B[place] and batch.media["right"].present_B[place]
+    }
+
+
+def test_all_that_is_seen_of_a_record_is_paired(table: Table, preparation: Preparation) -> None:
+    loader = PairLoader(table, preparation, SIDES, batch_size=10, views=2, train=True)
+
+    _, batch = next(loader.batches(Position()))
+
+    by_row: dict[int, list[tuple[str, str]]] = {}
+    for row, left, right in pairs_of(batch, preparation):
+        assert left.endswith(f"number {row}")
+        assert right == f"d number {row}"
+        by_row.setdefault(row, []).append((left, right))
+    assert set(by_row) == set(range(10)) - {4}  # which has no right side
+    assert {len(found) for found in by_row.values()} == {2}
+    assert sorted(left for left, _ in by_row[3]) == ["a number 3", "c number 3"]  # all that it has
+
+
+def test_a_batch_follows_from_its_place_alone(table: Table, preparation: Preparation) -> None:
+    def loader(seed: int) -> PairLoader:
+        return PairLoader(table, preparation, SIDES, batch_size=4, views=1, seed=seed, train=True)
+
+    run = loader(0).batches(Position())
+    several = [next(run) for _ in range(7)]
+    middle = loader(0).batches(several[3][0])
+
+    for position, batch in several[4:]:
+        again_position, again = next(middle)
+        assert again_position == position
+        assert pairs_of(again, preparation) == pairs_of(batch, preparation)
+    first = [pairs_of(batch, preparation) for _, batch in several[:3]]
+    assert {row for found in first for row, *_ in found} == set(range(10)) - {4}
+    assert first != [pairs_of(batch, preparation) for _, batch in several[3:6]]  # another epoch, other views
+    assert pairs_of(next(loader(1).batches(Position()))[1], preparation) != first[0]
+
+
+def test_equal_keys_are_equal_numbers(table: Table, preparation: Preparation) -> None:
+    loader = PairLoader(table, preparation, SIDES, batch_size=10, views=2, key="key", train=True)
+    _, batch = next(loader.batches(Position()))
+    assert batch.target is not None
+    found = dict(zip(batch.row_B.tolist(), batch.target.tolist(), strict=True))
+    assert [found[row] for row in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_judging_pass_is_in_order_and_complete(table: Table, preparation: Preparation) -> None:
+    loader = PairLoader(table, preparation, SIDES, batch_size=4)
+    rows = np.concatenate([batch.row_B for batch in loader.one_pass()])
+    assert rows.tolist() == list(range(10))
+    assert loader.batches_per_epoch == 3
+    assert [len(batch.row_B) for batch in loader.one_pass()] == [4, 3, 3]
+
+
+def test_columns_and_sides_that_are_not_there_are_refused(table: Table, preparation: Preparation) -> None:
+    with pytest.raises(ConfigError, match="has no column 'e'"):
+        PairLoader(table, preparation, {"left": ("e",), "right": ("d",)}, batch_size=4)
+    with pytest.raises(ConfigError, match="side 'top' has no modality"):
+        PairLoader(table, preparation, {"top": ("a",)}, batch_size=4)

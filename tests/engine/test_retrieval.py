@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from dougong.engine.retrieval import ranks, retrieval_metrics
+
+
+def test_ranks_count_those_before_and_ties_count_against() -> None:
+    score_NN = np.array([[0.9, 0.1, 0.2], [0.5, 0.5, 0.1], [0.3, 0.2, 0.1]], np.float32)
+    assert ranks(score_NN).tolist() == [0, 1, 2]
+
+
+def test_a_model_that_says_the_same_of_everything_finds_nothing() -> None:
+    same_ND = np.ones((30, 4), np.float32) / 2
+    metrics = retrieval_metrics(same_ND, same_ND, names=("words", "picture")).metrics
+    assert metrics["recall_at_10"] == 0.0
+    assert metrics["chance_at_10"] == pytest.approx(1 / 3)
+
+
+def test_an_own_score_that_is_no_number_is_beaten_by_all() -> None:
+    score_NN = np.array([[np.nan, 0.1], [0.0, 1.0]], np.float32)
+    assert ranks(score_NN).tolist() == [1, 0]
+
+
+def test_both_ways_are_judged() -> None:
+    query_ND = np.eye(12, dtype=np.float32)
+    gallery_ND = query_ND.copy()
+    gallery_ND[2] = query_ND[3]  # queries 2 and 3 have it both: 2 finds nothing of its own, 3 is tied
+
+    found = retrieval_metrics(query_ND, gallery_ND, names=("words", "picture"))
+
+    assert found.num_records == 12
+    assert found.metrics["words_to_picture_r1"] == pytest.approx(10 / 12)  # not 2, nor 3
+    assert found.metrics["picture_to_words_r1"] == pytest.approx(11 / 12)  # not 2
+    # Of 2, all eleven others score as high as its own, which is 0.
+    assert found.metrics["words_to_picture_r10"] == pytest.approx(11 / 12)
+    assert found.metrics["picture_to_words_r10"] == pytest.approx(11 / 12)
+    assert found.metrics["recall_at_10"] == pytest.approx(11 / 12)

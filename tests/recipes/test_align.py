@@ -1,0 +1,194 @@
+"""Holds recipes/align.py to its promises: a run leaves all that was promised, and goes on to the same losses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dougong.cli.main import main
+from dougong.core.config import parse
+from dougong.core.errors import BundleError, ConfigError, RunError
+from dougong.core.events import read_events
+from dougong.data.table import open_table
+from dougong.recipes.align import run_align
+from dougong.recipes.alignment import AlignRecipe
+from dougong.recipes.known import read_any_recipe, read_recipe
+from dougong.serve.aligner import load_aligner
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory, records: Any) -> Path:
+    """Pictures with two remarks each, made up; the second remark is missing now and then."""
+    folder = tmp_path_factory.mktemp("align")
+    for name, seed, count in (("train", 0, 80), ("validation", 1, 24), ("test", 2, 24)):
+        rows = [
+            {
+                "photo": row["photo"],
+                "photo_again": other["photo"],
+                "remark": row["remark"],
+                "second_remark": None if place % 3 == 0 else f"so {row['colour']} a thing",
+                "colour": row["colour"],
+            }
+            for place, (row, other) in enumerate(
+                zip(records(count, seed=seed, missing=0.0), records(count, seed=seed, missing=0.0), strict=True)
+            )
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=30)
+    return folder
+
+
+def recipe(tables: Path, **train: Any) -> AlignRecipe:
+    values: dict[str, Any] = {
+        "kind": "align",
+        "name": "colours",
+        "data": {
+            "train": str(tables / "train.parquet"),
+            "validation": str(tables / "validation.parquet"),
+            "test": str(tables / "test.parquet"),
+            "sides": {"picture": ["photo", "photo_again"], "words": ["remark", "second_remark"]},
+            "judged": {"picture": ["photo", "photo_again"], "words": ["remark"]},
+            "spare": "colour",
+            "group": "colour",
+            "batch_size": 16,
+            "preparation": {"image_size": 16},
+        },
+        "model": {
+            "width": 16,
+            "encoders": {
+                "picture": {"kind": "image", "width": 16, "num_layers": 1, "num_heads": 2, "patch_size": 8},
+                "words": {"kind": "text", "width": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.1},
+            },
+            "bridge": {"num_heads": 2},
+        },
+        "train": {"steps": 6, "precision": "fp32", "checkpoint_every": 2, "keep": 5, **train},
+    }
+    return parse(AlignRecipe, values, where="test")
+
+
+@pytest.fixture(scope="module")
+def run(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_align(recipe(tables), tmp_path_factory.mktemp("runs") / "whole", quiet=True).folder
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {
+        event["step"]: event["loss"] for event in read_events(folder / "events.jsonl") if event["kind"] == "StepDone"
+    }
+
+
+def test_a_run_leaves_all_that_was_promised(run: Path) -> None:
+    there = {path.name for path in run.iterdir()}
+    assert there >= {"run.yaml", "events.jsonl", "checkpoints", "bundle", "evaluation.json", "report.html"}
+    figures = json.loads((run / "evaluation.json").read_text())["conditions"]["picture and words"]
+    assert figures["num_records"] == 24
+    assert 0 <= figures["metrics"]["recall_at_10"] <= 1
+    assert figures["metrics"]["chance_at_10"] == pytest.approx(10 / 24)
+
+
+def test_the_report_shows_what_was_found_and_refers_to_nothing(run: Path) -> None:
+    found = json.loads((run / "retrievals.json").read_text())
+    page = (run / "report.html").read_text()
+
+    assert found["asked"] == "words"
+    assert {len(entry["found"]) for entry in found["entries"]} == {10}
+    for entry in found["entries"]:
+        right = [place for place, each in enumerate(entry["found"], start=1) if each["right"]]
+        assert right == ([entry["rank"]] if entry["rank"] <= 10 else [])
+    assert found["entries"][0]["query"]["text"] in page
+    assert page.count('class="right"') == sum(entry["rank"] <= 10 for entry in found["entries"])
+    assert "data:image/png" in page
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_losses(run: Path, tables: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    shutil.copytree(run, folder)
+    for step in (6, 4):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    assert (folder / "checkpoints" / "step-00000002").exists()
+    (folder / "evaluation.json").unlink()
+
+    run_align(recipe(tables), folder, resume=True, quiet=True)
+
+    assert losses(folder) == losses(run)
+    again, before = (json.loads((each / "evaluation.json").read_text()) for each in (folder, run))
+    assert again["conditions"] == before["conditions"]
+
+
+def test_a_bundle_gives_the_same_vectors(run: Path, tables: Path) -> None:
+    aligner = load_aligner(run / "bundle")
+    table = open_table(tables / "test.parquet")
+
+    first = aligner.vectors(table, "words", ["remark", "second_remark"])
+    second = load_aligner(run / "bundle").vectors(table, "words", ["remark", "second_remark"])
+
+    assert first.num_bad == 0
+    np.testing.assert_array_equal(first.x_ND, second.x_ND)
+    np.testing.assert_allclose(np.linalg.norm(first.x_ND, axis=1), 1.0, rtol=1e-5)
+    with pytest.raises(ConfigError, match="'sound' is no side of this model. Use one of picture, words"):
+        aligner.vectors(table, "sound", ["remark"])
+    with pytest.raises(ConfigError, match="has no column 'remarks'"):
+        aligner.vectors(table, "words", ["remarks"])
+
+
+def test_a_bundle_of_another_kind_is_refused(colour_run: Path) -> None:
+    with pytest.raises(BundleError, match="is a bundle of another kind of model: load it with dougong.load"):
+        load_aligner(colour_run / "bundle")
+
+
+def test_a_run_is_never_overwritten(run: Path, tables: Path) -> None:
+    with pytest.raises(RunError, match="holds a run already"):
+        run_align(recipe(tables), run, quiet=True)
+
+
+def test_commands_know_the_kind(run: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "colours.yaml"
+    settings.write_text((run / "run.yaml").read_text().replace("steps: 6", "steps: 2"))
+
+    assert main(["show", "emoji-retrieval", "--set", "data.views=3"]) == 0
+    assert "views: 3" in capsys.readouterr().out
+    assert main(["check", str(settings), "--json"]) == 0
+    checked = json.loads(capsys.readouterr().out)
+    assert checked["tables"]["train"]["rows"] == 80
+    assert checked["tables"]["train"]["present"] == {"picture": 80, "words": 80}
+    assert checked["columns"]["second_remark"]["role"] == "text"
+    assert main(["train", str(settings), "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"].keys() == {"picture and words"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.sides={picture: [picture]}"], "name two sides or more"),
+        (["data.train=a.csv"], "source 'emoji' and train 'a.csv': give exactly one of them"),
+        (["data.judged={sound: [name]}"], "judged names 'sound', which is no side. Use some of picture, words"),
+        (["kind=alig"], "is of kind 'alig'. Use align, or leave it out"),
+        (["data.vews=3"], "has no setting 'data.vews'. Did you mean 'views'"),
+    ],
+)
+def test_settings_that_cannot_be_obeyed_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_any_recipe("emoji-retrieval", settings)
+
+
+def test_a_recipe_of_another_kind_does_not_decide() -> None:
+    with pytest.raises(ConfigError, match="recipe emoji-retrieval learns to align, not to decide"):
+        read_recipe("emoji-retrieval")
+
+
+def test_sides_of_several_kinds_or_of_no_column_are_refused(tables: Path, tmp_path: Path) -> None:
+    for sides, message in (
+        ({"picture": ["photo", "remark"], "words": ["remark"]}, "data.sides.picture mixes kinds: photo image, remark"),
+        ({"picture": ["photos"], "words": ["remark"]}, "data.sides.picture names 'photos', which train.parquet lacks"),
+    ):
+        values = recipe(tables).model_dump(mode="json")
+        values["data"] |= {"sides": sides, "judged": {}}
+        values["model"]["encoders"] = {}
+        with pytest.raises(ConfigError, match=message):
+            run_align(parse(AlignRecipe, values, where="test"), tmp_path / message[:20], quiet=True)
