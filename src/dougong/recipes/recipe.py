@@ -23,11 +23,11 @@ from dougong.model.sandwich import SandwichConfig
 class DataConfig(Config):
     """Where records come from, and how they are seen."""
 
-    source: Literal["easy-vqa", "digits"] | None = None
+    source: Literal["easy-vqa", "digits", "captions"] | None = None
     """A collection that Dougong prepares by itself; None: the tables below."""
 
     folder: str | None = None
-    """digits: the folder of recordings. easy-vqa: where to prepare it (None: the user's cache)."""
+    """digits: the folder of recordings. easy-vqa and captions: where to prepare it (None: the user's cache)."""
 
     train: str | None = None
     """A table: Parquet (or a folder of shards), CSV, JSONL, or a folder of class folders."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dougong.core.errors import ConfigError
 from dougong.data.columns import ColumnRole, infer_roles
 from dougong.data.modality.medium import media_key
+from dougong.data.sources.captions import prepare_captions
 from dougong.data.sources.digits import prepare_digits
 from dougong.data.sources.easy_vqa import prepare_easy_vqa
 from dougong.data.split import split_table
@@ -83,6 +84,10 @@ def _locate(data: DataConfig, announce: Announce | None) -> tuple[Path, Path | N
         prepare_easy_vqa(folder, announce=announce)
         drawn, spoken = "easy-VQA: generated pictures and questions", "the spoken questions are synthetic (espeak-ng)"
         return folder / "train.parquet", None, folder / "test.parquet", (drawn, spoken)
+    if data.source == "captions":
+        folder = prepare_captions(Path(data.folder) if data.folder else cache_folder() / "captions")
+        made = "easy-VQA: generated pictures; captions are made of what its questions and answers prove"
+        return folder / "train.parquet", None, folder / "test.parquet", (made,)
     if data.source == "digits":
         if data.folder is None:
             raise ConfigError("source digits needs data.folder: the recordings of the Free Spoken Digit Dataset.")
