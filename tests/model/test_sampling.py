@@ -54,7 +54,9 @@ def test_samples_follow_the_chances_and_repeat_with_the_seed() -> None:
     torch.testing.assert_close(torch.bincount(first, minlength=4) / 20_000, CHANCES[0], rtol=0, atol=0.015)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"guidance": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"guidance": -1}]
+)
 def test_what_makes_no_sense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         SamplingConfig.model_validate(settings)

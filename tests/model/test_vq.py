@@ -95,6 +95,20 @@ def test_evaluation_changes_nothing_and_repeats_itself() -> None:
     torch.testing.assert_close(tokenizer.decode(first), whole.x_UDHW, rtol=0, atol=1e-5)
 
 
+def test_a_code_is_of_its_own_cell_alone() -> None:
+    tokenizer = build()
+    plain_UCHW = torch.full((1, 3, 16, 24), 0.3)
+    marked_UCHW = plain_UCHW.clone()
+    marked_UCHW[:, :, :8, 8:16] = torch.randn(3, 8, 8) * 5  # the second cell
+    tokenizer.train()(batch_of(torch.cat([plain_UCHW, marked_UCHW])))  # codes are made of these cells
+    tokenizer.eval()
+
+    plain_P, marked_P = tokenizer.encode(plain_UCHW)[0], tokenizer.encode(marked_UCHW)[0]
+
+    assert len(set(plain_P.tolist())) == 1
+    assert (plain_P != marked_P).nonzero().flatten().tolist() == [1]
+
+
 def test_cells_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValidationError, match="cell=6 is no power of 2"):
         TokenizerConfig(cell=6)

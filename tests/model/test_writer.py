@@ -46,7 +46,9 @@ def batch_of(num_records: int = 5) -> Batch:
         "mask_UT": torch.arange(7) < length_U[:, None],
     }
     pixels = {"pixels_UCHW": torch.randn(num_records, 3, 16, 24, generator=generator)}
-    return Batch({"photo": MediaBatch(pixels, index_B, present_B), "remark": MediaBatch(text, index_B, present_B)}, None)
+    return Batch(
+        {"photo": MediaBatch(pixels, index_B, present_B), "remark": MediaBatch(text, index_B, present_B)}, None
+    )
 
 
 def with_values(batch: Batch, name: str, values: dict[str, Tensor]) -> Batch:
@@ -192,7 +194,9 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="trained with condition_dropped=0. Use guidance 1"):
         build(condition_dropped=0.0).eval().write(batch_of(), "draw", SamplingConfig(guidance=2), torch.Generator())
     with pytest.raises(ConfigError, match="a writer needs one text, and the records have 0"):
-        WriterConfig.model_validate(SMALL).build(SIGNATURE.model_copy(update={"inputs": {"photo": ImageInput(height=16, width=24)}}))
+        WriterConfig.model_validate(SMALL).build(
+            SIGNATURE.model_copy(update={"inputs": {"photo": ImageInput(height=16, width=24)}})
+        )
     with pytest.raises(ConfigError, match="end_of_words=99 is no word"):
         build(end_of_words=99)
     with pytest.raises(ValidationError, match="must name caption, draw or both"):

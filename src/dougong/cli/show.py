@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
+    from dougong.recipes.generate import GenerationResult
     from dougong.recipes.run import RunResult
 
 
@@ -47,6 +48,16 @@ def print_run(result: RunResult) -> None:
             for name, e in result.evaluations.items()
         }
     )
+    console = Console()
+    for note in result.notes:
+        console.print(f"note: {note}", style="dim", highlight=False)
+    console.print(f"bundle  {result.folder / 'bundle'}", highlight=False, soft_wrap=True)
+    console.print(f"report  {result.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def print_generation(result: GenerationResult) -> None:
+    """The same of a run that learnt to write."""
+    print_figures({name: found._asdict() for name, found in result.evaluations.items()})
     console = Console()
     for note in result.notes:
         console.print(f"note: {note}", style="dim", highlight=False)

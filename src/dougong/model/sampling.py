@@ -1,6 +1,6 @@
 """From the scores of what could come next to what does.
 
-Here        SamplingConfig, `guided`, `narrowed`, `choose`.
+Here        SamplingConfig, SamplingsConfig, `guided`, `narrowed`, `choose`.
 Elsewhere   the scores (model/writer.py).
 Promise     the same scores, settings and generator choose the same; temperature 0 chooses the likeliest, always.
 """
@@ -29,6 +29,16 @@ class SamplingConfig(Config):
     guidance: float = Field(default=1.0, ge=0)
     """How far to go from what would come without the condition to what comes with it, and beyond: 1 is plain
     sampling, 0 ignores the condition."""
+
+
+class SamplingsConfig(Config):
+    """The same for each direction of a writer."""
+
+    caption: SamplingConfig = SamplingConfig(temperature=0)
+    """A caption is best said as it is likeliest."""
+
+    draw: SamplingConfig = SamplingConfig()
+    """A picture is one of many that would do."""
 
 
 def guided(with_BV: Tensor, without_BV: Tensor, guidance: float) -> Tensor:

@@ -2,11 +2,11 @@
 
 Here        TokenizerConfig, PictureTokenizer (a BlockStack), Codebook.
 Elsewhere   how wrong a picture is (objectives/reconstruction.py); writing codes (model/writer.py).
-Promise     equal pictures have equal codes; in evaluation nothing in it changes; a code that no picture uses is
-            given up for what the encoder says of some picture, so that codes are not wasted.
+Promise     a code depends on the pixels of its own cell alone, so equal cells have equal codes; in evaluation
+            nothing in it changes; a code that no picture uses is given up for some cell that the others serve badly.
 
-After van den Oord et al. 2017 (arXiv:1711.00937), with the codebook as moving averages, narrow codes as in Yu et al. 2021
-(arXiv:2110.04627), pixels shuffled out of channels (Shi et al. 2016, arXiv:1609.05158), and no adversary.
+After van den Oord et al. 2017 (arXiv:1711.00937), with the codebook as moving averages, narrow codes as in Yu et al.
+2021 (arXiv:2110.04627), pixels shuffled out of channels (Shi et al. 2016, arXiv:1609.05158), and no adversary.
 """
 
 from __future__ import annotations
@@ -94,26 +94,27 @@ class PictureTokenizer(BlockStack[Coded, Coded]):
         self.config, self.given = config, given
         self.grid = (given.height // config.cell, given.width // config.cell)
         """Rows and columns of codes."""
-        # Whole patches at once, in and out: layers at full size would cost ten times as much.
+        # Whole patches at once, in and out: layers at full size would cost ten times as much. A code is of its own
+        # cell alone, so that a plain ground is the same code everywhere: what writes codes need not learn noise.
         self.stem = nn.Conv2d(given.channels, width, half, stride=half)
         self.codebook = Codebook(config)
-        fine = [[Residual(width) for _ in range(config.num_layers)] for _ in range(2)]
-        coarse = [[Residual(width) for _ in range(config.num_layers)] for _ in range(2)]
+        alone = [[Residual(width, reach=0) for _ in range(config.num_layers)] for _ in range(2)]
+        seeing = [[Residual(width, reach=1) for _ in range(config.num_layers)] for _ in range(2)]
         self.blocks = nn.ModuleList(
             [
-                *fine[0],
-                OnPicture(nn.Conv2d(width, width, 4, stride=2, padding=1)),
-                *coarse[0],
+                *alone[0],
+                OnPicture(nn.Conv2d(width, width, 2, stride=2)),
+                *alone[1],
                 self.codebook,
-                *coarse[1],
+                *seeing[0],
                 OnPicture(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)),
-                *fine[1],
+                *seeing[1],
             ]
         )
         self.paint = nn.Sequential(
-            nn.GroupNorm(1, width),
+            PlaceNorm(width),
             nn.SiLU(),
-            nn.Conv2d(width, given.channels * half**2, 3, padding=1),
+            nn.Conv2d(width, given.channels * half**2, 3, padding=1, padding_mode="replicate"),
             nn.PixelShuffle(half),
         )
 
@@ -208,11 +209,16 @@ class Codebook(nn.Module):
         count = int(dead_K.sum())
         if count == 0:
             return
-        drawn_N = torch.randint(len(z_NE), (count,), device=z_NE.device)
-        self.code_KE[dead_K] = z_NE[drawn_N]
+        # What the living codes serve worst, as k-means++ begins (Arthur and Vassilvitskii 2007): drawn evenly, nearly
+        # all would come from plain ground, and what is rare, such as corners, would have no code.
+        alive_LE = self.code_KE[~dead_K] if count < len(dead_K) else z_NE.mean(dim=0, keepdim=True)
+        nearest_N = _nearest(z_NE, alive_LE)
+        off_N = (z_NE - alive_LE[nearest_N]).square().sum(dim=1)
+        drawn_K = torch.multinomial(off_N + 1e-9, count, replacement=True)
+        self.code_KE[dead_K] = z_NE[drawn_K]
         # As if chosen once a batch: time to be found useful before it is judged again.
         self.used_K[dead_K] = 1.0
-        self.sum_KE[dead_K] = z_NE[drawn_N]
+        self.sum_KE[dead_K] = z_NE[drawn_K]
 
 
 def _nearest(z_NE: Tensor, code_KE: Tensor) -> Tensor:
@@ -221,18 +227,24 @@ def _nearest(z_NE: Tensor, code_KE: Tensor) -> Tensor:
     return distance_NK.argmin(dim=1)
 
 
-class Residual(nn.Module):
-    """Norm, bend, convolve, twice, beside the way through."""
+class PlaceNorm(nn.LayerNorm):
+    """Norm over the channels of each place by itself: a place's answer depends on no far one."""
 
-    def __init__(self, width: int) -> None:
+    def forward(self, x_UDHW: Tensor) -> Tensor:
+        return super().forward(x_UDHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Residual(nn.Module):
+    """Norm, bend, convolve, twice, beside the way through; `reach` is in places each way."""
+
+    def __init__(self, width: int, *, reach: int) -> None:
         super().__init__()
+
+        def convolution() -> nn.Conv2d:
+            return nn.Conv2d(width, width, 2 * reach + 1, padding=reach, padding_mode="replicate")
+
         self.inner = nn.Sequential(
-            nn.GroupNorm(1, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(1, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            PlaceNorm(width), nn.SiLU(), convolution(), PlaceNorm(width), nn.SiLU(), convolution()
         )
 
     def forward(self, state: Coded) -> Coded:

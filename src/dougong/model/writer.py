@@ -480,7 +480,6 @@ def _only(signature: Signature, kind: type[ImageInput] | type[TextInput]) -> tup
     if len(found) != 1:
         wanted = "picture" if kind is ImageInput else "text"
         raise ConfigError(
-            f"a writer needs one {wanted}, and the records have {len(found)}. "
-            "Name the two columns in data.modalities."
+            f"a writer needs one {wanted}, and the records have {len(found)}. Name the two columns in data.modalities."
         )
     return found[0]

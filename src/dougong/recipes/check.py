@@ -16,7 +16,7 @@ from dougong.data.check import TableReport, check_table
 from dougong.data.columns import ColumnRole
 from dougong.data.preparation import fit_preparation
 from dougong.data.target import infer_target
-from dougong.recipes.known import KNOWN, read_recipe
+from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import open_tables
 
@@ -63,7 +63,7 @@ def check_recipe_or_table(what: str, *, target: str | None = None, settings: Seq
         DougongError: it can be neither read nor run.
     """
     if what in KNOWN or what.endswith((".yaml", ".yml")):
-        recipe = read_recipe(what, settings)
+        recipe: AnyRecipe = read_any_recipe(what, settings)
     elif Path(what).exists():
         recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
     else:

@@ -2,8 +2,8 @@
 
 Here        run_generation, GenerationResult, judge_writer.
 Elsewhere   the description (recipes/generation.py); every part that is introduced here to the others.
-Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses, whether it
-            was the tokenizer or the writer that was being trained.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses, whether
+            the tokenizer or the writer was being trained.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def judge_writer(
     model.eval()
     nats = dict.fromkeys(model.config.directions, 0.0)
     right, tokens, records = (dict.fromkeys(model.config.directions, 0) for _ in range(3))
-    for batch in _batches(table, preparation, batch_size):
+    for batch in batches_of(table, preparation, batch_size):
         with torch.inference_mode():
             output = model(batch)
         for direction, written in output.written.items():
@@ -171,7 +171,7 @@ def captions_that_name(generator: Generator, table: Table, *, seed: int = 0) -> 
     target = generator.preparation.target
     known = {word for label in target.labels for word in label.split()}
     right = total = 0
-    for number, batch in enumerate(_batches(table, generator.preparation, JUDGED_AT_ONCE)):
+    for number, batch in enumerate(batches_of(table, generator.preparation, JUDGED_AT_ONCE)):
         captions = generator.write(batch, "caption", seed=derive_seed(seed, "judged", number))
         assert batch.target is not None
         for caption, label in zip(captions, batch.target.tolist(), strict=True):
@@ -180,7 +180,7 @@ def captions_that_name(generator: Generator, table: Table, *, seed: int = 0) -> 
     return right / total
 
 
-def _batches(table: Table, preparation: Preparation, batch_size: int) -> Iterator[Batch]:
+def batches_of(table: Table, preparation: Preparation, batch_size: int = JUDGED_AT_ONCE) -> Iterator[Batch]:
     for arrays in Loader(table, preparation, LoaderConfig(batch_size=batch_size)).one_pass():
         if len(arrays.row_B):
             yield to_tensors(arrays)
@@ -313,9 +313,7 @@ def _train(
         loader,
         recipe.train,
         folder=folder,
-        watch=Watch(
-            lambda: judge_writer(model, tables.validation, preparation), "loss", higher_is_better=False
-        ),
+        watch=Watch(lambda: judge_writer(model, tables.validation, preparation), "loss", higher_is_better=False),
         announce=Announcer(*listeners),
         seed=recipe.seed,
         resume=resume,
@@ -379,11 +377,10 @@ def _write_samples(result: GenerationResult, recipe: GenerateRecipe) -> None:
     """Test records with what is written about them, for the page."""
     generator, network = result.generator, result.generator.network
     target: Target = generator.preparation.target
-    batch = next(_batches(result.tables.test, generator.preparation, SHOWN))
+    batch = next(batches_of(result.tables.test, generator.preparation, SHOWN))
     folder = result.folder / GALLERY
     folder.mkdir(exist_ok=True)
     image, text = batch.media[network.picture], batch.media[network.words]
-    tokenizer = generator._text.tokenizer
     written = {
         direction: generator.write(batch, direction, seed=derive_seed(recipe.seed, "shown"))
         for direction in network.config.directions
@@ -398,7 +395,7 @@ def _write_samples(result: GenerationResult, recipe: GenerateRecipe) -> None:
         if batch.target is not None and target.labels:
             sample["label"] = target.labels[int(batch.target[place])]
         if bool(text.present_B[place]):
-            sample["caption"] = tokenizer.decode(text.values["ids_UT"][text.index_B[place]].tolist())
+            sample["caption"] = generator.text(text.values["ids_UT"][text.index_B[place]])
             if "draw" in written:
                 sample["drawn"] = _save(written["draw"][place], folder / f"{place}-drawn.png")
         if bool(image.present_B[place]):

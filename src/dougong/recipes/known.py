@@ -1,7 +1,7 @@
 """The recipes that have names.
 
-Here        vqa, vqa-demo, digits; KNOWN; reading a recipe by its name or from YAML.
-Elsewhere   what a recipe may say (recipes/recipe.py).
+Here        vqa, vqa-demo, digits; KNOWN and KINDS; reading a recipe by its name or from YAML.
+Elsewhere   what a recipe may say (recipes/recipe.py; recipes/generation.py, with its own named ones).
 Promise     each trains as it stands: `dougong train NAME`.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias, cast
 
-from dougong.core.config import from_yaml, override, parse
+from dougong.core.config import Config, from_yaml, override, parse
 from dougong.core.errors import ConfigError
 from dougong.data.collate import View
 from dougong.data.loader import LoaderConfig
@@ -25,6 +25,7 @@ from dougong.model.encoders.audio import AudioEncoderConfig
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sandwich import SandwichConfig
+from dougong.recipes.generation import GenerateRecipe, pretrain_joint, vqa_generate
 from dougong.recipes.recipe import DataConfig, Recipe
 
 WRITTEN: Final = ("image", "question")
@@ -125,11 +126,34 @@ def _vqa(name: str, about: str, *, steps: int) -> Recipe:
     )
 
 
-KNOWN: Final[dict[str, Callable[[], Recipe]]] = {"vqa-demo": vqa_demo, "vqa": vqa, "digits": digits}
+AnyRecipe: TypeAlias = Recipe | GenerateRecipe
+
+KNOWN: Final[dict[str, Callable[[], AnyRecipe]]] = {
+    "vqa-demo": vqa_demo,
+    "vqa": vqa,
+    "digits": digits,
+    "vqa-generate": vqa_generate,
+    "pretrain-joint": pretrain_joint,
+}
+
+KINDS: Final[dict[str, type[Config]]] = {"generate": GenerateRecipe}
+"""By the `kind` that stands in a recipe; one without is a Recipe."""
 
 
 def read_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe by its name, or from a YAML file, with `a.b=value` settings laid over it.
+    """A recipe that decides, by its name or from a YAML file, with `a.b=value` settings laid over it.
+
+    Raises:
+        ConfigError: there is no such recipe or file, it is of another kind, or a setting is wrong.
+    """
+    recipe = read_any_recipe(name, settings)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe {name} learns to {recipe.kind}, not to decide. Carry it out with: dougong train.")
+    return recipe
+
+
+def read_any_recipe(name: str, settings: Sequence[str] = ()) -> AnyRecipe:
+    """The same of any kind.
 
     Raises:
         ConfigError: there is no such recipe or file, or a setting is wrong.
@@ -143,4 +167,8 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
         values = from_yaml(path.read_text(encoding="utf-8"), where=name)
     else:
         raise ConfigError(f"{name!r} is no recipe. Use one of {', '.join(KNOWN)}, or a file that ends in .yaml.")
-    return parse(Recipe, override(values, settings), where=f"recipe {name}")
+    values = override(values, settings)
+    if "kind" in values and values["kind"] not in KINDS:
+        raise ConfigError(f"recipe {name} is of kind {values['kind']!r}. Use {', '.join(KINDS)}, or leave it out.")
+    kind = KINDS[values["kind"]] if "kind" in values else Recipe
+    return cast(AnyRecipe, parse(kind, values, where=f"recipe {name}"))

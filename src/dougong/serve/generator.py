@@ -30,7 +30,7 @@ from dougong.data.modality.text import TextModality
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
 from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
-from dougong.model.sampling import SamplingConfig
+from dougong.model.sampling import SamplingConfig, SamplingsConfig
 from dougong.model.writer import Direction, Writer, WriterConfig
 from dougong.nn.batch import Batch
 
@@ -47,12 +47,12 @@ class Generator:
     """A writer with the preparation that feeds it."""
 
     def __init__(
-        self, network: Writer, preparation: Preparation, manifest: Manifest, sampling: SamplingConfig | None = None
+        self, network: Writer, preparation: Preparation, manifest: Manifest, sampling: SamplingsConfig | None = None
     ) -> None:
         self.network = network.eval()
         self.preparation = preparation
         self.manifest = manifest
-        self.sampling = sampling or SamplingConfig()
+        self.sampling = sampling or SamplingsConfig()
         """What is used where a caller gives no settings."""
         self._device = next(network.parameters()).device
         self._image = cast(ImageModality, preparation.modalities[network.picture])
@@ -72,9 +72,7 @@ class Generator:
         """
         return self._written("caption", [_picture_bytes(picture) for picture in pictures], sampling, seed)
 
-    def draw(
-        self, texts: Sequence[str], *, sampling: SamplingConfig | None = None, seed: int = 0
-    ) -> list[Image.Image]:
+    def draw(self, texts: Sequence[str], *, sampling: SamplingConfig | None = None, seed: int = 0) -> list[Image.Image]:
         """Draw what texts say.
 
         Raises:
@@ -86,10 +84,14 @@ class Generator:
     def write(self, batch: Batch, direction: Direction, *, sampling: SamplingConfig | None = None, seed: int) -> Any:
         """The same for a batch that is at hand: captions, or pictures."""
         generator = torch.Generator(self._device).manual_seed(derive_seed(seed, direction))
-        written = self.network.write(batch, direction, sampling or self.sampling, generator)
+        written = self.network.write(batch, direction, sampling or getattr(self.sampling, direction), generator)
         if direction == "caption":
-            return [self._text.tokenizer.decode(ids) for ids in written.tolist()]
+            return [self.text(ids_N) for ids_N in written]
         return self.pictures(self.network.pictures(written))
+
+    def text(self, ids_N: Tensor) -> str:
+        """Token ids as words."""
+        return self._text.tokenizer.decode(ids_N.tolist())
 
     def pictures(self, pixels_UCHW: Tensor) -> list[Image.Image]:
         """Normalised pixels as pictures."""
@@ -156,7 +158,7 @@ def load_generator(folder: str | Path) -> Generator:
         settings = {key: value for key, value in manifest.model.items() if key != "kind"}
         network = parse(WriterConfig, settings, where="the bundle's model").build(manifest.signature)
         put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
-        sampling = parse(SamplingConfig, json.loads((folder / SAMPLING).read_text(encoding="utf-8")), where=SAMPLING)
+        sampling = parse(SamplingsConfig, json.loads((folder / SAMPLING).read_text(encoding="utf-8")), where=SAMPLING)
     except (ConfigError, CheckpointError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise BundleError(
