@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import dougong
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError, DataError, RunError
@@ -175,6 +176,8 @@ def test_files_that_are_no_pictures_and_bundles_that_do_not_write_are_refused(
         load_generator(run).caption([tmp_path / "x.png"])
     with pytest.raises(BundleError, match="holds a model that decides, not one that writes"):
         load_generator(colour_run)
+    with pytest.raises(BundleError, match="holds a writer, not a model that decides"):
+        dougong.load(run / "bundle")
     with pytest.raises(RunError, match="holds a run already"):
         run_generation(pretrain_joint(), run, quiet=True)
 
