@@ -116,6 +116,20 @@ def test_a_token_does_not_see_itself_or_what_comes_after() -> None:
     assert not torch.allclose(other[:, 4:], score[:, 4:])
 
 
+def test_a_code_does_not_see_itself_or_what_comes_after() -> None:
+    """Though it is told what stands above it and to the right of that."""
+    model = build().eval()
+    code_RN = torch.randint(0, 10, (2, 6))
+    before_RND = model._before("draw", code_RN)
+
+    for place in range(6):
+        other_RN = code_RN.clone()
+        other_RN[:, place:] = (other_RN[:, place:] + 1) % 10
+        torch.testing.assert_close(
+            model._before("draw", other_RN)[:, : place + 1], before_RND[:, : place + 1], rtol=0, atol=0
+        )
+
+
 def test_what_is_not_told_leaves_no_trace() -> None:
     model = build(condition_dropped=0.999999).train()
     batch = batch_of()

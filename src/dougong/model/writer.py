@@ -199,7 +199,11 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         self.word_place = nn.Embedding(self.most_words, width)
         self.cell_row = nn.Embedding(self.tokenizer.grid[0], width)
         self.cell_column = nn.Embedding(self.tokenizer.grid[1], width)
-        for embedding in (self.vocabulary, self.marks, self.word_place, self.cell_row, self.cell_column):
+        # What stands above the cell to be written, and right of that: with the code before it, all that touches it.
+        self.above = nn.Embedding(num_codes, width)
+        self.above_right = nn.Embedding(num_codes, width)
+        embeddings = (self.vocabulary, self.marks, self.word_place, self.cell_row, self.cell_column)
+        for embedding in (*embeddings, self.above, self.above_right):
             nn.init.normal_(embedding.weight, std=0.3)
         blocks.append(JoinStreams(self.marks, self.given))
         self.layers = [
@@ -302,7 +306,16 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         """What stands before each token, and the place of the one to come."""
         token_RND = self.vocabulary(target_RN[:, :-1] + self._first(direction))
         begin_R1D = self._begin(direction).expand(len(target_RN), 1, -1)
-        return torch.cat([begin_R1D, token_RND], dim=1) + self._places(direction)[: target_RN.shape[1]]
+        x_RND = torch.cat([begin_R1D, token_RND], dim=1) + self._places(direction)[: target_RN.shape[1]]
+        if direction == "draw":
+            columns = self.tokenizer.grid[1]
+            above_RND = self.above(target_RN[:, :-columns])
+            right_RND = self.above_right(target_RN[:, 1 : target_RN.shape[1] - columns + 1])
+            # A row's last cell has nothing to its upper right but the next row's first cell, which is to come.
+            last_N = torch.arange(right_RND.shape[1], device=x_RND.device) % columns == columns - 1
+            seen_RND = above_RND + right_RND.masked_fill(last_N[:, None], 0.0)
+            x_RND = x_RND + nn.functional.pad(seen_RND, (0, 0, columns, 0))
+        return x_RND
 
     def _first(self, direction: Direction) -> int:
         """Where the direction's tokens begin in the vocabulary."""
@@ -366,8 +379,18 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             chosen.append(token_B)
             if direction == "caption" and bool(ended_B.all()):
                 break
-            next_BD = self.vocabulary(token_B + self._first(direction)).repeat(2 if guide else 1, 1)
+            next_BD = self._next(direction, chosen).repeat(2 if guide else 1, 1)
         return torch.stack(chosen, dim=1)
+
+    def _next(self, direction: Direction, chosen: list[Tensor]) -> Tensor:
+        """What stands before the next token, but for its place; as `_before` has it."""
+        next_BD: Tensor = self.vocabulary(chosen[-1] + self._first(direction))
+        columns = self.tokenizer.grid[1]
+        if direction == "draw" and len(chosen) >= columns:
+            next_BD = next_BD + self.above(chosen[-columns])
+            if len(chosen) % columns != columns - 1:
+                next_BD = next_BD + self.above_right(chosen[1 - columns])
+        return next_BD
 
     def _through(self, x_BTD: Tensor, mask_BT: Tensor, caches: list[Cache | None]) -> Tensor:
         """The decoder's layers, which see the cached tokens too; the caches grow."""
