@@ -37,8 +37,8 @@ class SamplingsConfig(Config):
     caption: SamplingConfig = SamplingConfig(temperature=0)
     """A caption is best said as it is likeliest."""
 
-    draw: SamplingConfig = SamplingConfig()
-    """A picture is one of many that would do."""
+    draw: SamplingConfig = SamplingConfig(guidance=2.0)
+    """A picture is one of many that would do; guided, more of them show what was asked."""
 
 
 def guided(with_BV: Tensor, without_BV: Tensor, guidance: float) -> Tensor:

@@ -13,7 +13,7 @@ one vocabulary, the layers and the head; scores are of the words where words are
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -128,7 +128,7 @@ class WriterState(NamedTuple):
     read: SandwichState
     """What is given, on its way through the encoders."""
 
-    streams: dict[str, Stream]
+    streams: dict[Direction, Stream]
     """By direction."""
 
 
@@ -144,7 +144,7 @@ class Written(NamedTuple):
 class WriterOutput(NamedTuple):
     """What a loss needs."""
 
-    written: dict[str, Written]
+    written: dict[Direction, Written]
     """By direction."""
 
     aligned: dict[str, Tensor]
@@ -158,9 +158,9 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         super().__init__()
         self.picture, image = _only(signature, ImageInput)
         self.words, text = _only(signature, TextInput)
-        self.given = {"caption": self.picture, "draw": self.words}
+        self.given: dict[Direction, str] = {"caption": self.picture, "draw": self.words}
         """What each direction is told."""
-        self.content = {"caption": self.words, "draw": self.picture}
+        self.content: dict[Direction, str] = {"caption": self.words, "draw": self.picture}
         """What each direction writes."""
         if config.end_of_words >= text.vocabulary_size:
             raise ConfigError(
@@ -240,7 +240,8 @@ class Writer(BlockStack[WriterState, WriterOutput]):
     # All at once ---------------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> WriterState:
-        read, streams = _nothing_read(batch), {}
+        read = _nothing_read(batch)
+        streams: dict[Direction, Stream] = {}
         for place, direction in enumerate(self.config.directions):
             row_R = torch.arange(batch.num_records, device=self.out.weight.device)
             if self.training:  # records take turns
@@ -258,7 +259,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         return WriterState(read, streams)
 
     def head(self, state: WriterState) -> WriterOutput:
-        written = {}
+        written: dict[Direction, Written] = {}
         for direction, stream in state.streams.items():
             num_written = stream.target_RN.shape[1]
             score_RNV = self._score(direction, stream.x_RTD[:, stream.x_RTD.shape[1] - num_written :])
@@ -276,7 +277,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             return read, medium_R
         if self.config.align and self.training:  # all are encoded anyway
             return self._read_all(read, media, name), medium_R
-        used_W, medium_R = medium_R.unique(return_inverse=True)
+        used_W, medium_R = _distinct(medium_R)
         values = {key: value.index_select(0, used_W) for key, value in media.values.items()}
         tokens = self.embedders[name](values)
         return _with_tokens(read, name, tokens.x_UTD, tokens.mask_UT), medium_R
@@ -298,7 +299,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             ids_RT = media.values["ids_UT"].index_select(0, media.index_B[row_R])
             mask_RT = media.values["mask_UT"].index_select(0, media.index_B[row_R])
             return ids_RT[:, 1:], mask_RT[:, 1:] & there_R[:, None]
-        used_W, medium_R = media.index_B[row_R].unique(return_inverse=True)
+        used_W, medium_R = _distinct(media.index_B[row_R])
         code_WP = self.tokenizer.encode(media.values["pixels_UCHW"].index_select(0, used_W))
         return code_WP[medium_R], there_R[:, None].expand(-1, self.num_cells)
 
@@ -371,7 +372,8 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             x_BTD = self._through(x_BTD, mask_BT, caches)
             score_BV = self._score(direction, x_BTD[:, -1]).float()
             if guide:
-                score_BV = guided(*score_BV.chunk(2), sampling.guidance)
+                with_BV, without_BV = score_BV.chunk(2)
+                score_BV = guided(with_BV, without_BV, sampling.guidance)
             token_B = choose(score_BV, sampling, generator)
             if direction == "caption":
                 token_B = token_B.masked_fill(ended_B, self.config.end_of_words)
@@ -440,7 +442,7 @@ class ReadBlock(nn.Module):
 class JoinStreams(nn.Module):
     """Puts what is given before what is written: a mark that says whether anything is, then its tokens."""
 
-    def __init__(self, marks: nn.Embedding, given: dict[str, str]) -> None:
+    def __init__(self, marks: nn.Embedding, given: dict[Direction, str]) -> None:
         super().__init__()
         self.marks = marks
         self.given = given
@@ -498,7 +500,10 @@ def _doubled(x_BTD: Tensor, mask_BT: Tensor, nothing_D: Tensor) -> tuple[Tensor,
     return torch.cat([x_BTD, untold_BTD]), torch.cat([mask_BT, unmasked_BT])
 
 
-def _only(signature: Signature, kind: type[ImageInput] | type[TextInput]) -> tuple[str, ImageInput | TextInput]:
+ShapeT = TypeVar("ShapeT", ImageInput, TextInput)
+
+
+def _only(signature: Signature, kind: type[ShapeT]) -> tuple[str, ShapeT]:
     found = [(name, shape) for name, shape in signature.inputs.items() if isinstance(shape, kind)]
     if len(found) != 1:
         wanted = "picture" if kind is ImageInput else "text"
@@ -506,3 +511,9 @@ def _only(signature: Signature, kind: type[ImageInput] | type[TextInput]) -> tup
             f"a writer needs one {wanted}, and the records have {len(found)}. Name the two columns in data.modalities."
         )
     return found[0]
+
+
+def _distinct(index_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The media that some record has, and each record's place among them."""
+    used_W, place_R = torch.unique(index_R, return_inverse=True)
+    return used_W, place_R

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.data.loader import LoaderConfig
@@ -71,6 +71,17 @@ class GenerateRecipe(Config):
 
     train: TrainConfig = TrainConfig()
 
+    @model_validator(mode="after")
+    def _guidance_learnt(self) -> GenerateRecipe:
+        for direction in self.model.directions:
+            guidance = getattr(self.sampling, direction).guidance
+            if guidance != 1 and not self.model.condition_dropped:
+                raise ValueError(
+                    f"sampling.{direction}.guidance={guidance} needs model.condition_dropped above 0, for some records "
+                    "to be learnt without their condition. Use for example 0.1, or guidance 1."
+                )
+        return self
+
 
 def vqa_generate() -> GenerateRecipe:
     """Captions of easy-VQA's pictures, and pictures of captions, by one decoder."""
@@ -99,7 +110,7 @@ def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
         ),
         tokenizer=TokenizerStage(
             train=TrainConfig(
-                steps=800,
+                steps=1800,
                 precision="fp32",
                 optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
             )
@@ -114,9 +125,9 @@ def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
             tokenizer=TokenizerConfig(cell=4, width=48, num_codes=512),
         ),
         train=TrainConfig(
-            steps=1200,
+            steps=4000,
             precision="fp32",
-            evaluate_every=300,
+            evaluate_every=500,
             optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.1),
         ),
     )

@@ -70,7 +70,10 @@ class Generator:
             ConfigError: the model has not learnt it.
             DataError: a picture cannot be read.
         """
-        return self._written("caption", [_picture_bytes(picture) for picture in pictures], sampling, seed)
+        captions: list[str] = self._written(
+            "caption", [_picture_bytes(picture) for picture in pictures], sampling, seed
+        )
+        return captions
 
     def draw(self, texts: Sequence[str], *, sampling: SamplingConfig | None = None, seed: int = 0) -> list[Image.Image]:
         """Draw what texts say.
@@ -79,7 +82,8 @@ class Generator:
             ConfigError: the model has not learnt it.
             DataError: a text is empty.
         """
-        return self._written("draw", texts, sampling, seed)
+        pictures: list[Image.Image] = self._written("draw", texts, sampling, seed)
+        return pictures
 
     def write(self, batch: Batch, direction: Direction, *, sampling: SamplingConfig | None = None, seed: int) -> Any:
         """The same for a batch that is at hand: captions, or pictures."""
