@@ -143,23 +143,25 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes under torchrun."""
-    from dougong.cli.show import print_alignment, print_run
+    from dougong.cli.show import print_alignment, print_generation, print_run
     from dougong.engine.parallel.ranks import connected_ranks
     from dougong.recipes.align import AlignResult, run_align
     from dougong.recipes.alignment import AlignRecipe
+    from dougong.recipes.generate import GenerationResult, run_generation
+    from dougong.recipes.generation import GenerateRecipe
     from dougong.recipes.known import read_any_recipe
     from dougong.recipes.run import RunResult, run_recipe
 
     found = read_any_recipe(recipe, settings or ())
     folder = out or Path("runs") / found.name
-    result: RunResult | AlignResult
+    result: RunResult | AlignResult | GenerationResult
     with connected_ranks() as ranks:
+        if ranks.world > 1 and isinstance(found, AlignRecipe | GenerateRecipe):
+            raise ConfigError(f"{found.name} is pretrained in one process only. Start it without torchrun.")
         if isinstance(found, AlignRecipe):
-            if ranks.world > 1:
-                raise ConfigError(
-                    f"{found.name} draws modalities together in one process only. Start it without torchrun."
-                )
             result = run_align(found, folder, resume=resume, quiet=as_json)
+        elif isinstance(found, GenerateRecipe):
+            result = run_generation(found, folder, resume=resume, quiet=as_json)
         else:
             result = run_recipe(found, folder, resume=resume, quiet=as_json, ranks=ranks)
     if not ranks.first:
@@ -168,6 +170,8 @@ def train(
         print(json.dumps(result.as_json()))
     elif isinstance(result, AlignResult):
         print_alignment(result)
+    elif isinstance(result, GenerationResult):
+        print_generation(result)
     else:
         print_run(result)
 
@@ -233,6 +237,43 @@ def predict(
         print(json.dumps(summary))
     else:
         print(f"{summary['answered']} answered, {summary['refused']} could not be read: {answers}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, Argument(help="A bundle's or a run's folder, of a model that writes.")],
+    text: Annotated[str | None, Option(help="What to draw; the picture goes to --out.")] = None,
+    image: Annotated[Path | None, Option(help="A picture to say in words.")] = None,
+    out: Annotated[Path, Option(help="Where to write the picture.")] = Path("picture.png"),
+    temperature: Annotated[float | None, Option(help="Below 1 safer, above 1 freer, 0 the likeliest always.")] = None,
+    top_p: Annotated[float | None, Option(help="Only the likeliest tokens that together have this chance.")] = None,
+    top_k: Annotated[int | None, Option(help="Only so many of the likeliest tokens.")] = None,
+    guidance: Annotated[float | None, Option(help="Above 1: closer to what was asked, less varied.")] = None,
+    seed: Annotated[int, Option(help="The same seed writes the same.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw what a text says, or say what a picture shows. What is not set is as the bundle says."""
+    from dougong.core.config import parse
+    from dougong.model.sampling import SamplingConfig
+    from dougong.serve.generator import load_generator
+
+    if (text is None) == (image is None):
+        raise ConfigError("generate needs one of --text and --image. Give --text 'a red circle', or --image x.png.")
+    generator = load_generator(model)
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "guidance": guidance}
+    usual = generator.sampling.caption if text is None else generator.sampling.draw
+    values = usual.model_dump() | {name: value for name, value in given.items() if value is not None}
+    sampling = parse(SamplingConfig, values, where="generate")
+    if image is not None:
+        (caption,) = generator.caption([image], sampling=sampling, seed=seed)
+        print(json.dumps({"caption": caption}) if as_json else caption)
+    elif text is not None:
+        (picture,) = generator.draw([text], sampling=sampling, seed=seed)
+        try:
+            picture.save(out)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--out {out} cannot be written ({error}). Name a .png file in a folder.") from None
+        print(json.dumps({"picture": str(out)}) if as_json else f"picture {out}")
 
 
 @app.command()

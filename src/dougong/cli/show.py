@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
+    from dougong.recipes.generate import GenerationResult
     from dougong.recipes.run import RunResult
     from dougong.serve.contribution import Contribution
 
@@ -51,11 +52,7 @@ def print_run(result: RunResult) -> None:
             for name, e in result.evaluations.items()
         }
     )
-    console = Console()
-    for note in result.notes:
-        console.print(f"note: {note}", style="dim", highlight=False)
-    console.print(f"bundle  {result.folder / 'bundle'}", highlight=False, soft_wrap=True)
-    console.print(f"report  {result.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    _print_places(result)
 
 
 def print_alignment(result: AlignResult) -> None:
@@ -66,8 +63,19 @@ def print_alignment(result: AlignResult) -> None:
     for sides, found in result.evaluations.items():
         for name, value in found.metrics.items():
             table.add_row(sides, name.replace("_", " "), f"{value:.4f}")
+    Console().print(table)
+    _print_places(result)
+
+
+def print_generation(result: GenerationResult) -> None:
+    """The same of a run that learnt to write."""
+    print_figures({name: found._asdict() for name, found in result.evaluations.items()})
+    _print_places(result)
+
+
+def _print_places(result: RunResult | AlignResult | GenerationResult) -> None:
+    """What to know of the figures, and where things are."""
     console = Console()
-    console.print(table)
     for note in result.notes:
         console.print(f"note: {note}", style="dim", highlight=False)
     console.print(f"bundle  {result.folder / 'bundle'}", highlight=False, soft_wrap=True)

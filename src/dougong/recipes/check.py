@@ -123,7 +123,7 @@ def check_recipe_or_table(
         warnings.append("volumes are read, but have no encoder yet: a run leaves them out")
     duplicates = find_duplicates(parts, tables.roles)
     alignments = find_misaligned(tables.train, tables.roles, unit=tables.unit, seed=recipe.seed)
-    warnings += _relations(recipe, tables, duplicates, alignments)
+    warnings += _relations(recipe.data, tables, duplicates, alignments)
     return CheckResult(
         name=what,
         roles=tables.roles,
@@ -161,10 +161,10 @@ def _quality_as_json(report: TableReport) -> dict[str, Any]:
 
 
 def _relations(
-    recipe: Recipe, tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]
+    data: DataConfig, tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]
 ) -> list[str]:
     """What is wrong between records, parts and modalities."""
-    would = "is allowed by data.allow_leak" if recipe.data.allow_leak else "a run would refuse this"
+    would = "is allowed by data.allow_leak" if data.allow_leak else "a run would refuse this"
     warnings = [f"{leak.line()}: {would}" for leak in tables.leaks]
     for found in duplicates:
         if found.kind in MEDIA and found.num_near_across:

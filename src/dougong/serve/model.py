@@ -247,6 +247,8 @@ def load(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     manifest = read_bundle(folder)
+    if "kind" in manifest.model:
+        raise BundleError(f"{folder} holds a {manifest.model['kind']}, not a model that decides. See dougong --help.")
     # Only files that the manifest vouches for are read.
     needed = [WEIGHTS, "preparation.json"]
     unknown = [name for name in needed if name not in manifest.files]

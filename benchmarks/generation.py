@@ -1,0 +1,181 @@
+"""Captions of pictures and pictures of captions by one decoder, held against a decoder of each direction alone.
+
+Pictures of easy-VQA with captions made of its questions and answers; figures are of the official test pictures, each
+met once. The tokenizer, which all models share, and the classifier that judges drawn pictures are trained once, on
+training pictures; every writer starts anew for every seed, with the same settings, batches and schedule.
+
+"The same total steps" is read so: a joint model takes N steps, in which the records of a batch take turns (half of
+them caption, half draw); the two models of one direction take N/2 steps each, with whole batches. Both sides then take
+N steps in all, read as many records in each direction, and cost about the same. The rows "of N steps" are the harder
+reading: each model of one direction takes N steps by itself, and so reads twice as many records of its direction as
+the joint model does; together the two take 2N. It is shown for the first seed.
+
+bits: of a held-out code (or word), given the true ones before it; less is better. An interval is the lowest and the
+highest of the seeds; a gain's is a 95 % interval of the seeds' mean by Student's t.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from harness import run
+
+from dougong.core.config import override, parse
+from dougong.core.figures import Figure
+from dougong.data.modality.image import ImageAugment
+from dougong.data.preparation import PreparationConfig
+from dougong.data.table import Table
+from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.trainer import TrainConfig
+from dougong.model.encoders.image import ImageEncoderConfig
+from dougong.model.sandwich import SandwichConfig
+from dougong.recipes.generate import GenerationResult, batches_of, run_generation
+from dougong.recipes.generation import GenerateRecipe, vqa_generate
+from dougong.recipes.recipe import DataConfig, Recipe
+from dougong.recipes.run import run_recipe
+from dougong.serve.generator import Generator
+from dougong.serve.model import Model
+
+SEEDS: Final = (0, 1, 2, 3, 4)
+STEPS: Final = 900
+"""N, of what is compared."""
+
+LONG_SEEDS: Final = (0, 1, 2)
+"""Of the model that is trained as the recipe says, whose captions and pictures are judged."""
+
+STUDENT: Final = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""The 97.5 % point of Student's t, by the number of seeds."""
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    seeds, steps = (SEEDS[:1], 20) if quick else (SEEDS, STEPS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = vqa_generate().train.steps
+        first = _train(folder / "tokenizer", 0, 1, ["tokenizer.train.steps=20"] if quick else [])
+        take = [f"tokenizer.take={folder / 'tokenizer'}"]
+        test = first.tables.test
+        labels = [str(label) for label in test.column("named").to_pylist()]
+        judge = _judge(folder / "judge", 10 if quick else 400)
+        yield _figure("judge right, real test pictures", [judge.manifest.metrics["all"]["accuracy"]])
+        coded = _through_tokenizer(first.generator, test)
+        yield _figure("judge right, test pictures through the tokenizer", [_right(judge, coded, labels)])
+
+        found: dict[str, list[float]] = defaultdict(list)
+        for seed in seeds[:1] if quick else LONG_SEEDS:
+            long = _train(folder / f"long-{seed}", seed, 40 if quick else whole or 0, take)
+            _note(found, long, "as the recipe says")
+            drawn = long.generator.draw(test.column("caption").to_pylist(), seed=seed)
+            found["pictures show colour and shape"].append(_right(judge, drawn, labels))
+        for seed in seeds:
+            _note(found, _train(folder / f"joint-{seed}", seed, steps, take), "joint")
+            for direction in ("caption", "draw"):
+                alone = [*take, f"model.directions=[{direction}]"]
+                _note(found, _train(folder / f"{direction}-{seed}", seed, steps // 2, alone), "alone")
+                if seed == seeds[0] and not quick:
+                    longer = _train(folder / f"{direction}-{seed}-longer", seed, steps, alone)
+                    _note(found, longer, "alone, of N steps")
+    yield from _figures(found)
+
+
+def _note(found: dict[str, list[float]], result: GenerationResult, who: str) -> None:
+    for direction, judged in result.evaluations.items():
+        for metric in ("token_accuracy", "bits", "names"):
+            if metric in judged.metrics:
+                found[f"{direction} {metric.replace('_', ' ')}, {who}"].append(judged.metrics[metric])
+    found[f"seconds of training, {who}"].append(result.train_seconds)
+
+
+def _figures(found: dict[str, list[float]]) -> Iterator[Figure]:
+    yield _figure("captions name colour and shape", found.pop("caption names, as the recipe says"), ">= 0.98")
+    yield _figure("pictures show colour and shape", found.pop("pictures show colour and shape"), ">= 0.95")
+    for name, better in (
+        ("caption token accuracy", 1),
+        ("draw bits", -1),
+        ("draw token accuracy", 1),
+        ("caption bits", -1),
+    ):
+        ours, theirs = found[f"{name}, joint"], found[f"{name}, alone"]
+        gains = [better * (a - b) for a, b in zip(ours, theirs, strict=True)]
+        mean, half = statistics.fmean(gains), _half_interval(gains)
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        unit = "bits" if "bits" in name else ""
+        gain = f"joint better than alone by, {name}"
+        yield Figure(name=gain, value=mean, unit=unit, low=low, high=high, seeds=len(gains))
+        if low is not None and name in ("caption token accuracy", "draw bits"):
+            # What must be above nothing is the whole interval, not its middle.
+            yield Figure(name=f"{gain}: its lower end", value=low, unit=unit, asked=">= 0", seeds=len(gains))
+    for name, values in found.items():
+        yield _figure(name, values)
+
+
+def _half_interval(values: list[float]) -> float | None:
+    if len(values) not in STUDENT:
+        return None
+    return STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _figure(name: str, values: list[float], asked: str | None = None) -> Figure:
+    unit = "s" if name.startswith("seconds") else "bits" if " bits" in name else ""
+    mean = statistics.fmean(values)
+    return Figure(name=name, value=mean, unit=unit, asked=asked, low=min(values), high=max(values), seeds=len(values))
+
+
+def _train(folder: Path, seed: int, steps: int, settings: list[str]) -> GenerationResult:
+    values = vqa_generate().model_dump(mode="json")
+    given = [f"seed={seed}", f"train.steps={steps}", f"train.evaluate_every={max(1, steps // 2)}", *settings]
+    return run_generation(parse(GenerateRecipe, override(values, given), where="benchmark"), folder, quiet=True)
+
+
+def _judge(folder: Path, steps: int) -> Model:
+    """A small convolutional classifier of colour and shape, trained on real training pictures."""
+    recipe = Recipe(
+        name="judge",
+        data=DataConfig(
+            source="captions",
+            target="named",
+            columns={"colour": "ignore", "shape": "ignore", "image_id": "ignore"},
+            modalities=("image",),
+            unit="image_id",
+            preparation=PreparationConfig(image_size=32, image_augment=ImageAugment(flip=True, shift_pixels=3)),
+        ),
+        model=SandwichConfig(
+            width=64,
+            fusion="late",
+            encoders={
+                "image": ImageEncoderConfig(
+                    width=64, num_layers=1, num_heads=4, patch_size=4, stem="convolution", pool=2
+                )
+            },
+        ),
+        train=TrainConfig(
+            steps=steps, precision="fp32", evaluate_every=100, optimizer=OptimizerConfig(learning_rate=3e-3)
+        ),
+    )
+    return run_recipe(recipe, folder, quiet=True).model
+
+
+def _right(judge: Model, pictures: Sequence[Any], labels: list[str]) -> float:
+    """Share of the pictures that the judge takes for what was asked."""
+    answers = judge.predict([{"image": picture} for picture in pictures])
+    return statistics.fmean(answer.answer == label for answer, label in zip(answers, labels, strict=True))
+
+
+def _through_tokenizer(generator: Generator, table: Table) -> list[Any]:
+    """Every record's picture as codes and back: no drawing can be judged better than these."""
+    network, pictures = generator.network, []
+    for batch in batches_of(table, generator.preparation):
+        media = batch.media[network.picture]
+        code_BP = network.tokenizer.encode(media.values["pixels_UCHW"][media.index_B])
+        pictures += generator.pictures(network.pictures(code_BP))
+    return pictures
+
+
+if __name__ == "__main__":
+    run("generation", "Captions and pictures by one decoder, against one of each direction alone.", measure)

@@ -1,0 +1,412 @@
+"""Carries out a recipe that learns to write: records in, a run's folder out.
+
+Here        run_generation, GenerationResult, judge_writer.
+Elsewhere   the description (recipes/generation.py); every part that is introduced here to the others.
+Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses, whether
+            the tokenizer or the writer was being trained.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+import dougong
+from dougong.core.bundle import Manifest
+from dougong.core.config import from_yaml, parse, to_yaml
+from dougong.core.errors import ConfigError, RunError
+from dougong.core.events import Announcer, Listener
+from dougong.core.files import write_atomic, write_json
+from dougong.core.seeds import derive_seed
+from dougong.core.signature import ImageInput, Target
+from dougong.data.loader import Loader, LoaderConfig
+from dougong.data.modality.text import TextModality
+from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.table import Table
+from dougong.data.target import infer_target
+from dougong.engine.batches import to_tensors
+from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.trainer import Watch, train
+from dougong.model.vq import Coded, PictureTokenizer
+from dougong.model.writer import Writer, WriterOutput
+from dougong.nn.batch import Batch
+from dougong.objectives.contrastive import contrastive_loss
+from dougong.objectives.generation import generation_loss, token_losses
+from dougong.objectives.reconstruction import reconstruction_loss
+from dougong.recipes.generation import GenerateRecipe
+from dougong.recipes.tables import Tables, open_tables
+from dougong.serve.generator import KIND, Generator, load_generator
+from dougong.watch.gallery import write_gallery
+from dougong.watch.progress import Progress
+from dougong.watch.tensorboard import TensorBoard
+
+SETTINGS: Final = "run.yaml"
+EVALUATION: Final = "evaluation.json"
+GALLERY: Final = "gallery"
+JUDGED_AT_ONCE: Final = 128
+SHOWN: Final = 24
+"""Test records in the report."""
+
+
+class Judged(NamedTuple):
+    """One direction on some records; what engine/trainer.py asks of an evaluation."""
+
+    metrics: dict[str, float]
+    num_records: int
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished run."""
+
+    folder: Path
+    generator: Generator
+    evaluations: dict[str, Judged]
+    """On the test records, by direction."""
+
+    tables: Tables
+    num_parameters: int
+    train_seconds: float
+    """Of the writer alone."""
+
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.folder),
+            "bundle": str(self.folder / "bundle"),
+            "report": str(self.folder / "report.html"),
+            "parameters": self.num_parameters,
+            "seconds": round(self.train_seconds, 1),
+            "figures": {name: found.metrics for name, found in self.evaluations.items()},
+            "notes": list(self.notes),
+        }
+
+
+def run_generation(
+    recipe: GenerateRecipe, folder: Path, *, resume: bool = False, quiet: bool = False
+) -> GenerationResult:
+    """Train the tokenizer, then the writer; judge, save the bundle and write the report.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ConfigError: the records are not of one picture and one text, or the tokenizer to take is another one.
+    """
+    recipe = _settle(recipe, folder, resume=resume)
+    tables = open_tables(recipe.data, seed=recipe.seed)
+    preparation = _prepare(recipe, tables, folder)
+    listeners: list[Listener] = [] if quiet else [Progress()]
+    tokenizer = _tokenizer(recipe, tables, preparation, folder, listeners, resume=resume)
+
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    settings = recipe.model.model_copy(update={"end_of_words": _end_of_words(preparation)})
+    model = settings.build(preparation.signature(), tokenizer)
+    started = time.perf_counter()
+    _train(recipe, model, tables, preparation, folder, [*listeners, TensorBoard(folder / "tensorboard")], resume=resume)
+    train_seconds = time.perf_counter() - started
+
+    notes = (
+        *tables.notes,
+        "names: share of captions written that have every word of the record's own label and of no other",
+        "bits: of held-out words or codes, given the true ones before them",
+    )
+    evaluations = judge_writer(model, tables.test, preparation, batch_size=JUDGED_AT_ONCE)
+    generator = _generator(recipe, model, preparation, tables, evaluations, notes)
+    if "caption" in evaluations:
+        named = captions_that_name(generator, tables.test, seed=recipe.seed)
+        evaluations["caption"].metrics["names"] = named
+        generator = _generator(recipe, model, preparation, tables, evaluations, notes)
+    generator.save(folder / "bundle")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    result = GenerationResult(folder, generator, evaluations, tables, num_parameters, train_seconds, notes)
+    _write_evaluation(result)
+    _write_samples(result, recipe)
+    write_gallery(folder)
+    return result
+
+
+def judge_writer(
+    model: Writer, table: Table, preparation: Preparation, *, batch_size: int = JUDGED_AT_ONCE
+) -> dict[str, Judged]:
+    """By direction, of what is written given the truth before it: `loss` (nats a token), `bits` (the same in bits), and
+    `token_accuracy` (how often the likeliest token is the true one), means over all tokens of the table."""
+    model.eval()
+    nats = dict.fromkeys(model.config.directions, 0.0)
+    right, tokens, records = (dict.fromkeys(model.config.directions, 0) for _ in range(3))
+    for batch in batches_of(table, preparation, batch_size):
+        with torch.inference_mode():
+            output = model(batch)
+        for direction, written in output.written.items():
+            loss_RN = token_losses(written.score_RNV, written.target_RN)
+            right_RN = written.score_RNV.argmax(dim=-1) == written.target_RN
+            nats[direction] += float(loss_RN[written.due_RN].double().sum())
+            right[direction] += int(right_RN[written.due_RN].sum())
+            tokens[direction] += int(written.due_RN.sum())
+            records[direction] += int(written.due_RN.any(dim=1).sum())
+    return {
+        direction: Judged(
+            {
+                "loss": nats[direction] / tokens[direction],
+                "bits": nats[direction] / tokens[direction] / math.log(2),
+                "token_accuracy": right[direction] / tokens[direction],
+            },
+            records[direction],
+        )
+        for direction in model.config.directions
+        if tokens[direction]
+    }
+
+
+def captions_that_name(generator: Generator, table: Table, *, seed: int = 0) -> float:
+    """Share of the captions written of the table's pictures that have the words of the record's own label, and of the
+    other words that labels are made of none."""
+    target = generator.preparation.target
+    known = {word for label in target.labels for word in label.split()}
+    right = total = 0
+    for number, batch in enumerate(batches_of(table, generator.preparation, JUDGED_AT_ONCE)):
+        captions = generator.write(batch, "caption", seed=derive_seed(seed, "judged", number))
+        assert batch.target is not None
+        for caption, label in zip(captions, batch.target.tolist(), strict=True):
+            right += known & set(caption.split()) == set(target.labels[label].split())
+            total += 1
+    return right / total
+
+
+def batches_of(table: Table, preparation: Preparation, batch_size: int = JUDGED_AT_ONCE) -> Iterator[Batch]:
+    for arrays in Loader(table, preparation, LoaderConfig(batch_size=batch_size)).one_pass():
+        if len(arrays.row_B):
+            yield to_tensors(arrays)
+
+
+# The run ---------------------------------------------------------------------------------------------------------
+
+
+def _settle(recipe: GenerateRecipe, folder: Path, *, resume: bool) -> GenerateRecipe:
+    """The recipe that is really run: the folder's own when it is resumed."""
+    settings = folder / SETTINGS
+    if resume:
+        if not settings.is_file():
+            raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
+        values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
+        return parse(GenerateRecipe, values, where=str(settings))
+    if settings.exists():
+        raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
+    write_atomic(settings, to_yaml(recipe))
+    return recipe
+
+
+def _prepare(recipe: GenerateRecipe, tables: Tables, folder: Path) -> Preparation:
+    kept = folder / "preparation"
+    if (kept / "preparation.json").exists():
+        return Preparation.load(kept)
+    preparation = prepare_records(recipe, tables)
+    preparation.save(kept)
+    return preparation
+
+
+def prepare_records(recipe: GenerateRecipe, tables: Tables) -> Preparation:
+    """What the two columns hold, learnt from training records alone."""
+    if recipe.tokenizer.take is not None:
+        # Codes mean something only for pixels that are normalised as the tokenizer's were.
+        return load_generator(recipe.tokenizer.take).preparation
+    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
+    return preparation if recipe.data.modalities is None else preparation.only(recipe.data.modalities)
+
+
+def _end_of_words(preparation: Preparation) -> int:
+    text = next((one for one in preparation.modalities.values() if isinstance(one, TextModality)), None)
+    if text is None:
+        raise ConfigError("a writer needs one text, and the records have none. Name it in data.modalities.")
+    return int(text.tokenizer.encode("").ids[-1])
+
+
+def _tokenizer(
+    recipe: GenerateRecipe,
+    tables: Tables,
+    preparation: Preparation,
+    folder: Path,
+    listeners: Sequence[Listener],
+    *,
+    resume: bool,
+) -> PictureTokenizer:
+    """Taken, or trained in a folder of its own inside the run's."""
+    name = next((n for n, one in preparation.signature().inputs.items() if isinstance(one, ImageInput)), None)
+    if name is None:
+        raise ConfigError("a writer needs one picture, and the records have none. Name it in data.modalities.")
+    if recipe.tokenizer.take is not None:
+        taken = load_generator(recipe.tokenizer.take).network.tokenizer
+        if taken.config != recipe.model.tokenizer:
+            raise ConfigError(f"the tokenizer of {recipe.tokenizer.take} is not as model.tokenizer says. Set it alike.")
+        return taken
+    pictures = preparation.only([name])
+    torch.manual_seed(derive_seed(recipe.seed, "tokenizer"))
+    shape = pictures.signature().inputs[name]
+    assert isinstance(shape, ImageInput)
+    tokenizer = recipe.model.tokenizer.build(shape)
+
+    def loss(output: Coded, batch: Batch) -> Tensor:
+        media = batch.media[name]
+        # A record without a picture has none to be made.
+        index_B = media.index_B[media.present_B]
+        return reconstruction_loss(
+            output.x_UDHW,
+            media.values["pixels_UCHW"],
+            output.strayed_U,
+            index_B,
+            commitment=recipe.model.tokenizer.commitment,
+        )
+
+    loader = Loader(
+        tables.train,
+        pictures,
+        LoaderConfig(batch_size=recipe.tokenizer.batch_size, workers=recipe.data.loader.workers),
+        seed=derive_seed(recipe.seed, "tokenizer"),
+        train=True,
+    )
+    train(
+        tokenizer,
+        loss,
+        loader,
+        recipe.tokenizer.train,
+        folder=folder / "tokenizer",
+        announce=Announcer(*listeners),
+        seed=recipe.seed,
+        resume=resume,
+    )
+    return tokenizer
+
+
+def _train(
+    recipe: GenerateRecipe,
+    model: Writer,
+    tables: Tables,
+    preparation: Preparation,
+    folder: Path,
+    listeners: Sequence[Listener],
+    *,
+    resume: bool,
+) -> None:
+    weights = {"caption": recipe.objective.caption_weight, "draw": recipe.objective.draw_weight}
+
+    def loss(output: WriterOutput, batch: Batch) -> Tensor:
+        parts = [
+            weights[direction] * generation_loss(written.score_RNV, written.target_RN, written.due_RN)
+            for direction, written in output.written.items()
+        ]
+        if len(output.aligned) == 2:
+            parts.append(recipe.objective.align_weight * _alignment(output, batch))
+        return torch.stack(parts).sum()
+
+    loader = Loader(tables.train, preparation, recipe.data.loader, seed=recipe.seed, train=True)
+    train(
+        model,
+        loss,
+        loader,
+        recipe.train,
+        folder=folder,
+        watch=Watch(lambda: judge_writer(model, tables.validation, preparation), "loss", higher_is_better=False),
+        announce=Announcer(*listeners),
+        seed=recipe.seed,
+        resume=resume,
+    )
+    load_weights(model, best_weights(folder))
+
+
+def _alignment(output: WriterOutput, batch: Batch) -> Tensor:
+    """The contrastive loss over the records that have both."""
+    (left, left_UD), (right, right_VD) = output.aligned.items()
+    both_B = batch.media[left].present_B & batch.media[right].present_B
+    return contrastive_loss(left_UD, right_VD, batch.media[left].index_B[both_B], batch.media[right].index_B[both_B])
+
+
+# What it leaves --------------------------------------------------------------------------------------------------
+
+
+def _generator(
+    recipe: GenerateRecipe,
+    model: Writer,
+    preparation: Preparation,
+    tables: Tables,
+    evaluations: dict[str, Judged],
+    notes: tuple[str, ...],
+) -> Generator:
+    manifest = Manifest(
+        name=recipe.name,
+        signature=preparation.signature(),
+        model={"kind": KIND, **model.config.model_dump(mode="json")},
+        provenance={
+            "dougong": dougong.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "seed": recipe.seed,
+            "trained on": f"{tables.train.path.name}, {tables.train.num_rows} records",
+            "judged on": f"{tables.test.path.name}, {tables.test.num_rows} records",
+            "notes": list(notes),
+        },
+        metrics={name: found.metrics for name, found in evaluations.items()},
+    )
+    return Generator(model, preparation, manifest, recipe.sampling)
+
+
+def _write_evaluation(result: GenerationResult) -> None:
+    write_json(
+        result.folder / EVALUATION,
+        {
+            "data": {
+                "name": result.tables.train.path.name,
+                "rows": {part: getattr(result.tables, part).num_rows for part in ("train", "validation", "test")},
+                "notes": list(result.notes),
+            },
+            "directions": {name: found._asdict() for name, found in result.evaluations.items()},
+            "parameters": result.num_parameters,
+            "seconds": round(result.train_seconds, 1),
+        },
+    )
+
+
+def _write_samples(result: GenerationResult, recipe: GenerateRecipe) -> None:
+    """Test records with what is written about them, for the page."""
+    generator, network = result.generator, result.generator.network
+    target: Target = generator.preparation.target
+    batch = next(batches_of(result.tables.test, generator.preparation, SHOWN))
+    folder = result.folder / GALLERY
+    folder.mkdir(exist_ok=True)
+    image, text = batch.media[network.picture], batch.media[network.words]
+    written = {
+        direction: generator.write(batch, direction, seed=derive_seed(recipe.seed, "shown"))
+        for direction in network.config.directions
+    }
+    pixels_UCHW = image.values["pixels_UCHW"]
+    with torch.inference_mode():
+        coded = generator.pictures(network.pictures(network.tokenizer.encode(pixels_UCHW)))
+    true = generator.pictures(pixels_UCHW)
+    samples = []
+    for place in range(batch.num_records):
+        sample: dict[str, Any] = {"row": place}
+        if batch.target is not None and target.labels:
+            sample["label"] = target.labels[int(batch.target[place])]
+        if bool(text.present_B[place]):
+            sample["caption"] = generator.text(text.values["ids_UT"][text.index_B[place]])
+            if "draw" in written:
+                sample["drawn"] = _save(written["draw"][place], folder / f"{place}-drawn.png")
+        if bool(image.present_B[place]):
+            sample["picture"] = _save(true[int(image.index_B[place])], folder / f"{place}-true.png")
+            sample["coded"] = _save(coded[int(image.index_B[place])], folder / f"{place}-coded.png")
+            if "caption" in written:
+                sample["written"] = written["caption"][place]
+        samples.append(sample)
+    write_json(folder / "samples.json", samples)
+
+
+def _save(picture: Any, path: Path) -> str:
+    picture.save(path)
+    return f"{path.parent.name}/{path.name}"

@@ -1,0 +1,208 @@
+"""A trained writer as its user has it: pictures to captions, texts to pictures, from a bundle and back into one.
+
+Here        Generator (caption, draw, save), load_generator.
+Elsewhere   a model that decides (serve/model.py); the bundle's files and sums (core/bundle.py); training (recipes/).
+Promise     the same bundle, input, settings and seed write the same; what is saved and loaded writes the same; an input
+            that cannot be read is refused with its reason, before anything is written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dougong.core.bundle import Manifest, read_bundle, write_bundle
+from dougong.core.config import parse
+from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataError
+from dougong.core.files import write_atomic
+from dougong.core.seeds import derive_seed
+from dougong.data.collate import Collator, Request
+from dougong.data.modality.image import ImageModality
+from dougong.data.modality.text import TextModality
+from dougong.data.preparation import Preparation
+from dougong.engine.batches import to_tensors
+from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.model.sampling import SamplingConfig, SamplingsConfig
+from dougong.model.writer import Direction, Writer, WriterConfig
+from dougong.nn.batch import Batch
+
+KIND: Final = "writer"
+WEIGHTS: Final = "model.safetensors"
+SAMPLING: Final = "sampling.json"
+CARD: Final = "README.md"
+AT_ONCE: Final = 64
+
+Picture: TypeAlias = "str | Path | bytes | Image.Image"
+
+
+class Generator:
+    """A writer with the preparation that feeds it."""
+
+    def __init__(
+        self, network: Writer, preparation: Preparation, manifest: Manifest, sampling: SamplingsConfig | None = None
+    ) -> None:
+        self.network = network.eval()
+        self.preparation = preparation
+        self.manifest = manifest
+        self.sampling = sampling or SamplingsConfig()
+        """What is used where a caller gives no settings."""
+        self._device = next(network.parameters()).device
+        self._image = cast(ImageModality, preparation.modalities[network.picture])
+        self._text = cast(TextModality, preparation.modalities[network.words])
+
+    def __repr__(self) -> str:
+        return f"<dougong.Generator {self.manifest.name!r}: {', '.join(self.network.config.directions)}>"
+
+    def caption(
+        self, pictures: Sequence[Picture], *, sampling: SamplingConfig | None = None, seed: int = 0
+    ) -> list[str]:
+        """Say what pictures show: files, their bytes, or Pillow's pictures.
+
+        Raises:
+            ConfigError: the model has not learnt it.
+            DataError: a picture cannot be read.
+        """
+        captions: list[str] = self._written(
+            "caption", [_picture_bytes(picture) for picture in pictures], sampling, seed
+        )
+        return captions
+
+    def draw(self, texts: Sequence[str], *, sampling: SamplingConfig | None = None, seed: int = 0) -> list[Image.Image]:
+        """Draw what texts say.
+
+        Raises:
+            ConfigError: the model has not learnt it.
+            DataError: a text is empty.
+        """
+        pictures: list[Image.Image] = self._written("draw", texts, sampling, seed)
+        return pictures
+
+    def write(self, batch: Batch, direction: Direction, *, sampling: SamplingConfig | None = None, seed: int) -> Any:
+        """The same for a batch that is at hand: captions, or pictures."""
+        generator = torch.Generator(self._device).manual_seed(derive_seed(seed, direction))
+        written = self.network.write(batch, direction, sampling or getattr(self.sampling, direction), generator)
+        if direction == "caption":
+            return [self.text(ids_N) for ids_N in written]
+        return self.pictures(self.network.pictures(written))
+
+    def text(self, ids_N: Tensor) -> str:
+        """Token ids as words."""
+        return self._text.tokenizer.decode(ids_N.tolist())
+
+    def pictures(self, pixels_UCHW: Tensor) -> list[Image.Image]:
+        """Normalised pixels as pictures."""
+        config = self._image.config
+        scale, mean = (np.array(figures, np.float32)[:, None, None] for figures in (config.scale, config.mean))
+        shown_UCHW = (pixels_UCHW.float().cpu().numpy() * scale + mean).clip(0, 1) * 255
+        return [Image.fromarray(each) for each in shown_UCHW.round().astype(np.uint8).transpose(0, 2, 3, 1)]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a bundle; an older bundle at that place is replaced at once and whole.
+
+        Raises:
+            BundleError: the folder holds something else.
+        """
+        folder = Path(folder)
+        with write_bundle(folder, self.manifest) as building:
+            self.preparation.save(building)
+            write_weights(building / WEIGHTS, distinct_weights(self.network))
+            write_atomic(building / SAMPLING, self.sampling.model_dump_json(indent=2) + "\n")
+            write_atomic(building / CARD, _card(self.manifest))
+        return folder
+
+    def _written(self, direction: Direction, cells: Sequence[Any], sampling: SamplingConfig | None, seed: int) -> Any:
+        found: list[Any] = []
+        for start in range(0, len(cells), AT_ONCE):
+            batch = self._batch(self.network.given[direction], list(cells[start : start + AT_ONCE]), start)
+            found += self.write(batch, direction, sampling=sampling, seed=derive_seed(seed, "inputs", start))
+        return found
+
+    def _batch(self, name: str, cells: list[Any], start: int) -> Batch:
+        modality = self.preparation.modalities[name]
+        missing = [place for place, cell in enumerate(cells) if modality.key((cell,)) is None]
+        if missing:
+            raise DataError(f"input {start + missing[0]} is empty: there is nothing to write about.")
+        columns = {column: [None] * len(cells) for column in self.preparation.columns}
+        rows = np.arange(start, start + len(cells))
+        collator = Collator(self.preparation, Path("."), seed=0)
+        arrays = collator(Request(rows, {**columns, modality.columns[0]: cells}, (0, 0)))
+        if arrays.bad:
+            raise DataError(f"input {arrays.bad[0].row} {arrays.bad[0].reason}.")
+        return to_tensors(arrays, self._device)
+
+
+def load_generator(folder: str | Path) -> Generator:
+    """A writer from its bundle, or from the folder of its run; sums are checked first, and nothing is unpickled.
+
+    Raises:
+        BundleError: it is not a whole, unaltered bundle of a writer.
+    """
+    folder = Path(folder)
+    if (folder / "bundle").is_dir():
+        folder = folder / "bundle"
+    manifest = read_bundle(folder)
+    if manifest.model.get("kind") != KIND:
+        raise BundleError(f"{folder} holds a model that decides, not one that writes. Ask it with: dougong predict.")
+    needed = [WEIGHTS, SAMPLING, "preparation.json"]
+    unknown = [name for name in needed if name not in manifest.files]
+    if unknown:
+        raise BundleError(f"{folder} does not list its file {unknown[0]!r}. Take the bundle from its source again.")
+    preparation = Preparation.load(folder)
+    if preparation.signature() != manifest.signature:
+        raise BundleError(f"{folder}: its preparation makes other inputs than its signature says. Save it again.")
+    try:
+        settings = {key: value for key, value in manifest.model.items() if key != "kind"}
+        network = parse(WriterConfig, settings, where="the bundle's model").build(manifest.signature)
+        put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
+        sampling = parse(SamplingsConfig, json.loads((folder / SAMPLING).read_text(encoding="utf-8")), where=SAMPLING)
+    except (ConfigError, CheckpointError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise BundleError(
+            f"{folder}: its weights do not fit its model ({first}). Take it from its source again."
+        ) from None
+    return Generator(network, preparation, manifest, sampling)
+
+
+def _picture_bytes(picture: Picture) -> bytes:
+    if isinstance(picture, Image.Image):
+        content = io.BytesIO()
+        picture.save(content, format="PNG")
+        return content.getvalue()
+    if isinstance(picture, bytes):
+        return picture
+    try:
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise DataError(f"{picture} cannot be read ({error.strerror}). Name a picture's file.") from None
+
+
+def _card(manifest: Manifest) -> str:
+    """What the model is, and its measured figures, for people."""
+    lines = [
+        f"# {manifest.name}",
+        "",
+        f"Writes between {' and '.join(manifest.signature.inputs)}: {', '.join(manifest.model.get('directions', []))}.",
+        "",
+        'Use it with `dougong generate FOLDER --text "..." --out x.png` or `dougong generate FOLDER --image x.png`.',
+        "",
+        "## Measured",
+        "",
+    ]
+    lines += [
+        f"- {condition}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        for condition, metrics in manifest.metrics.items()
+    ] or ["Nothing was measured."]
+    lines += ["", "## Where it comes from", ""]
+    lines += [
+        f"- {key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in manifest.provenance.items()
+    ]
+    return "\n".join(lines) + "\n"
