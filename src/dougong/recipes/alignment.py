@@ -157,7 +157,7 @@ def emoji_retrieval() -> AlignRecipe:
             },
         ),
         train=TrainConfig(
-            steps=500,
+            steps=300,
             evaluate_every=100,
             precision="fp32",
             ema=0.99,
