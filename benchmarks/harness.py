@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dougong.core.errors import DougongError
 from dougong.core.figures import Figure, as_markdown
 from dougong.core.files import write_json
 from dougong.recipes.tables import cache_folder
@@ -44,7 +45,11 @@ def run(name: str, about: str, measure: Callable[..., Iterable[Figure]], *, part
         parser.add_argument("--part", action="append", choices=parts, help="only this part; may be repeated")
     options = parser.parse_args()
     chosen = [part for part in parts if part in (getattr(options, "part", None) or parts)]
-    figures = list(measure(options.quick, chosen) if parts else measure(options.quick))
+    try:
+        figures = list(measure(options.quick, chosen) if parts else measure(options.quick))
+    except DougongError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
     if options.json:
         print(json.dumps([figure.model_dump() for figure in figures]))
     else:

@@ -67,6 +67,23 @@ def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.
     assert "vqa-demo" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_lacks_something_does_not_keep_the_others_from_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = '{"name": "speed", "value": 3.0, "unit": "x"}'
+    (tmp_path / "whole.py").write_text(f"print('[{figure}]')")
+    (tmp_path / "lacking.py").write_text(
+        "import sys; print('lacking: give it a folder.', file=sys.stderr); sys.exit(2)"
+    )
+    monkeypatch.setattr("dougong.cli.bench.scripts", lambda: {p.stem: p for p in sorted(tmp_path.glob("*.py"))})
+
+    assert main(["bench", "--json"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["whole"][0]["value"] == 3.0
+    assert "not measured, for what it said above: lacking." in told.err
+    assert main(["bench", "whole"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -38,14 +38,16 @@ def about(script: Path) -> str:
     return script.read_text(encoding="utf-8").partition('"""')[2].partition("\n")[0]
 
 
-def run_script(script: Path, *, quick: bool) -> list[Figure]:
-    """Measure. What the script says on the way goes to stderr.
+def run_script(script: Path, *, quick: bool) -> list[Figure] | None:
+    """Measure. What the script says on the way goes to stderr; None where it lacks what the user may give it.
 
     Raises:
         RunError: the script failed.
     """
     command = [sys.executable, str(script), "--json", *(["--quick"] if quick else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603, our own script
+    if done.returncode == 2:
+        return None
     if done.returncode:
         raise RunError(f"benchmark {script.stem} ended with status {done.returncode}: see above. Nothing is measured.")
     rows = json.loads(done.stdout)

@@ -294,11 +294,17 @@ def bench(
         return 0
     if name is not None and name not in known:
         raise ConfigError(f"{name!r} is no benchmark. Use one of {', '.join(known)}.")
-    measured = {key: run_script(path, quick=quick) for key, path in known.items() if name in (None, key)}
+    chosen = {key: path for key, path in known.items() if name in (None, key)}
+    found = {key: run_script(path, quick=quick) for key, path in chosen.items()}
+    measured = {key: figures for key, figures in found.items() if figures is not None}
     if as_json:
         print(json.dumps({key: [figure.model_dump() for figure in figures] for key, figures in measured.items()}))
     else:
         print_measured(measured, quick=quick)
+    if len(measured) < len(found):
+        left_out = ", ".join(key for key in found if key not in measured)
+        print(f"dougong: not measured, for what it said above: {left_out}.", file=sys.stderr)
+        return 2
     short = any(figure.holds is False for figures in measured.values() for figure in figures)
     return 1 if check_figures and short else 0
 
