@@ -61,6 +61,10 @@ def test_every_way_trains_and_answers(way: str, colour_table: Path, tmp_path: Pa
     assert len(losses) == 6
     assert all(loss == loss for loss in losses)
     assert result.evaluations["all"].num_records > 0
+    (answer,) = result.model.predict([{"remark": "it is cold like the sea", "weight": 0.0}])
+    assert (answer.vacuity is not None) == (way == "evidence")
+    votes = WAYS[way]["model"].get("decide", "fused") != "fused" or "own_heads" in WAYS[way]["model"]
+    assert (answer.conflict is not None) == votes
     assert set(result.evaluations) >= {"all", "without photo", "photo alone"}
 
 

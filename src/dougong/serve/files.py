@@ -86,7 +86,7 @@ def _write_csv(path: Path, predictions: Any) -> Any:
 
 def _write_parquet(path: Path, predictions: Any) -> Any:
     text = pa.string()
-    kinds = {"row": pa.int64(), "confidence": pa.float64()}
+    kinds = {"row": pa.int64(), **dict.fromkeys(("confidence", "vacuity", "conflict"), pa.float64())}
     schema = pa.schema([pa.field(name, kinds.get(name, text)) for name in Prediction.model_fields])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         held: list[dict[str, Any]] = []

@@ -64,6 +64,12 @@ class Prediction(Config):
     absent: tuple[str, ...] = ()
     """Modalities that the record lacked."""
 
+    vacuity: float | None = None
+    """How little evidence there is, 0 to 1; of a model that decides by evidence."""
+
+    conflict: float | None = None
+    """How far the modalities' own decisions are apart, 0 to 1; of a model in which they decide by themselves."""
+
     completed: tuple[str, ...] = ()
     """Of those, the ones that were made up from the others before the answer."""
 
@@ -218,7 +224,7 @@ class Model:
         names = list(self.preparation.modalities)
         absent = tuple(name for name in names if not arrays.media[name].present_B[place])
         completed = tuple(name for name, made in zip(names, output.completed_BM[place].tolist(), strict=True) if made)
-        lacked = {"absent": absent, "completed": completed}
+        lacked: dict[str, Any] = {"absent": absent, "completed": completed}
         gate = {} if output.weight_BM is None else dict(zip(names, _rounded(output.weight_BM[place]), strict=True))
         if target.task == "regression":
             number = float(output.output_BC[place, 0]) * target.scale + target.mean
@@ -229,12 +235,15 @@ class Model:
             chosen = [label for label, chance in probabilities.items() if chance >= 0.5]
             return Prediction(row=row, answer=chosen, probabilities=probabilities, gate=gate, **lacked)
         best = int(chances.argmax())
+        opinion, conflict_B = output.opinion, output.conflict_B
         return Prediction(
             row=row,
             answer=target.labels[best],
             confidence=round(float(chances[best]), 6),
             probabilities=probabilities,
             gate=gate,
+            vacuity=None if opinion is None else round(float(opinion.vacuity_B[place]), 6),
+            conflict=None if conflict_B is None else round(float(conflict_B[place]), 6),
             **lacked,
         )
 
