@@ -286,3 +286,19 @@ def test_a_table_joined_from_two_keeps_both(tmp_path: Path) -> None:
     assert cells(table, "y_value") == ["y", "yy", "yyy"]
     assert [report.num_matched for report in reports] == [3, 3]
     assert table.schema.field("x_value").type == pa.string()
+
+
+def test_a_column_named_as_media_stays_in_its_folder_though_it_does_not_look_like_paths(tmp_path: Path) -> None:
+    base = open_table(parquet(tmp_path / "records" / "base.parquet", id=[1, 2]))
+    (tmp_path / "records" / "secret").write_bytes(b"not for others")
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "one").write_bytes(b"a scan")
+    other = parquet(tmp_path / "scans" / "other.parquet", id=[1, 2], scan=["one", "../records/secret"])
+    joins = [parse(JoinConfig, {"table": str(other), "key": "id", "prefix": "s_"}, where="join")]
+
+    table, _ = join_table(base, joins, ["s_scan"])
+
+    inside, outside = cells(table, "s_scan")
+    assert media_bytes(inside, table.folder) == b"a scan"
+    with pytest.raises(BadValue, match="is an empty file"):
+        media_bytes(outside, table.folder)

@@ -157,14 +157,17 @@ class JoinReport(NamedTuple):
 class JoinedTable(Table):
     """The records of one table, with columns of others beside them. Chunks are those of the first table."""
 
-    def __init__(self, base: Table, others: Sequence[_Other], keep: npt.NDArray[np.bool_]) -> None:
+    def __init__(
+        self, base: Table, others: Sequence[_Other], keep: npt.NDArray[np.bool_], media: Sequence[str] = ()
+    ) -> None:
         self._base, self._others = base, others
         folders = [base.folder, *(other.table.folder for other in others)]
         together = len({folder.resolve() for folder in folders}) == 1
         root = base.folder if together else Path(os.path.commonpath([folder.resolve() for folder in folders]))
-        self._paths = {} if together else _path_columns(base, base.schema.names)
+        self._paths = {} if together else _path_columns(base, base.schema.names, named=media)
         for other in () if together else others:
-            other.paths = _path_columns(other.table, other.columns)
+            own = [name.removeprefix(other.prefix) for name in media if name.startswith(other.prefix)]
+            other.paths = _path_columns(other.table, other.columns, named=own)
         fields = [pa.field(f.name, MEDIA) if f.name in self._paths else f for f in base.schema]
         for other in others:
             for name in other.columns:
@@ -261,10 +264,13 @@ class _Other:
         return self._held[key]
 
 
-def join_table(base: Table, joins: Sequence[JoinConfig]) -> tuple[Table, tuple[JoinReport, ...]]:
+def join_table(
+    base: Table, joins: Sequence[JoinConfig], media: Sequence[str] = ()
+) -> tuple[Table, tuple[JoinReport, ...]]:
     """`base` with the columns of other tables, and how each found its records.
 
-    Keys and times are read whole, media a chunk at a time when they are asked for.
+    Keys and times are read whole, media a chunk at a time when they are asked for. `media` names columns, as they are
+    called after joining, that hold paths of files though they do not look like it.
 
     Raises:
         DataError: a column is missing, is of another kind than its counterpart, stands on both sides, or a key is
@@ -291,7 +297,7 @@ def join_table(base: Table, joins: Sequence[JoinConfig]) -> tuple[Table, tuple[J
         reports.append(report)
     if not keep.any():
         raise DataError(f"no record of {base.path.name} has a partner in every table. Set unmatched: keep.")
-    return JoinedTable(base, others, keep), tuple(reports)
+    return JoinedTable(base, others, keep, media), tuple(reports)
 
 
 def write_joined(
@@ -569,8 +575,8 @@ def estimate_offset(base_time: Floats, time: Floats, tolerance: float, largest: 
     return float(np.median(near))
 
 
-def _path_columns(table: Table, columns: Sequence[str]) -> dict[str, bool]:
-    """Columns whose cells may name files: structs of bytes and path, and words that end like media."""
+def _path_columns(table: Table, columns: Sequence[str], named: Sequence[str] = ()) -> dict[str, bool]:
+    """Columns whose cells may name files: structs of bytes and path, words that end like media, and those named so."""
     endings = tuple(ending for kind in MEDIA_ENDINGS.values() for ending in kind)
     found: dict[str, bool] = {}
     for name in columns:
@@ -579,7 +585,8 @@ def _path_columns(table: Table, columns: Sequence[str]) -> dict[str, bool]:
             found[name] = True
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
             words = [cell for cell in cells_of(table.head(1000, [name]).column(name)) if isinstance(cell, str)]
-            if words and sum(word.lower().endswith(endings) for word in words) >= 0.9 * len(words):
+            alike = sum(word.lower().endswith(endings) for word in words) >= 0.9 * len(words)
+            if name in named or (words and alike):
                 found[name] = True
     return found
 

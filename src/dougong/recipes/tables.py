@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from dougong.core.errors import ConfigError
 from dougong.data.columns import ColumnRole, infer_roles
@@ -29,6 +29,8 @@ from dougong.data.table import Table, open_table
 from dougong.recipes.recipe import DataConfig
 
 Announce = Callable[[str, int, int], None]
+
+MEDIA_ROLES: Final = ("image", "audio", "signal", "volume")
 
 
 class Tables(NamedTuple):
@@ -99,7 +101,8 @@ def _open(path: Path, data: DataConfig) -> tuple[Table, tuple[str, ...]]:
     table = open_table(path)
     if not data.join:
         return table, ()
-    joined, reports = join_table(table, data.join)
+    media = [name for name, role in data.columns.items() if role in MEDIA_ROLES]
+    joined, reports = join_table(table, data.join, media)
     dropped = table.num_rows - joined.num_rows
     notes = tuple(f"joined to {table.path.name}: {report.line()}" for report in reports)
     return joined, (*notes, *((f"{dropped} records of {table.path.name} were dropped by join",) if dropped else ()))
