@@ -98,3 +98,19 @@ def test_quality_says_nothing_before_it_is_learnt() -> None:
     x_BMD, present_BM = torch.randn(3, 2, 4), torch.ones(3, 2, dtype=torch.bool)
     told = gate(x_BMD, present_BM, (torch.rand(3, 2), torch.rand(3, 2)))
     torch.testing.assert_close(told.weight_BM, gate(x_BMD, present_BM).weight_BM, rtol=0, atol=0)
+
+
+def test_a_completed_modality_has_no_quality_of_its_own() -> None:
+    """Whether anybody else in the batch was measured changes nothing of a record."""
+    torch.manual_seed(0)
+    gate = GateConfig(width=4, num_modalities=2, num_quality=(2, 2)).build()
+    for scorer in gate.quality:
+        torch.nn.init.normal_(scorer.narrow.weight)
+        torch.nn.init.normal_(scorer.narrow.bias)
+    x_BMD, present_BM = torch.randn(2, 2, 4), torch.ones(2, 2, dtype=torch.bool)
+    given_BM, figures_BQ = torch.tensor([[True, False], [True, True]]), torch.rand(2, 2)
+
+    together = gate(x_BMD, present_BM, (figures_BQ, torch.rand(2, 2)), given_BM)
+    alone = gate(x_BMD[:1], present_BM[:1], (figures_BQ[:1], None), given_BM[:1])
+
+    torch.testing.assert_close(together.weight_BM[:1], alone.weight_BM)

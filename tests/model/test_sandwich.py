@@ -18,6 +18,7 @@ from dougong.core.signature import (
     TextInput,
     VolumeInput,
 )
+from dougong.model.evidence import conflict
 from dougong.model.sandwich import Sandwich, SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 
@@ -389,3 +390,11 @@ def test_a_gate_that_reads_quality_needs_some() -> None:
     assert plain is not None
     assert told is not None
     assert not torch.allclose(plain, told)
+
+
+def test_witnesses_who_know_nothing_are_in_no_conflict() -> None:
+    model = build({"fusion": "late", "decide": "evidence"}).eval()
+    own_BMC = torch.tensor([[[-4.0, -12.0, -12.0], [-12.0, -4.0, -12.0]]])
+    assert float(conflict(model._own_probabilities(own_BMC), torch.tensor([[True, True]]))) < 0.01
+    sure_BMC = torch.tensor([[[40.0, -12.0, -12.0], [-12.0, 40.0, -12.0]]])
+    assert float(conflict(model._own_probabilities(sure_BMC), torch.tensor([[True, True]]))) > 0.9

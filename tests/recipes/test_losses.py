@@ -10,11 +10,13 @@ import pytest
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
+from dougong.data.table import table_of_rows
 from dougong.recipes.losses import ObjectiveConfig, check_objective
 from dougong.recipes.pilot import blending_pilot
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, run_recipe
 from dougong.recipes.tables import open_tables
+from dougong.serve.contribution import measure_contribution
 
 WAYS: dict[str, dict[str, Any]] = {
     "evidence": {"model": {"fusion": "late", "decide": "evidence"}},
@@ -74,7 +76,9 @@ def test_every_way_trains_and_answers(way: str, colour_table: Path, tmp_path: Pa
         ({}, {"balance": "ogm-ge"}, "Set model.own_heads: watching"),
         ({"own_heads": "watching"}, {"balance": "mmpareto"}, "Set model.own_heads: taught"),
         ({}, {"blend": {"whole": 1.0}}, "objective.blend weighs each modality's own loss"),
-        ({"fusion": "late"}, {"gate_weight": 0.5}, "fusion=late has none. Use model.fusion: bridge"),
+        ({}, {"own_weight": 2.0}, "objective.own_weight=2.0 cannot take effect on this model"),
+        ({}, {"doubt_weight": 0.5}, "objective.doubt_weight=0.5 cannot take effect on this model"),
+        ({"decide": "evidence"}, {"label_smoothing": 0.1}, "objective.label_smoothing=0.1 cannot take effect"),
     ],
 )
 def test_a_part_without_anything_to_work_on_is_refused(
@@ -119,3 +123,31 @@ def test_a_pilot_weighs_the_heads_and_its_weights_run(colour_table: Path, tmp_pa
     assert parse(ObjectiveConfig, {"blend": weights}, where="test").blend == weights
     with pytest.raises(ConfigError, match="a pilot runs for a share of train.steps"):
         blending_pilot(parse(Recipe, values | {"train": {}}, where="test"), tmp_path / "other", tables)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": {"gate_weight": 0.5}}, "learns from what is spoilt, and nothing is. Set data.corrupt"),
+        ({"train": {"sampling": {"quality": 0.5}}}, "has nothing to read. Set data.preparation.quality: true"),
+        ({"model": {"completion": {}}, "data": {"views": [{"keep": ["a"]}]}}, "none does. Set beside in data.views"),
+    ],
+)
+def test_what_nothing_feeds_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(Recipe, {"name": "x", **values}, where="test")
+
+
+def test_a_gate_that_late_fusion_lacks_cannot_be_taught() -> None:
+    values = {"name": "x", "model": {"fusion": "late"}, "objective": {"gate_weight": 0.5}, "data": {"corrupt": {}}}
+    recipe = parse(Recipe, values, where="test")
+    with pytest.raises(ConfigError, match="fusion=late has none. Use model.fusion: bridge"):
+        check_objective(recipe.objective, recipe.model)
+
+
+def test_what_each_modality_counts_is_measured_of_models_that_vote(colour_table: Path, tmp_path: Path) -> None:
+    for way in ("mean", "gated"):
+        result = run(colour_table, tmp_path / way, WAYS[way], steps=2)
+        table = table_of_rows(result.tables.test.head(12), result.tables.test.folder)
+        found = measure_contribution(result.model, table)
+        assert sum(each.token_share for each in found.modalities.values()) == pytest.approx(1.0)

@@ -185,12 +185,12 @@ def test_a_recipe_has_the_losses_and_figures_of_one_process(colour_table: Path, 
 
 
 def test_what_needs_the_whole_batch_in_one_place_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"balance=mmpareto works on the gradients of a whole batch, and 2 ranks share"
-    ):
-        check_ranks(ObjectiveConfig(balance="mmpareto"), 2)
-    check_ranks(ObjectiveConfig(balance="mmpareto"), 1)
-    check_ranks(ObjectiveConfig(), 2)
+    with pytest.raises(ConfigError, match=r"balance=mmpareto works on a whole batch, and 2 ranks share"):
+        check_ranks(ObjectiveConfig(balance="mmpareto"), SandwichConfig(), 2)
+    check_ranks(ObjectiveConfig(balance="mmpareto"), SandwichConfig(), 1)
+    check_ranks(ObjectiveConfig(), SandwichConfig(), 2)
+    with pytest.raises(ConfigError, match="objective.rank_weight works on a whole batch, and 2 ranks share each out"):
+        check_ranks(ObjectiveConfig(), SandwichConfig(fusion="late", decide="confidence"), 2)
 
 
 @pytest.mark.slow

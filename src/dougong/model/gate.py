@@ -75,16 +75,25 @@ class ModalityGate(nn.Module):
         self.quality = nn.ModuleList([QualityScore(count) for count in config.num_quality if count])
         self.places = [place for place, count in enumerate(config.num_quality) if count]
 
-    def forward(self, x_BMD: Tensor, present_BM: Tensor, quality: tuple[Tensor | None, ...] = ()) -> GateOutput:
-        """`quality` has each modality's figures, (B, Q), or None where this batch has none of them."""
+    def forward(
+        self,
+        x_BMD: Tensor,
+        present_BM: Tensor,
+        quality: tuple[Tensor | None, ...] = (),
+        measured_BM: Tensor | None = None,
+    ) -> GateOutput:
+        """`quality` has each modality's figures, (B, Q), or None where this batch has none of them. `measured_BM` says
+        which records' figures are real; None: those of all that is present."""
+        measured_BM = present_BM if measured_BM is None else measured_BM
         x_BMD = x_BMD.masked_fill(~present_BM[..., None], 0.0)  # 0 * NaN would still be NaN
 
         score_BM = self.score(x_BMD.flatten(1))
         for place, scorer in zip(self.places, self.quality, strict=True):
             figures_BQ = quality[place] if quality else None
             if figures_BQ is not None:
-                figures_BQ = figures_BQ.masked_fill(~present_BM[:, place, None], 0.0)
-                more_B1 = scorer(figures_BQ)
+                lacking_B1 = ~measured_BM[:, place, None]
+                # Nothing is added for what was not measured, or an answer would hang on who else is in the batch.
+                more_B1 = scorer(figures_BQ.masked_fill(lacking_B1, 0.0)).masked_fill(lacking_B1, 0.0)
                 score_BM = score_BM + functional.pad(more_B1, (place, score_BM.shape[1] - place - 1))
         score_BM = score_BM / self.temperature
         # A finite floor, not -inf: a record with no modality at all would get NaN gradients.

@@ -29,7 +29,7 @@ from dougong.model.encoders.signal import SignalEncoderConfig
 from dougong.model.encoders.table import TableEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.encoders.vector import VectorEncoderConfig
-from dougong.model.evidence import Opinion, Rule, conflict
+from dougong.model.evidence import Opinion, Rule, conflict, evidence
 from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
 from dougong.model.votes import Decide, vote
@@ -367,7 +367,9 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             fused_BD, weight_BM = vector_BMD.flatten(1), None
         else:
             quality = tuple(state.quality.get(name) for name in self.names)
-            fused_BD, weight_BM = self.gate(vector_BMD, state.present_BM, quality)
+            fused_BD, weight_BM = self.gate(
+                vector_BMD, state.present_BM, quality, state.present_BM & ~state.completed_BM
+            )
         output_BC = self.prior_C.expand(fused_BD.shape[0], -1) if self.only_votes else self.decision(fused_BD)
         made = state.aligned, state.truth, state.completed_BM, state.completed
         output = SandwichOutput(output_BC, fused_BD, weight_BM, vector_BMD, *made)
@@ -398,7 +400,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         own_BMC = torch.stack(said, dim=1).masked_fill(~given_BM[..., None], 0.0)
         output = output._replace(own_BMC=own_BMC)
         if self.task == "single_label":
-            output = output._replace(conflict_B=conflict(own_BMC.detach().float().softmax(dim=-1), given_BM))
+            output = output._replace(conflict_B=conflict(self._own_probabilities(own_BMC.detach()), given_BM))
         if self.decide == "fused":
             return output
         # One more vote: of the bridge, or of what is common where nobody else votes.
@@ -410,6 +412,13 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             weight_BV = torch.cat([output.weight_BM, torch.ones_like(output.weight_BM[:, :1])], dim=1)
         voted = vote(votes_BVC, present_BV, self.decide, self.evidence_rule, weight_BV)
         return output._replace(output_BC=voted.output_BC, opinion=voted.opinion)
+
+    def _own_probabilities(self, own_BMC: Tensor) -> Tensor:
+        """Evidence of next to nothing for one class is no opinion, however far its scores are apart."""
+        if self.decide != "evidence":
+            return own_BMC.float().softmax(dim=-1)
+        alpha_BMC = evidence(own_BMC) + 1.0
+        return alpha_BMC / alpha_BMC.sum(dim=-1, keepdim=True)
 
 
 class EncoderBlock(nn.Module):

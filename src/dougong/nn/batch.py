@@ -67,4 +67,5 @@ def only_media(media: MediaBatch) -> MediaBatch:
         index_B=index_B,
         quality_UQ=None if media.quality_UQ is None else media.quality_UQ[used],
         level_U=None if media.level_U is None else media.level_U[used],
+        id_U=None if media.id_U is None else media.id_U[used],
     )

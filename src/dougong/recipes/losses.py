@@ -99,7 +99,22 @@ def check_objective(objective: ObjectiveConfig, model: SandwichConfig) -> None:
         ConfigError: a part has no head, gate or corruption to work on.
     """
     taught = model.own_heads == "taught" or model.decide != "fused"
-    if objective.balance == "ogm-ge" and model.own_heads == "none":
+    idle = {
+        "ogm_alpha": objective.balance != "ogm-ge",
+        "doubt_weight": model.decide != "evidence",
+        "rank_weight": model.decide != "confidence",
+        "completion_weight": model.completion is None,
+        "own_weight": bool(objective.blend) or (model.decide == "fused" and model.own_heads == "none"),
+        "label_smoothing": model.decide == "evidence",
+    }
+    for name, without_effect in idle.items():
+        given = getattr(objective, name)
+        if without_effect and given != ObjectiveConfig.model_fields[name].default:
+            raise ConfigError(
+                f"objective.{name}={given} cannot take effect on this model and objective. Leave {name} out, or set "
+                "the part that it is for."
+            )
+    if objective.balance == "ogm-ge" and model.own_heads == "none" and model.decide == "fused":
         raise ConfigError(
             "objective.balance=ogm-ge reads from heads how much each modality knows, and the model has none. "
             "Set model.own_heads: watching."
@@ -119,13 +134,19 @@ def check_blend(objective: ObjectiveConfig, names: tuple[str, ...]) -> None:
         raise ConfigError(f"objective.blend names {strange[0]!r}, which is no modality here. Use some of {known}.")
 
 
-def check_ranks(objective: ObjectiveConfig, world: int) -> None:
-    """Raises: ConfigError: the gradients of a rank's records alone would be balanced, not those of the batch."""
-    if world > 1 and objective.balance != "none":
-        raise ConfigError(
-            f"objective.balance={objective.balance} works on the gradients of a whole batch, and {world} ranks share "
-            "each out. Use balance: none, or one process."
-        )
+def check_ranks(objective: ObjectiveConfig, model: SandwichConfig, world: int) -> None:
+    """Raises: ConfigError: a rank's records alone would be balanced or compared, not those of the batch."""
+    whole = {
+        f"balance={objective.balance}": objective.balance != "none",
+        "completion_weight": model.completion is not None and objective.completion_weight > 0,
+        "rank_weight": model.decide == "confidence" and objective.rank_weight > 0,
+    }
+    for setting, given in whole.items():
+        if world > 1 and given:
+            raise ConfigError(
+                f"objective.{setting} works on a whole batch, and {world} ranks share each out. "
+                f"Use {'balance: none' if setting.startswith('balance') else f'{setting}: 0'}, or one process."
+            )
 
 
 def losses_of(
@@ -174,6 +195,11 @@ def backward_of(
 ) -> Backward | None:
     """How gradients are taken; None: plainly."""
     if objective.balance == "ogm-ge":
+        if model.task != "single_label":
+            raise ConfigError(
+                f"objective.balance=ogm-ge reads how sure the right class is, and the target is {model.task}. "
+                "Use balance: mmpareto, or none."
+            )
         return ModulatedBackward(model.parts(), objective.ogm_alpha)
     if objective.balance == "mmpareto":
         return ParetoBackward(model.parts(), losses)

@@ -47,7 +47,7 @@ def blending_pilot(recipe: Recipe, folder: Path, tables: Tables, *, share: float
     values = recipe.model_dump(mode="json")
     steps = max(1, round(share * recipe.train.steps))
     values["train"] |= {"steps": steps, "evaluate_every": steps, "patience": None}
-    values["objective"]["blend"] = {}
+    values["objective"] |= {"blend": {}, "own_weight": 1.0}
     pilot = parse(Recipe, values, where="pilot")
     result = train_recipe(pilot, folder, quiet=True, tables=tables)
     preparation, trained = result.model.preparation, result.model.network
@@ -57,7 +57,9 @@ def blending_pilot(recipe: Recipe, folder: Path, tables: Tables, *, share: float
         for table in (tables.train, tables.validation)
         for model in (before, trained)
     ]
-    return blending_weights(*losses)
+    # A modality that the records looked at lack on one side has no gap to be judged by.
+    shared = set.intersection(*(set(each) for each in losses))
+    return blending_weights(*({name: each[name] for name in each if name in shared} for each in losses))
 
 
 @torch.inference_mode()

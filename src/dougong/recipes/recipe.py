@@ -134,3 +134,18 @@ class Recipe(Config):
                 f"data.withhold={self.data.withhold} and train.sampling both leave modalities out at random. Give one."
             )
         return self
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> Self:
+        if self.objective.gate_weight and self.data.corrupt is None:
+            raise ValueError("objective.gate_weight learns from what is spoilt, and nothing is. Set data.corrupt.")
+        sampling = self.train.sampling
+        if sampling is not None and sampling.quality and not self.data.preparation.quality:
+            raise ValueError("train.sampling.quality has nothing to read. Set data.preparation.quality: true.")
+        beside = any(set(view.beside) - set(view.keep) for view in self.data.views)
+        if self.model.completion is not None and self.objective.completion_weight and self.data.views and not beside:
+            raise ValueError(
+                "model.completion is learnt from what views leave out beside, and none does. Set beside in data.views, "
+                "or objective.completion_weight: 0."
+            )
+        return self

@@ -125,7 +125,7 @@ def train_recipe(
         RunError: the folder holds a run already, or none to resume.
     """
     check_objective(recipe.objective, recipe.model)
-    check_ranks(recipe.objective, ranks.world)
+    check_ranks(recipe.objective, recipe.model, ranks.world)
     quiet = quiet or not ranks.first
     settled = ranks.first_says(lambda: settle_recipe(recipe, folder, resume=resume).model_dump(mode="json"))
     recipe = parse(Recipe, settled, where=SETTINGS)

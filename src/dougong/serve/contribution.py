@@ -29,7 +29,7 @@ from dougong.engine.contribution import (
     token_shares,
 )
 from dougong.engine.evaluate import evaluating
-from dougong.model.sandwich import JoinBlock, Sandwich, SandwichState
+from dougong.model.sandwich import JoinBlock, OwnBlock, Sandwich, SandwichState
 from dougong.serve.model import Model
 
 
@@ -158,8 +158,9 @@ def _token_shares(network: Sandwich, probe: Probe, record: int, config: Contribu
     """
     with torch.inference_mode(), evaluating(network):
         state = network.embed(recombine(probe.batch, np.full((1, len(probe.names)), record)))
-        joins = [place for place, block in enumerate(network.blocks) if isinstance(block, JoinBlock)]
-        behind = joins[0] if joins else len(network.blocks)  # late fusion joins vectors, at the end
+        # What a modality decides by itself follows from its tokens too; late fusion joins vectors, at the end.
+        after = [place for place, block in enumerate(network.blocks) if isinstance(block, OwnBlock | JoinBlock)]
+        behind = after[0] if after else len(network.blocks)
         for block in network.blocks[:behind]:
             state = block(state)
 
