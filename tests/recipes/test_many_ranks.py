@@ -35,7 +35,7 @@ from dougong.model.sandwich import SandwichConfig, SandwichOutput
 from dougong.nn.batch import Batch
 from dougong.recipes.losses import ObjectiveConfig, check_ranks
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import run_recipe
+from dougong.recipes.run import run_recipe, train_recipe
 
 BATCH = 8
 PRESENT = {
@@ -191,6 +191,15 @@ def test_what_needs_the_whole_batch_in_one_place_is_refused() -> None:
     check_ranks(ObjectiveConfig(), SandwichConfig(), 2)
     with pytest.raises(ConfigError, match="objective.rank_weight works on a whole batch, and 2 ranks share each out"):
         check_ranks(ObjectiveConfig(), SandwichConfig(fusion="late", decide="confidence"), 2)
+
+
+def test_sparing_one_medium_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    ranks = Ranks(None)
+    ranks.world = 2
+    recipe = parse(Recipe, {"name": "x", "data": {"corrupt": {}}}, where="test")
+    with pytest.raises(ConfigError, match=r"Set data\.corrupt\.spare_one: false, or train in one process"):
+        train_recipe(recipe, tmp_path / "run", ranks=ranks)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

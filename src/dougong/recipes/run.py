@@ -22,7 +22,7 @@ from torch import Tensor
 import dougong
 from dougong.core.bundle import Manifest
 from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
-from dougong.core.errors import RunError
+from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
@@ -126,6 +126,11 @@ def train_recipe(
     """
     check_objective(recipe.objective, recipe.model)
     check_ranks(recipe.objective, recipe.model, ranks.world)
+    if ranks.world > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
+        raise ConfigError(
+            f"data.corrupt.spare_one looks at all records of a batch, and {ranks.world} ranks share each out. "
+            "Set data.corrupt.spare_one: false, or train in one process."
+        )
     quiet = quiet or not ranks.first
     settled = ranks.first_says(lambda: settle_recipe(recipe, folder, resume=resume).model_dump(mode="json"))
     recipe = parse(Recipe, settled, where=SETTINGS)
