@@ -44,6 +44,7 @@ from dougong.nn.batch import Batch
 from dougong.objectives.contrastive import all_pairs_loss
 from dougong.objectives.matching import matching_loss
 from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
+from dougong.recipes.result import result_as_json
 from dougong.recipes.run import settle_recipe
 from dougong.recipes.tables import cache_folder
 from dougong.serve.aligner import KIND, Aligner, vectors_of_cells
@@ -87,15 +88,7 @@ class AlignResult:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "run": str(self.folder),
-            "bundle": str(self.folder / "bundle"),
-            "report": str(self.folder / "report.html"),
-            "parameters": self.num_parameters,
-            "seconds": round(self.train_seconds, 1),
-            "figures": {name: found.metrics for name, found in self.evaluations.items()},
-            "notes": list(self.notes),
-        }
+        return result_as_json(self)
 
 
 def run_align(recipe: AlignRecipe, folder: Path, *, resume: bool = False, quiet: bool = False) -> AlignResult:

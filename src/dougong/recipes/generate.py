@@ -21,10 +21,9 @@ from torch import Tensor
 
 import dougong
 from dougong.core.bundle import Manifest
-from dougong.core.config import from_yaml, parse, to_yaml
-from dougong.core.errors import ConfigError, RunError
+from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Listener
-from dougong.core.files import write_atomic, write_json
+from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import ImageInput, Target
 from dougong.data.loader import Loader, LoaderConfig
@@ -42,6 +41,8 @@ from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.generation import generation_loss, token_losses
 from dougong.objectives.reconstruction import reconstruction_loss
 from dougong.recipes.generation import GenerateRecipe
+from dougong.recipes.result import result_as_json
+from dougong.recipes.run import settle_recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.serve.generator import KIND, Generator, load_generator
 from dougong.watch.gallery import write_gallery
@@ -80,15 +81,7 @@ class GenerationResult:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "run": str(self.folder),
-            "bundle": str(self.folder / "bundle"),
-            "report": str(self.folder / "report.html"),
-            "parameters": self.num_parameters,
-            "seconds": round(self.train_seconds, 1),
-            "figures": {name: found.metrics for name, found in self.evaluations.items()},
-            "notes": list(self.notes),
-        }
+        return result_as_json(self)
 
 
 def run_generation(
@@ -100,7 +93,7 @@ def run_generation(
         RunError: the folder holds a run already, or none to resume.
         ConfigError: the records are not of one picture and one text, or the tokenizer to take is another one.
     """
-    recipe = _settle(recipe, folder, resume=resume)
+    recipe = settle_recipe(recipe, folder, resume=resume)
     tables = open_tables(recipe.data, seed=recipe.seed)
     preparation = _prepare(recipe, tables, folder)
     listeners: list[Listener] = [] if quiet else [Progress()]
@@ -187,20 +180,6 @@ def batches_of(table: Table, preparation: Preparation, batch_size: int = JUDGED_
 
 
 # The run ---------------------------------------------------------------------------------------------------------
-
-
-def _settle(recipe: GenerateRecipe, folder: Path, *, resume: bool) -> GenerateRecipe:
-    """The recipe that is really run: the folder's own when it is resumed."""
-    settings = folder / SETTINGS
-    if resume:
-        if not settings.is_file():
-            raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
-        values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
-        return parse(GenerateRecipe, values, where=str(settings))
-    if settings.exists():
-        raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
-    write_atomic(settings, to_yaml(recipe))
-    return recipe
 
 
 def _prepare(recipe: GenerateRecipe, tables: Tables, folder: Path) -> Preparation:

@@ -43,6 +43,7 @@ from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
 from dougong.recipes.losses import backward_of, check_blend, check_objective, check_ranks, losses_of
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.result import result_as_json
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
 from dougong.serve.model import Model
@@ -74,15 +75,7 @@ class RunResult:
     notes: tuple[str, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "run": str(self.folder),
-            "bundle": str(self.folder / "bundle"),
-            "report": str(self.folder / "report.html"),
-            "parameters": self.num_parameters,
-            "seconds": round(self.train_seconds, 1),
-            "figures": {name: found.metrics for name, found in self.evaluations.items()},
-            "notes": list(self.notes),
-        }
+        return result_as_json(self)
 
 
 def run_recipe(

@@ -17,21 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dougong.core.bundle import Manifest, read_bundle, write_bundle
+from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import parse
 from dougong.core.errors import BundleError, CheckpointError, ConfigError
-from dougong.core.files import write_atomic
 from dougong.data.collate import Collator, Request
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, cells_of
 from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import evaluating
-from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.engine.weights import put_weights, read_weights
 from dougong.model.dual import Dual, DualConfig
+from dougong.serve.saving import WEIGHTS, save_bundle
 
 KIND: Final = "align"
-WEIGHTS: Final = "model.safetensors"
-CARD: Final = "README.md"
 BATCH_SIZE: Final = 128
 
 
@@ -72,12 +70,7 @@ class Aligner:
         Raises:
             BundleError: the folder holds something else.
         """
-        folder = Path(folder)
-        with write_bundle(folder, self.manifest) as building:
-            self.preparation.save(building)
-            write_weights(building / WEIGHTS, distinct_weights(self.network))
-            write_atomic(building / CARD, _card(self.manifest))
-        return folder
+        return save_bundle(folder, self.manifest, self.preparation, self.network, _card(self.manifest))
 
 
 def vectors_of_cells(

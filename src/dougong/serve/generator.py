@@ -19,25 +19,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dougong.core.bundle import Manifest, read_bundle, write_bundle
+from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import parse
 from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataError
-from dougong.core.files import write_atomic
 from dougong.core.seeds import derive_seed
 from dougong.data.collate import Collator, Request
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.text import TextModality
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
-from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.engine.weights import put_weights, read_weights
 from dougong.model.sampling import SamplingConfig, SamplingsConfig
 from dougong.model.writer import Direction, Writer, WriterConfig
 from dougong.nn.batch import Batch
+from dougong.serve.saving import WEIGHTS, save_bundle
 
 KIND: Final = "writer"
-WEIGHTS: Final = "model.safetensors"
 SAMPLING: Final = "sampling.json"
-CARD: Final = "README.md"
 AT_ONCE: Final = 64
 
 Picture: TypeAlias = "str | Path | bytes | Image.Image"
@@ -110,13 +108,9 @@ class Generator:
         Raises:
             BundleError: the folder holds something else.
         """
-        folder = Path(folder)
-        with write_bundle(folder, self.manifest) as building:
-            self.preparation.save(building)
-            write_weights(building / WEIGHTS, distinct_weights(self.network))
-            write_atomic(building / SAMPLING, self.sampling.model_dump_json(indent=2) + "\n")
-            write_atomic(building / CARD, _card(self.manifest))
-        return folder
+        sampling = self.sampling.model_dump_json(indent=2) + "\n"
+        card = _card(self.manifest)
+        return save_bundle(folder, self.manifest, self.preparation, self.network, card, {SAMPLING: sampling})
 
     def _written(self, direction: Direction, cells: Sequence[Any], sampling: SamplingConfig | None, seed: int) -> Any:
         found: list[Any] = []

@@ -20,10 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dougong.core.bundle import Manifest, read_bundle, write_bundle
+from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import Config, parse
 from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataError
-from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
 from dougong.data.corruption import Corruption
@@ -32,12 +31,11 @@ from dougong.data.preparation import Preparation
 from dougong.data.table import Table, open_table
 from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import Evaluation, evaluate
-from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.engine.weights import put_weights, read_weights
 from dougong.model.sandwich import Sandwich, SandwichConfig, SandwichOutput
 from dougong.objectives.decision import decision_probabilities
+from dougong.serve.saving import WEIGHTS, save_bundle
 
-WEIGHTS: Final = "model.safetensors"
-CARD: Final = "README.md"
 BATCH_SIZE: Final = 64
 
 Rows: TypeAlias = "Sequence[Mapping[str, Any]] | Table | pa.Table | str | Path"
@@ -155,12 +153,7 @@ class Model:
         Raises:
             BundleError: the folder holds something else.
         """
-        folder = Path(folder)
-        with write_bundle(folder, self.manifest) as building:
-            self.preparation.save(building)
-            write_weights(building / WEIGHTS, distinct_weights(self.network))
-            write_atomic(building / CARD, model_card(self.manifest))
-        return folder
+        return save_bundle(folder, self.manifest, self.preparation, self.network, model_card(self.manifest))
 
     def _requests(self, rows: Rows, folder: Path, batch_size: int) -> tuple[Path, Iterator[Request]]:
         """Where the records' paths begin, and the records in batches."""
