@@ -22,10 +22,12 @@ from dougong.data.target import infer_target
 HERE = Path()
 
 
-def picture(width: int = 16, height: int = 16, *, seed: int = 0, form: str = "PNG", **options: Any) -> bytes:
+def picture(
+    width: int = 16, height: int = 16, *, seed: int = 0, form: str = "PNG", grey: bool = False, **options: Any
+) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, form, **options)
+    Image.fromarray(pixels[..., 0] if grey else pixels).save(content, form, **options)
     return content.getvalue()
 
 

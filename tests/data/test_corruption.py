@@ -76,10 +76,38 @@ def test_level_0_is_the_medium_itself(table: Table, preparation: Preparation) ->
         medium = modality.decode(cells, Path())
         for kind in (*modality.damages, None):
             assert corrupt(modality, medium, kind, 0.0, random) is medium
-            assert corrupt(modality, medium, kind, 1.0, random) is not medium
+            # A row's only number is never dropped.
+            assert (corrupt(modality, medium, kind, 1.0, random) is medium) == (kind == "dropped")
         with pytest.raises(ConfigError, match=r"'smell' is no corruption of this modality\. Use one of"):
             corrupt(modality, medium, "smell", 0.5, random)
         assert Corruption(modality=name, level=0.5).kind is None
+
+
+def test_any_kind_is_one_that_changes_the_medium() -> None:
+    grey_table = rows(
+        image=[inline(picture(seed=row, grey=True)) for row in range(NUM)], label=["no", "yes"] * (NUM // 2)
+    )
+    preparation = fitted(grey_table)
+    image = preparation.modalities["image"]
+    random = np.random.default_rng(0)
+    for cell in grey_table.column("image").to_pylist():
+        medium = image.decode((cell,), Path())
+        assert corrupt(image, medium, "saturation", 1.0, random) is medium
+        for _ in range(8):
+            assert (corrupt(image, medium, None, 0.25, random) != medium).any()
+
+
+def test_what_could_not_be_changed_is_not_told_as_spoilt() -> None:
+    half = NUM // 2
+    pictures = [picture(seed=row, grey=True) for row in range(half)] + [picture(seed=row) for row in range(half)]
+    table = rows(image=[inline(one) for one in pictures], label=["no", "yes"] * half)
+    colourless = Corruption(modality="image", kind="saturation", level=0.75)
+    found = Collator(fitted(table), Path(), seed=0, corruptions=[colourless])(
+        Request(np.arange(NUM), {name: table.column(name).to_pylist() for name in ("image", "label")}, (0, 0))
+    )
+    media = found.media["image"]
+    assert media.level_U is not None
+    assert media.level_U[media.index_B].tolist() == [0.0] * half + [0.75] * half
 
 
 def test_a_batch_at_level_0_is_the_clean_batch(table: Table, preparation: Preparation) -> None:

@@ -302,11 +302,18 @@ def _spoil(
     modality: Modality, media: list[Array], spoilt: Sequence[Spoiling | None]
 ) -> tuple[list[Array], npt.NDArray[np.float32]]:
     """The media, those that are to be spoilt replaced, and how strongly each was."""
-    level_U = np.array([0.0 if one is None else one.level for one in spoilt], np.float32)
     changed = [
         medium if one is None else corrupt(modality, medium, one.kind, one.level, np.random.default_rng(one.seed))
         for medium, one in zip(media, spoilt, strict=True)
     ]
+    # What came back as it was is not spoilt, whatever was asked.
+    level_U = np.array(
+        [
+            0.0 if one is None or after is before else one.level
+            for one, before, after in zip(spoilt, media, changed, strict=True)
+        ],
+        np.float32,
+    )
     return changed, level_U
 
 

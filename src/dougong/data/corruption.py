@@ -31,7 +31,8 @@ class Corruption(Config):
     """Its name: a column's, or "table"."""
 
     kind: str | None = None
-    """One that this kind of modality knows. None: any of them, each medium by its own chance."""
+    """One that this kind of modality knows. None: any of them that changes the medium, each medium by its own chance.
+    """
 
     level: float
     """From 0, not at all, to 1."""
@@ -108,7 +109,9 @@ def _checked_level(level: float) -> float:
 
 
 def corrupt(modality: Modality, medium: Array, kind: str | None, level: float, random: np.random.Generator) -> Array:
-    """A decoded medium, spoilt. At level 0 the same array comes back, else a new one.
+    """A decoded medium, spoilt. At level 0, or where nothing of the kind can change it, the same array comes back.
+
+    Without a kind, those that leave the medium as it was are passed over: a grey picture has no colour to lose.
 
     Raises:
         ConfigError: the modality knows no such kind.
@@ -116,9 +119,13 @@ def corrupt(modality: Modality, medium: Array, kind: str | None, level: float, r
     damages = modality.damages
     if kind is not None and kind not in damages:
         raise ConfigError(f"{kind!r} is no corruption of this modality. Use one of {', '.join(damages)}.")
-    if kind is None:
-        kind = str(random.choice(list(damages)))
-    return medium if level == 0 else damages[kind](medium, level, random)
+    if level == 0:
+        return medium
+    for name in random.permutation(list(damages)) if kind is None else [kind]:
+        changed = damages[str(name)](medium, level, random)
+        if not np.array_equal(changed, medium, equal_nan=True):
+            return changed
+    return medium
 
 
 def parse_corruption(text: str) -> Corruption:
