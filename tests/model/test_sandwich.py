@@ -43,6 +43,7 @@ FUSIONS: list[dict[str, Any]] = [
     {"fusion": "late", "own_heads": "watching"},
     {"decide": "evidence"},
     {"decide": "gated"},
+    {"decide": "weighed"},
     {"fusion": "late", "decide": "evidence", "evidence_rule": "average"},
     {"fusion": "late", "decide": "confidence"},
     {"fusion": "late", "decide": "mean"},

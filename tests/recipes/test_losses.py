@@ -31,8 +31,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "model": {"fusion": "late", "own_heads": "taught"},
         "objective": {"blend": {"whole": 0.5, "photo": 0.2, "remark": 0.3}},
     },
-    "gated": {"model": {"decide": "gated"}},
-    "bottleneck": {"model": {"bridge": {"kind": "bottleneck"}, "own_heads": "taught"}},
+    "gated": {"model": {"decide": "gated"}, "objective": {"teach_weight": 0.5}},
+    "weighed": {"model": {"decide": "weighed"}, "objective": {"teach_weight": 1.0}},
+    "late, weighed": {"model": {"fusion": "late", "decide": "weighed"}},
+    "bottleneck": {
+        "model": {"bridge": {"kind": "bottleneck"}, "own_heads": "taught"},
+        "objective": {"teach_weight": 1.0},
+    },
 }
 
 
@@ -77,6 +82,9 @@ def test_every_way_trains_and_answers(way: str, colour_table: Path, tmp_path: Pa
         ({"own_heads": "watching"}, {"balance": "mmpareto"}, "Set model.own_heads: taught"),
         ({}, {"blend": {"whole": 1.0}}, "objective.blend weighs each modality's own loss"),
         ({}, {"own_weight": 2.0}, "objective.own_weight=2.0 cannot take effect on this model"),
+        ({}, {"ogm_noise": False}, "objective.ogm_noise=False cannot take effect on this model"),
+        ({"own_heads": "watching"}, {"teach_weight": 1.0}, "objective.teach_weight=1.0 cannot take effect"),
+        ({"decide": "evidence"}, {"teach_weight": 1.0}, "objective.teach_weight=1.0 cannot take effect"),
         ({}, {"doubt_weight": 0.5}, "objective.doubt_weight=0.5 cannot take effect on this model"),
         ({"decide": "evidence"}, {"label_smoothing": 0.1}, "objective.label_smoothing=0.1 cannot take effect"),
     ],

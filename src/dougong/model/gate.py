@@ -20,6 +20,9 @@ from dougong.core.config import Config
 from dougong.nn.start import keep_variance
 
 QUALITY_WIDTH = 16
+MIDDLE = 0.3
+STRETCH = 5.0
+"""Figures of quality lie between 0 and 1, and those of one set within a fifth of one another, as of their middle."""
 
 
 class GateConfig(Config):
@@ -115,5 +118,5 @@ class QualityScore(nn.Module):
         nn.init.zeros_(self.narrow.bias)
 
     def forward(self, quality_BQ: Tensor) -> Tensor:
-        score_B1: Tensor = self.narrow(functional.gelu(self.widen(quality_BQ)))
+        score_B1: Tensor = self.narrow(functional.gelu(self.widen((quality_BQ - MIDDLE) * STRETCH)))
         return score_B1

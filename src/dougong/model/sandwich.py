@@ -32,7 +32,7 @@ from dougong.model.encoders.vector import VectorEncoderConfig
 from dougong.model.evidence import Opinion, Rule, conflict, evidence
 from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
-from dougong.model.votes import Decide, vote
+from dougong.model.votes import Ballot, Decide, WeighedVotes, vote
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.modules_by_name import ModulesByName
@@ -72,9 +72,10 @@ class SandwichConfig(Config):
     bridge: BridgeConfig = BridgeConfig()
 
     decide: Decide = "fused"
-    """fused: one head on the fused vector. Otherwise each modality has a head of its own, and so has the bridge; their
-    scores are averaged (mean), weighted by how sure each is (confidence), or taken as evidence (evidence). gated: the
-    bridge's scores, and the modalities' own as far as the gate trusts each."""
+    """fused: one head on the fused vector. Otherwise each modality has a head of its own, and so has the bridge, which
+    has a voice where a record has two modalities to bridge. mean: their scores are averaged. weighed: so they are, with
+    weights that are learnt after training, from validation records. confidence: by how sure each is. evidence: as
+    evidence. gated: the bridge's scores, and the modalities' own as far as the gate trusts each."""
 
     evidence_rule: Rule = "dempster"
     """How evidence is combined: dempster grows surer with each that agrees, average does not."""
@@ -219,6 +220,10 @@ class SandwichOutput(NamedTuple):
     conflict_B: Tensor | None = None
     """How far the modalities' own decisions are apart, 0 to 1; where they are classes, and decide by themselves."""
 
+    ballot: Ballot | None = None
+    """The votes that were counted: of each modality, then of the bridge, or of late fusion what is common (V = M + 1).
+    None for decide=fused."""
+
 
 class Explanation(NamedTuple):
     """A forward pass with what happened inside."""
@@ -303,6 +308,8 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
         else:
             fused_width = config.width * (len(self.names) if self.late else 1)
             self.decision = self._head_config(config, signature, fused_width).build()
+        if self.decide == "weighed":
+            self.votes = WeighedVotes(len(self.names) + 1)
         self.config = config.model_copy(update={"encoders": resolved})
         """What rebuilds this model without any pretrained folder."""
 
@@ -403,15 +410,19 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             output = output._replace(conflict_B=conflict(self._own_probabilities(own_BMC.detach()), given_BM))
         if self.decide == "fused":
             return output
-        # One more vote: of the bridge, or of what is common where nobody else votes.
-        some_B1 = given_BM.any(dim=1, keepdim=True)
+        # One more vote: of the bridge where it has two to bridge, or of what is common where nobody else votes.
+        nobody_B1 = ~given_BM.any(dim=1, keepdim=True)
+        bridged_B1 = state.present_BM.sum(dim=1, keepdim=True) > 1
         votes_BVC = torch.cat([own_BMC, output.output_BC[:, None]], dim=1)
-        present_BV = torch.cat([given_BM, ~some_B1 if self.only_votes else torch.ones_like(some_B1)], dim=1)
+        present_BV = torch.cat([given_BM, nobody_B1 if self.only_votes else nobody_B1 | bridged_B1], dim=1)
+        ballot = Ballot(votes_BVC, present_BV)
+        if self.decide == "weighed":
+            return output._replace(output_BC=self.votes(ballot), ballot=ballot)
         weight_BV = None
         if output.weight_BM is not None:
             weight_BV = torch.cat([output.weight_BM, torch.ones_like(output.weight_BM[:, :1])], dim=1)
-        voted = vote(votes_BVC, present_BV, self.decide, self.evidence_rule, weight_BV)
-        return output._replace(output_BC=voted.output_BC, opinion=voted.opinion)
+        voted = vote(*ballot, self.decide, self.evidence_rule, weight_BV)
+        return output._replace(output_BC=voted.output_BC, opinion=voted.opinion, ballot=ballot)
 
     def _own_probabilities(self, own_BMC: Tensor) -> Tensor:
         """Evidence of next to nothing for one class is no opinion, however far its scores are apart."""

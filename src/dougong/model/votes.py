@@ -1,7 +1,8 @@
 """One decision out of several: each modality has decided by itself, and the votes are counted.
 
-Here        `vote`, Voted, Decide.
-Elsewhere   whose votes they are (model/sandwich.py); the opinions of evidence (model/evidence.py).
+Here        Decide, Ballot, `vote` and Voted, WeighedVotes.
+Elsewhere   whose votes they are (model/sandwich.py); the opinions of evidence (model/evidence.py); learning how much
+            each vote weighs (recipes/weigh.py).
 Promise     an absent voter changes nothing, whatever stands in its place; a record without any voter still gets
             finite outputs and gradients.
 
@@ -12,12 +13,20 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dougong.model.evidence import SMALLEST, Opinion, Rule, combine, evidence
 
-Decide = Literal["fused", "mean", "gated", "confidence", "evidence"]
+Decide = Literal["fused", "mean", "weighed", "gated", "confidence", "evidence"]
 ENERGY_SCALE = 0.1
+
+
+class Ballot(NamedTuple):
+    """What each voter says, and who has a voice."""
+
+    logit_BVC: Tensor
+    present_BV: Tensor
 
 
 class Voted(NamedTuple):
@@ -51,3 +60,31 @@ def vote(
         return Voted((logit_BVC * weight_BV[..., None].to(logit_BVC.dtype)).sum(dim=1), None)
     count_B1 = present_BV.sum(dim=1, keepdim=True).clamp(min=1)
     return Voted(logit_BVC.sum(dim=1) / count_B1, None)
+
+
+class WeighedVotes(nn.Module):
+    """The weighted mean of the scores of those who are present, times how sure it is; both equal to 1 until learnt.
+
+    After Wolpert 1992 ("Stacked generalization"), with one weight for each voter, none below zero. They are no
+    parameters: training would trust most whoever remembers most of it.
+    """
+
+    weight_V: Tensor
+    scale: Tensor
+
+    def __init__(self, num_voters: int) -> None:
+        super().__init__()
+        self.register_buffer("weight_V", torch.ones(num_voters))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, ballot: Ballot) -> Tensor:
+        """(B, C)."""
+        return weigh(ballot, self.weight_V, self.scale)
+
+
+def weigh(ballot: Ballot, weight_V: Tensor, scale: Tensor) -> Tensor:
+    """(B, C)."""
+    weight_BV = weight_V * ballot.present_BV
+    weight_BV = weight_BV / weight_BV.sum(dim=1, keepdim=True).clamp(min=SMALLEST)
+    logit_BVC = ballot.logit_BVC.masked_fill(~ballot.present_BV[..., None], 0.0)
+    return scale * (weight_BV[:, None].to(logit_BVC.dtype) @ logit_BVC)[:, 0]

@@ -27,6 +27,7 @@ from dougong.objectives.balance import Losses, ModulatedBackward, ParetoBackward
 from dougong.objectives.confidence import ranking_loss
 from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.decision import decision_loss
+from dougong.objectives.distillation import distillation_loss
 from dougong.objectives.evidence import evidence_loss
 from dougong.objectives.gate import gate_loss
 from dougong.objectives.gathered import Side, gathered_contrastive_loss
@@ -70,6 +71,12 @@ class ObjectiveConfig(Config):
     ogm_alpha: float = 0.5
     """ogm-ge: how strongly."""
 
+    ogm_noise: bool = True
+    """ogm-ge: add noise as wide as the gradient to what is held back, as its paper does."""
+
+    teach_weight: float = 0.0
+    """Of each modality's own scores learning what all together decide, where the model has taught heads of its own."""
+
     @field_validator("align_weight", "own_weight", "ogm_alpha")
     @classmethod
     def _above_zero(cls, weight: float) -> float:
@@ -77,7 +84,7 @@ class ObjectiveConfig(Config):
             raise ValueError(f"{weight} must be above 0. To leave this out, leave out the part of the model it is for.")
         return weight
 
-    @field_validator("completion_weight", "gate_weight", "doubt_weight", "rank_weight")
+    @field_validator("completion_weight", "gate_weight", "doubt_weight", "rank_weight", "teach_weight")
     @classmethod
     def _not_below_zero(cls, weight: float) -> float:
         if not weight >= 0:
@@ -101,6 +108,8 @@ def check_objective(objective: ObjectiveConfig, model: SandwichConfig) -> None:
     taught = model.own_heads == "taught" or model.decide != "fused"
     idle = {
         "ogm_alpha": objective.balance != "ogm-ge",
+        "ogm_noise": objective.balance != "ogm-ge",
+        "teach_weight": not taught or model.decide == "evidence",
         "doubt_weight": model.decide != "evidence",
         "rank_weight": model.decide != "confidence",
         "completion_weight": model.completion is None,
@@ -185,6 +194,9 @@ def losses_of(
             own[name] = weight * decided(own_BC, target, is_evidence=model.decide == "evidence")
             if model.decide == "confidence" and objective.rank_weight:
                 own[name] = own[name] + objective.rank_weight * ranking_loss(own_BC, target)
+            if objective.teach_weight:
+                taught_loss = distillation_loss(own_BC, output.output_BC[media.present_B], task)
+                own[name] = own[name] + objective.teach_weight * taught_loss
         return Losses(whole, own)
 
     return losses
@@ -200,7 +212,7 @@ def backward_of(
                 f"objective.balance=ogm-ge reads how sure the right class is, and the target is {model.task}. "
                 "Use balance: mmpareto, or none."
             )
-        return ModulatedBackward(model.parts(), objective.ogm_alpha)
+        return ModulatedBackward(model.parts(), objective.ogm_alpha, objective.ogm_noise)
     if objective.balance == "mmpareto":
         return ParetoBackward(model.parts(), losses)
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,7 @@ from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import VolumeInput
+from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
@@ -46,6 +47,7 @@ from dougong.recipes.recipe import Recipe
 from dougong.recipes.result import result_as_json
 from dougong.recipes.samples import write_samples
 from dougong.recipes.tables import Tables, open_tables
+from dougong.recipes.weigh import weigh_votes
 from dougong.serve.model import Model
 from dougong.watch.progress import Progress
 from dougong.watch.report import write_report
@@ -53,6 +55,10 @@ from dougong.watch.tensorboard import TensorBoard
 
 SETTINGS: Final = "run.yaml"
 JUDGED_AT_ONCE: Final = 256
+VOTES_WEIGHED: Final = 4096
+MOST_PASSES: Final = 8
+"""Over validation records to learn what each vote weighs: as many as make so many ballots."""
+
 MOST_CONDITIONS: Final = 5
 """Modalities up to which each is judged alone and withheld, where the recipe names no conditions."""
 
@@ -338,6 +344,23 @@ def _train(
         ranks=ranks,
     )
     load_weights(model, best_weights(folder))
+    if recipe.model.decide == "weighed":
+        weigh_votes(model, _unseen(recipe, tables, preparation, views), target.task)
+
+
+def _unseen(recipe: Recipe, tables: Tables, preparation: Preparation, views: tuple[View, ...]) -> Iterator[BatchArrays]:
+    """Validation records, few of them several times, each time spoilt and withheld anew as in training."""
+    passes = min(MOST_PASSES, -(-VOTES_WEIGHED // tables.validation.num_rows))
+    for number in range(passes):
+        yield from Loader(
+            tables.validation,
+            preparation,
+            LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers),
+            seed=derive_seed(recipe.seed, "weigh", number),
+            views=views,
+            withhold=recipe.data.withhold,
+            corrupt=_corrupt(recipe, tables, preparation),
+        ).one_pass()
 
 
 def _narrowed(views: tuple[View, ...], preparation: Preparation) -> list[View]:
