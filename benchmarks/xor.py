@@ -17,7 +17,8 @@ sums can be right on three of the four pairs (or on one), so that one seed's EMA
 additive share, which does not hang on ties, is the projection's variance over all pairs as a share of the scores':
 1 for an additive model, 0 for one that only answers by both together.
 
-A figure is the mean over seeds, its interval the lowest and the highest.
+A figure is the mean over five seeds, of the bridge and its projection over twenty; its interval is the lowest and the
+highest.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, train_recipe
 
 SEEDS = (0, 1, 2, 3, 4)
+PROJECTED_SEEDS = tuple(range(20))
+"""Of the bridge, whose projection's accuracy is a near-tie: with five seeds, one at .75 moves the mean by .05."""
+
 ASKED = {"bridge": ">= 0.97", "additive": "<= 0.55", "EMAP of the bridge": "<= 0.55"}
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "bridge": {},
@@ -56,8 +60,10 @@ PICTURES_AT_ONCE = 16
 def measure(quick: bool) -> Iterator[Figure]:
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS[:1] if quick else SEEDS:
+        for seed in SEEDS[:1] if quick else PROJECTED_SEEDS:
             for name, parts in ARRANGEMENTS.items():
+                if seed not in SEEDS and name != "bridge":
+                    continue
                 recipe = _arranged(seed, Path(folder) / f"data-{seed}", **parts)
                 result = train_recipe(recipe, Path(folder) / f"{name}-{seed}", quiet=True)
                 found[name].append(result.evaluations["all"].metrics["accuracy"])
@@ -74,7 +80,7 @@ def measure(quick: bool) -> Iterator[Figure]:
             low=min(values),
             high=max(values),
             seeds=len(values),
-            baseline=sum(found["additive"]) / len(values) if name in ("bridge", "late concat") else None,
+            baseline=sum(found["additive"]) / len(found["additive"]) if name in ("bridge", "late concat") else None,
         )
 
 
