@@ -62,7 +62,7 @@ def measure(quick: bool) -> Iterator[Figure]:
         take = [f"tokenizer.take={folder / 'tokenizer'}"]
         test = first.tables.test
         labels = [str(label) for label in test.column("named").to_pylist()]
-        judge = _judge(folder / "judge", 10 if quick else 400)
+        judge = _judge(folder / "judge", 10 if quick else 1200)
         yield _figure("judge right, real test pictures", [judge.manifest.metrics["all"]["accuracy"]])
         coded = _through_tokenizer(first.generator, test)
         yield _figure("judge right, test pictures through the tokenizer", [_right(judge, coded, labels)])
