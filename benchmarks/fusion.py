@@ -67,7 +67,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
     "late concat": {"model.fusion": "late"},
     "late logits": {"model.fusion": "late", "model.decide": "mean"},
     "merged attention": {"model.bridge.kind": "merged"},
-    "OGM-GE": {"model.fusion": "late", "model.own_heads": "watching", "objective.balance": "ogm-ge"},  # and OGM_NOISE
+    "OGM-GE": {"model.fusion": "late", "model.own_heads": "watching", "objective.balance": "ogm-ge"},
     "Gradient-Blending": {"model.fusion": "late", "model.own_heads": "taught", "pilot": True},
     "MMPareto": {"model.fusion": "late", "model.own_heads": "taught", "objective.balance": "mmpareto"},
     "QMF": {"model.fusion": "late", "model.decide": "confidence"},
@@ -80,8 +80,11 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
         "objective.teach_weight": 1.0,
     },
 }
-OGM_NOISE: Final[dict[str, bool]] = {"with noise": True, "without": False}
-"""Its second half was published for SGD; under AdamW noise as wide as the gradient weighs more. Both are tried."""
+TRIED: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    # Published for SGD; under AdamW noise as wide as the gradient weighs more.
+    "OGM-GE": {"with noise": {"objective.ogm_noise": True}, "without": {"objective.ogm_noise": False}},
+}
+"""Settings of a way that are all tried; validation records choose."""
 
 
 class Job(NamedTuple):
@@ -91,7 +94,7 @@ class Job(NamedTuple):
     way: str
     seed: int
     choice: str | None
-    """One of those between which validation records choose: the modality of a single one, or one of OGM_NOISE."""
+    """One of those between which validation records choose: the modality of a single one, or one of TRIED."""
 
     quick: bool
 
@@ -169,14 +172,13 @@ def recipe_of(job: Job) -> Recipe:
         values["model"]["fusion"] = "late"
         encoders = values["model"].get("encoders", {})
         values["model"]["encoders"] = {name: each for name, each in encoders.items() if name == job.choice}
-    for key, value in WAYS.get(job.way, {}).items():
+    tried = TRIED.get(job.way, {}).get(job.choice or "", {})
+    for key, value in (WAYS.get(job.way, {}) | tried).items():
         *path, last = key.split(".")
         inner = values
         for part in path:
             inner = inner.setdefault(part, {})
         inner[last] = value
-    if job.way == "OGM-GE" and job.choice is not None:
-        values["objective"]["ogm_noise"] = OGM_NOISE[job.choice]
     values.pop("pilot", None)
     values["data"]["conditions"] = {"all": values["data"]["modalities"]}
     if job.quick:
@@ -267,7 +269,7 @@ def choices(set_name: str, way: str) -> tuple[str | None, ...]:
     """What validation records choose between."""
     if way == SINGLE:
         return tuple(base(set_name, 0)["data"]["modalities"])
-    return tuple(OGM_NOISE) if way == "OGM-GE" else (None,)
+    return tuple(TRIED.get(way, {})) or (None,)
 
 
 def results(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:

@@ -399,3 +399,26 @@ def test_witnesses_who_know_nothing_are_in_no_conflict() -> None:
     assert float(conflict(model._own_probabilities(own_BMC), torch.tensor([[True, True]]))) < 0.01
     sure_BMC = torch.tensor([[[40.0, -12.0, -12.0], [-12.0, 40.0, -12.0]]])
     assert float(conflict(model._own_probabilities(sure_BMC), torch.tensor([[True, True]]))) > 0.9
+
+
+def test_the_bridge_has_a_voice_only_where_it_has_two_to_bridge() -> None:
+    model = build({"decide": "mean"}).eval()
+    whole = batch({})
+    first = next(iter(whole.media))
+    bare = {name: one._replace(present_B=torch.zeros_like(one.present_B)) for name, one in whole.media.items()}
+    with torch.inference_mode():
+        together = model(whole)
+        alone = model(whole._replace(media=bare | {first: whole.media[first]}))
+        nothing = model(whole._replace(media=bare))
+    assert together.ballot is not None
+    assert alone.ballot is not None
+    assert alone.own_BMC is not None
+    assert nothing.ballot is not None
+    has_two_B = torch.stack([one.present_B for one in whole.media.values()]).sum(dim=0) > 1
+    has_B = whole.media[first].present_B
+    assert has_two_B.any()
+    assert has_B.any()
+    assert together.ballot.present_BV[has_two_B, -1].all()
+    assert not alone.ballot.present_BV[has_B, -1].any()
+    torch.testing.assert_close(alone.output_BC[has_B], alone.own_BMC[has_B, 0])
+    assert nothing.ballot.present_BV[:, -1].all()  # somebody must answer

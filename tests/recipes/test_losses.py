@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
+from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.table import table_of_rows
-from dougong.recipes.losses import ObjectiveConfig, check_objective
+from dougong.engine.batches import to_tensors
+from dougong.objectives.balance import ModulatedBackward
+from dougong.objectives.distillation import distillation_loss
+from dougong.recipes.losses import ObjectiveConfig, backward_of, check_objective, losses_of
 from dougong.recipes.pilot import blending_pilot
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, run_recipe
@@ -159,3 +164,31 @@ def test_what_each_modality_counts_is_measured_of_models_that_vote(colour_table:
         table = table_of_rows(result.tables.test.head(12), result.tables.test.folder)
         found = measure_contribution(result.model, table)
         assert sum(each.token_share for each in found.modalities.values()) == pytest.approx(1.0)
+
+
+def test_what_all_together_decide_teaches_each_by_as_much_as_is_set(colour_table: Path, tmp_path: Path) -> None:
+    result = run(colour_table, tmp_path / "run", WAYS["weighed"], steps=2)
+    preparation, model = result.model.preparation, result.model.network
+    (arrays, *_) = Loader(result.tables.test, preparation, LoaderConfig(batch_size=64)).one_pass()
+    batch = to_tensors(arrays)
+    output, settings = model(batch), result.recipe.model
+    plain, taught = (
+        losses_of(ObjectiveConfig(teach_weight=weight), settings, "single_label")(output, batch)
+        for weight in (0.0, 2.0)
+    )
+    assert output.own_BMC is not None
+    for place, (name, media) in enumerate(batch.media.items()):
+        own_BC, whole_BC = output.own_BMC[media.present_B, place], output.output_BC[media.present_B]
+        told = distillation_loss(own_BC, whole_BC, "single_label")
+        assert told > 0
+        torch.testing.assert_close(taught.own[name] - plain.own[name], 2.0 * told, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(taught.whole, plain.whole)
+
+
+def test_noise_is_left_out_where_it_is_set_so(colour_table: Path, tmp_path: Path) -> None:
+    model = run(colour_table, tmp_path / "run", WAYS["modulated"], steps=1).model.network
+    for noise in (True, False):
+        settings = ObjectiveConfig(balance="ogm-ge", ogm_noise=noise)
+        backward = backward_of(settings, model, losses_of(settings, model.config, "single_label"))
+        assert isinstance(backward, ModulatedBackward)
+        assert backward.noise is noise

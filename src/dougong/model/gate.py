@@ -22,7 +22,7 @@ from dougong.nn.start import keep_variance
 QUALITY_WIDTH = 16
 MIDDLE = 0.3
 STRETCH = 5.0
-"""Figures of quality lie between 0 and 1, and those of one set within a fifth of one another, as of their middle."""
+"""Figures of quality lie between 0 and 1, many of them low, and differ by a fifth or less within one set of media."""
 
 
 class GateConfig(Config):

@@ -58,8 +58,8 @@ def vote(
     if how == "gated":
         assert weight_BV is not None, "gated votes are weighed by a gate"
         return Voted((logit_BVC * weight_BV[..., None].to(logit_BVC.dtype)).sum(dim=1), None)
-    count_B1 = present_BV.sum(dim=1, keepdim=True).clamp(min=1)
-    return Voted(logit_BVC.sum(dim=1) / count_B1, None)
+    one_V = logit_BVC.new_ones(logit_BVC.shape[1])
+    return Voted(weigh(Ballot(logit_BVC, present_BV), one_V, logit_BVC.new_ones(())), None)
 
 
 class WeighedVotes(nn.Module):
@@ -83,7 +83,7 @@ class WeighedVotes(nn.Module):
 
 
 def weigh(ballot: Ballot, weight_V: Tensor, scale: Tensor) -> Tensor:
-    """(B, C)."""
+    """The weighted mean of those who are present, times `scale`: (B, C)."""
     weight_BV = weight_V * ballot.present_BV
     weight_BV = weight_BV / weight_BV.sum(dim=1, keepdim=True).clamp(min=SMALLEST)
     logit_BVC = ballot.logit_BVC.masked_fill(~ballot.present_BV[..., None], 0.0)
