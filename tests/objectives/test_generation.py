@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from dougong.objectives.generation import generation_loss, token_losses
+from dougong.model.decoder import DecoderOutput
+from dougong.objectives.generation import generation_loss, token_losses, words_loss
 from dougong.objectives.reconstruction import reconstruction_loss
 
 
@@ -53,3 +54,18 @@ def test_reconstruction_counts_a_shared_picture_for_each_record() -> None:
 
     first, second = 5.0 + 0.1, 0.125 + 0.2
     torch.testing.assert_close(loss, torch.tensor(2 * first + second))
+
+
+def test_words_weigh_by_record_and_further_ones_by_their_weight() -> None:
+    loss_BN = torch.tensor([[1.0, 3.0], [5.0, 99.0]])
+    due_BN = torch.tensor([[True, True], [True, False]])
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    score = torch.zeros(2, 3, 4)
+
+    plain = words_loss(DecoderOutput(score, loss_BN, due_BN, ()))
+    more = words_loss(
+        DecoderOutput(score, loss_BN, due_BN, ((2 * loss_BN, due_BN), (loss_BN, none))), further_weight=0.5
+    )
+
+    assert plain == 2.0 + 5.0
+    assert more == 7.0 + 0.5 * (14.0 + 0.0) / 2

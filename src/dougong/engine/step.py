@@ -94,6 +94,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         torch._foreach_mul_(gradients, parts.max_grad_norm / grad_norm)
     parts.optimizer.step()
+    parts.model.after_step()
     return StepReport(loss, grad_norm, skipped=False)
 
 

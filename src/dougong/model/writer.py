@@ -24,6 +24,7 @@ from dougong.core.errors import ConfigError
 from dougong.core.signature import ImageInput, Signature, TextInput
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.reading import ReadBlock, and_tokens, nothing_read, num_media
 from dougong.model.sampling import SamplingConfig, choose, guided
 from dougong.model.sandwich import AlignBlock, EncoderBlock, FinishBlock, SandwichState
 from dougong.model.vq import PictureTokenizer, TokenizerConfig
@@ -240,7 +241,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
     # All at once ---------------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> WriterState:
-        read = _nothing_read(batch)
+        read = nothing_read(batch)
         streams: dict[Direction, Stream] = {}
         for place, direction in enumerate(self.config.directions):
             row_R = torch.arange(batch.num_records, device=self.out.weight.device)
@@ -273,26 +274,26 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         name = self.given[direction]
         media = batch.media[name]
         medium_R = media.index_B[row_R]
-        if _num_media(media) == 0 or len(row_R) == 0:
+        if num_media(media) == 0 or len(row_R) == 0:
             return read, medium_R
         if self.config.align and self.training:  # all are encoded anyway
             return self._read_all(read, media, name), medium_R
         used_W, medium_R = _distinct(medium_R)
         values = {key: value.index_select(0, used_W) for key, value in media.values.items()}
         tokens = self.embedders[name](values)
-        return _with_tokens(read, name, tokens.x_UTD, tokens.mask_UT), medium_R
+        return and_tokens(read, name, tokens.x_UTD, tokens.mask_UT), medium_R
 
     def _read_all(self, read: SandwichState, media: MediaBatch, name: str) -> SandwichState:
-        if name in read.tokens or _num_media(media) == 0:
+        if name in read.tokens or num_media(media) == 0:
             return read
         tokens = self.embedders[name](media.values)
-        return _with_tokens(read, name, tokens.x_UTD, tokens.mask_UT)
+        return and_tokens(read, name, tokens.x_UTD, tokens.mask_UT)
 
     def _targets(self, batch: Batch, direction: Direction, row_R: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be written, and where it counts."""
         media = batch.media[self.content[direction]]
         there_R = media.present_B[row_R]
-        if _num_media(media) == 0:
+        if num_media(media) == 0:
             target_RN = row_R.new_zeros(len(row_R), self.num_cells if direction == "draw" else 1)
             return target_RN, torch.zeros_like(target_RN, dtype=torch.bool)
         if direction == "caption":
@@ -403,7 +404,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
     def _given(self, batch: Batch, direction: Direction) -> tuple[Tensor, Tensor]:
         """The tokens of what each record is about, as every layer sees them before what is written."""
         row_B = torch.arange(batch.num_records, device=self.out.weight.device)
-        read, medium_B = self._read(_nothing_read(batch), batch, direction, row_B)
+        read, medium_B = self._read(nothing_read(batch), batch, direction, row_B)
         given_B = batch.media[self.given[direction]].present_B
         none_B1 = row_B[:, None]
         stream = Stream(
@@ -426,17 +427,6 @@ class Writer(BlockStack[WriterState, WriterOutput]):
     def pictures(self, code_BP: Tensor) -> Tensor:
         """Normalised pixels of codes that were written, (B, C, height, width)."""
         return self.tokenizer.decode(code_BP)
-
-
-class ReadBlock(nn.Module):
-    """One of the encoders' blocks, on what is given."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, state: WriterState) -> WriterState:
-        return state._replace(read=self.block(state.read))
 
 
 class JoinStreams(nn.Module):
@@ -476,19 +466,6 @@ class WriteBlock(nn.Module):
             for direction, stream in state.streams.items()
         }
         return state._replace(streams=streams)
-
-
-def _nothing_read(batch: Batch) -> SandwichState:
-    present_BM = torch.stack([media.present_B for media in batch.media.values()], dim=1)
-    return SandwichState.begin({}, {}, {}, present_BM)
-
-
-def _with_tokens(read: SandwichState, name: str, x_UTD: Tensor, mask_UT: Tensor) -> SandwichState:
-    return read._replace(tokens={**read.tokens, name: x_UTD}, masks={**read.masks, name: mask_UT})
-
-
-def _num_media(media: MediaBatch) -> int:
-    return next(iter(media.values.values())).shape[0]
 
 
 def _doubled(x_BTD: Tensor, mask_BT: Tensor, nothing_D: Tensor) -> tuple[Tensor, Tensor]:

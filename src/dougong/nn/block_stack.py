@@ -37,6 +37,9 @@ class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
         """Parameters by the part they belong to, for whoever treats parts differently; the others are in none."""
         return {}
 
+    def after_step(self) -> None:
+        """What moves once a step by itself, after the optimizer: by default nothing."""
+
     def forward(self, batch: Batch) -> OutputT:
         state = self.embed(batch)
         for block in self.blocks:
