@@ -1,6 +1,6 @@
 """One training step.
 
-Here        TrainParts, StepReport, `train_step`, `plain_backward`.
+Here        TrainParts, StepReport, `train_step`; its parts as one process has them.
 Elsewhere   what many ranks add up (engine/parallel/replicate.py); the loop, events and checkpoints
             (engine/trainer.py); the loss, and other ways to take its gradients (objectives/).
 Promise     records weigh the same, however they are shared out to micro-batches and ranks; a step whose loss or
@@ -35,9 +35,25 @@ def nothing_to_add(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
     return loss
 
 
+Norm = Callable[[Sequence[Tensor]], Tensor]
+"""From this rank's gradients to the norm of the whole model's."""
+
+
+def norm_alone(gradients: Sequence[Tensor]) -> Tensor:
+    """What one process alone has. `clip_grad_norm_` would also write every gradient, each time."""
+    if not gradients:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
+    return norm
+
+
 Backward = Callable[["TrainParts", Batch, int], Tensor]
 """Adds a batch's gradients to those of the micro-batches before it, and returns its loss; both are parts of a mean over
 so many records."""
+
+
+AllBackward = Callable[["TrainParts", Sequence[Batch], int], Tensor]
+"""The same of all micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,9 @@ class TrainParts:
     """None: plain_backward."""
 
     reduce: Reduce = nothing_to_add
+    norm: Norm = norm_alone
+    all_backward: AllBackward | None = None
+    """None: one micro-batch after the other."""
 
 
 class StepReport(NamedTuple):
@@ -78,13 +97,11 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     parts.optimizer.zero_grad(set_to_none=True)
     buffers = list(parts.model.buffers())
     before = [buffer.clone() for buffer in buffers]
-    backward = parts.backward or plain_backward
-    losses = [backward(parts, batch, num_records) for batch in batches]
-    total = parts.reduce(torch.stack(losses).sum(), before)
+    total = parts.reduce((parts.all_backward or one_by_one)(parts, batches, num_records), before)
     gradients = _gradients(parts.optimizer)
 
     # The one wait for the device: whether to step at all depends on both numbers.
-    loss, grad_norm = torch.stack([total, _norm(gradients, like=total)]).tolist()
+    loss, grad_norm = torch.stack([total, parts.norm(gradients).to(total)]).tolist()
 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         parts.optimizer.zero_grad(set_to_none=True)
@@ -98,6 +115,12 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     return StepReport(loss, grad_norm, skipped=False)
 
 
+def one_by_one(parts: TrainParts, batches: Sequence[Batch], num_records: int) -> Tensor:
+    """One micro-batch after the other, each forward and backward."""
+    backward = parts.backward or plain_backward
+    return torch.stack([backward(parts, batch, num_records) for batch in batches]).sum()
+
+
 def plain_backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
     """Every parameter's gradient of the one loss."""
     with autocast(parts.precision, parts.device_type):
@@ -109,11 +132,3 @@ def plain_backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-def _norm(gradients: list[Tensor], *, like: Tensor) -> Tensor:
-    """The norm of all gradients together. `clip_grad_norm_` would also write every one of them, each time."""
-    if not gradients:
-        return torch.zeros_like(like)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return norm.to(like.dtype)

@@ -173,6 +173,9 @@ class DecoderState(NamedTuple):
     further: tuple[Tensor, ...]
     """(B, N - k, D) of the k-th further word."""
 
+    num_padded: int = 0
+    """Masked tokens after the words, where ranks share out the tokens and their number must fit."""
+
 
 class DecoderOutput(NamedTuple):
     """Shapes: B records, N words, V words of the vocabulary."""
@@ -193,6 +196,9 @@ class DecoderOutput(NamedTuple):
 class Decoder(BlockStack[DecoderState, DecoderOutput]):
     """Shapes: B records, N words, T tokens, D channels, V words of the vocabulary."""
 
+    embed_names = ("embedders", "words")
+    state_types = (DecoderState, SandwichState, DecoderOutput)
+
     def __init__(self, config: DecoderConfig, signature: Signature) -> None:
         super().__init__()
         self.writes, text = _written(config, signature)
@@ -212,10 +218,11 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
         self.embedders = ModulesByName(embedders)
         if self.names:
             blocks.append(JoinPrefix(self.names, tuple(signature.inputs)))
-        self.layers = [DecoderLayer(config, layer) for layer in range(config.num_layers)]
-        blocks += [LayerBlock(layer, config) for layer in self.layers]
+        blocks += [LayerBlock(DecoderLayer(config, layer)) for layer in range(config.num_layers)]
         blocks += [FurtherBlock(config, place) for place in range(config.num_further)]
         self.blocks = nn.ModuleList(blocks)
+        first = len(blocks) - config.num_layers - config.num_further
+        self.token_blocks = range(first, first + config.num_layers)
 
         self.words = nn.Embedding(text.vocabulary_size, config.width)
         nn.init.normal_(self.words.weight, std=0.3)
@@ -228,10 +235,24 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
     def split(self) -> Split:
         return Split(vocabulary=("words", "out", "token_loss"))
 
+    def tokens(self, state: DecoderState) -> tuple[Tensor, Tensor]:
+        return state.x_BTD, state.mask_BT
+
+    def with_tokens(self, state: DecoderState, x_BTD: Tensor, mask_BT: Tensor, num_padded: int) -> DecoderState:
+        return state._replace(x_BTD=x_BTD, mask_BT=mask_BT, num_padded=num_padded)
+
+    def num_padded(self, state: DecoderState) -> int:
+        return state.num_padded
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """Those that are here, without the ones that predict further words."""
+        return [block.layer for block in self.blocks if isinstance(block, LayerBlock)]
+
     def after_step(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer.feedforward, MixtureOfExperts):
-                layer.feedforward.router.balance()
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.balance()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Each encoder, with its way to the shared width, by its modality's name."""
@@ -342,12 +363,13 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
         num_words: int | None = None,
     ) -> tuple[Tensor, list[LatentCache]]:
         """The decoder's layers, which see the cached tokens too."""
+        layers = self.layers
         num_cached = caches[0].latent_BSL.shape[1] if caches else 0
         if mask_BS is None:
             mask_BS = torch.ones(len(x_BTD), num_cached + x_BTD.shape[1], dtype=torch.bool, device=x_BTD.device)
-        seen = Seen.of(mask_BS, x_BTD.shape[1], self.layers[0].frequency_R, self.layers[0].angle_scale)
+        seen = Seen.of(mask_BS, x_BTD.shape[1], layers[0].frequency_R, layers[0].angle_scale)
         found: list[LatentCache] = []
-        for place, layer in enumerate(self.layers):
+        for place, layer in enumerate(layers):
             x_BTD, cache = layer(x_BTD, seen, caches[place] if caches else None)
             found.append(cache)
         return self._score(x_BTD if num_words is None else x_BTD[:, -num_words:]), found
@@ -421,12 +443,13 @@ class DecoderLayer(nn.Module):
 class LayerBlock(nn.Module):
     """One layer, on the state."""
 
-    def __init__(self, layer: DecoderLayer, config: DecoderConfig) -> None:
+    def __init__(self, layer: DecoderLayer) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, state: DecoderState) -> DecoderState:
-        seen = Seen.of(state.mask_BT, state.x_BTD.shape[1], self.layer.frequency_R, self.layer.angle_scale)
+        # Of all tokens, where this rank holds but a part of them.
+        seen = Seen.of(state.mask_BT, state.mask_BT.shape[1], self.layer.frequency_R, self.layer.angle_scale)
         return state._replace(x_BTD=self.layer(state.x_BTD, seen)[0])
 
 

@@ -243,6 +243,9 @@ class Explanation(NamedTuple):
 class Sandwich(BlockStack[SandwichState, SandwichOutput]):
     """Shapes: U distinct media, B records, M modalities, T tokens, D channels, C outputs."""
 
+    embed_names = ("embedders",)
+    state_types = (SandwichState, SandwichOutput, Own, Opinion, Ballot)
+
     def __init__(self, config: SandwichConfig, signature: Signature) -> None:
         super().__init__()
         strange = [name for name in config.align if name not in signature.inputs]

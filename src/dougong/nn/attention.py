@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dougong.nn.split import Split
 from dougong.nn.start import keep_variance
 
 
@@ -49,13 +50,17 @@ class Attention(nn.Module):
         self.key_value = keep_variance(nn.Linear(width, 2 * width))
         self.out = keep_variance(nn.Linear(width, width))
 
+    def split(self) -> Split:
+        return Split(columns=("query", "key_value"), rows=("out",), counts=("num_heads",))
+
     def forward(
         self, x_BTD: Tensor, context_BSD: Tensor, mask_BS: Tensor | None = None, *, need_weights: bool = False
     ) -> Attended:
         """What each of x's tokens finds in the context; `mask_BS` is True where there is something to see."""
-        q_BHTK = self._heads(self.query(x_BTD))
-        key_BSD, value_BSD = self.key_value(context_BSD).chunk(2, dim=-1)
-        k_BHSK, v_BHSK = self._heads(key_BSD), self._heads(value_BSD)
+        q_BHTK = self.query(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        # A head's key and value side by side, so that whole heads are a part of the projection.
+        both_BS2HK = self.key_value(context_BSD).unflatten(-1, (self.num_heads, 2, -1)).transpose(-3, -2)
+        k_BHSK, v_BHSK = (each_BSHK.transpose(1, 2) for each_BSHK in both_BS2HK.unbind(dim=2))
         mask_B11S = None if mask_BS is None else key_mask(mask_BS)
         dropout = self.dropout if self.training else 0.0
 
@@ -75,9 +80,6 @@ class Attention(nn.Module):
             if weight_BHTS is not None:
                 weight_BHTS = weight_BHTS.masked_fill(nothing_B[:, None, None, None], 0.0)
         return Attended(y_BTD, weight_BHTS)
-
-    def _heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.view(*x_BTD.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
 
 def _weights(q_BHTK: Tensor, k_BHSK: Tensor, mask_B11S: Tensor | None) -> Tensor:

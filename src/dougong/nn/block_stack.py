@@ -9,9 +9,9 @@ Promise     calling the model is calling its three parts in a row, so that an en
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from dougong.nn.batch import Batch
 
@@ -21,6 +21,13 @@ OutputT = TypeVar("OutputT")
 
 class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
     """A model as a stack. The state that walks through the blocks is a (nested) tuple or dict of tensors."""
+
+    embed_names: ClassVar[tuple[str, ...] | None] = None
+    """Children that `embed` alone uses; `head` uses all others but the blocks. None: a block uses what another part
+    uses too, so that the stack cannot be cut into stages."""
+
+    state_types: ClassVar[tuple[type, ...]] = ()
+    """The named tuples that states and outputs are made of, for whoever passes them on."""
 
     blocks: nn.ModuleList
     """Each takes the state and returns the next one."""
@@ -36,6 +43,21 @@ class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the part they belong to, for whoever treats parts differently; the others are in none."""
         return {}
+
+    token_blocks: range = range(0)
+    """Blocks, in a row, between which ranks may hold a part of the tokens each: what `tokens` says."""
+
+    def tokens(self, state: StateT) -> tuple[Tensor, Tensor]:
+        """The tokens (B, T, D) that `token_blocks` work on, and their mask (B, T)."""
+        raise NotImplementedError
+
+    def with_tokens(self, state: StateT, x_BTD: Tensor, mask_BT: Tensor, num_padded: int) -> StateT:
+        """The state with a part of the tokens, or all; the mask is of all, `num_padded` at its end added besides."""
+        raise NotImplementedError
+
+    def num_padded(self, state: StateT) -> int:
+        """How many tokens were added at the end."""
+        raise NotImplementedError
 
     def after_step(self) -> None:
         """What moves once a step by itself, after the optimizer: by default nothing."""

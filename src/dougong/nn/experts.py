@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dougong.nn.split import Split
+from dougong.nn.split import Split, same
 
 
 class GatedFeedForward(nn.Module):
@@ -116,9 +116,6 @@ class Experts(nn.Module):
         nn.init.normal_(self.widen_E2FD, std=width**-0.5)
         nn.init.normal_(self.narrow_EDF, std=hidden**-0.5)
 
-    def split(self) -> Split:
-        return Split(pieces=(("widen_E2FD", 2), ("narrow_EDF", 2)))
-
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, of which expert e has `counts_E[e]`, through their experts."""
         parts = []
@@ -139,11 +136,19 @@ class MixtureOfExperts(nn.Module):
         if num_shared:
             self.shared = GatedFeedForward(width=width, hidden=hidden * num_shared)
         self.has_shared = num_shared > 0
+        self.tokens = same()
+        self.to_experts, self.from_experts = same(), same()
+
+    def split(self) -> Split:
+        pieces = (("experts.widen_E2FD", 2), ("experts.narrow_EDF", 2))
+        return Split(pieces=pieces, tokens=("tokens",), shared=("to_experts",), summed=("from_experts",))
 
     def forward(self, x_BTD: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        x_ND = x_BTD.flatten(0, -2)
-        routed = self.router(x_ND, None if counted_BT is None else counted_BT.flatten())
-        y_BTD = self.send(x_ND, routed).view_as(x_BTD)
+        all_BTD = self.tokens(x_BTD)
+        all_ND = all_BTD.flatten(0, -2)
+        routed = self.router(all_ND, None if counted_BT is None else counted_BT.flatten())
+        sent_ND = self.send(self.to_experts(all_ND), routed._replace(weight_NA=self.to_experts(routed.weight_NA)))
+        y_BTD: Tensor = self.from_experts(sent_ND.view_as(all_BTD))
         return y_BTD + self.shared(x_BTD) if self.has_shared else y_BTD
 
     def send(self, x_ND: Tensor, routed: Routed) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dougong.nn.split import Split
 from dougong.nn.start import keep_variance
 
 
@@ -22,6 +23,9 @@ class FeedForward(nn.Module):
         self.widen = keep_variance(nn.Linear(width, hidden))
         self.dropout = nn.Dropout(dropout)
         self.narrow = keep_variance(nn.Linear(hidden, width))
+
+    def split(self) -> Split:
+        return Split(columns=("widen",), rows=("narrow",))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTD: Tensor = self.narrow(self.dropout(functional.gelu(self.widen(x_BTD))))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dougong.nn.rotary import Rotation, turned
-from dougong.nn.split import Split
+from dougong.nn.split import Split, same
 
 
 class LatentCache(NamedTuple):
@@ -62,11 +62,12 @@ class LatentAttention(nn.Module):
         self.has_query_rank = query_rank is not None
         self.latent_down = nn.Linear(width, latent_rank + turned_width, bias=bias)
         self.latent_norm = nn.RMSNorm(latent_rank, eps=1e-6)
+        self.shared_key = same()
         self.key_value = nn.Linear(latent_rank, num_heads * (plain_width + value_width), bias=False)
         self.out = nn.Linear(num_heads * value_width, width, bias=bias)
 
     def split(self) -> Split:
-        return Split(columns=("query", "key_value"), rows=("out",), counts=("num_heads",))
+        return Split(columns=("query", "key_value"), rows=("out",), counts=("num_heads",), shared=("shared_key",))
 
     def forward(
         self, x_BTD: Tensor, by: Rotation, mask_BTS: Tensor | None, cache: LatentCache | None = None
@@ -94,6 +95,7 @@ class LatentAttention(nn.Module):
 
     def _read(self, x_BTD: Tensor, by: Rotation) -> LatentCache:
         latent_BTL, key_BTR = self.latent_down(x_BTD).split([self.latent_rank, self.turned_width], dim=-1)
+        key_BTR = self.shared_key(key_BTR)
         return LatentCache(self.latent_norm(latent_BTL), turned(key_BTR[:, :, None], by)[:, :, 0])
 
     def _at_once(self, q_BTHK: Tensor, q_BTHR: Tensor, read: LatentCache, mask_BTS: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """How one layer can be shared out by ranks that compute it together.
 
-Here        Split, and the Splittable modules that say theirs.
+Here        Split, Splittable, `same`.
 Elsewhere   doing it (engine/parallel/tensor.py).
 Promise     a declaration changes nothing: a layer that is not shared out computes as if it had none.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from torch import nn
+
 
 class Split(NamedTuple):
-    """Names of what a module owns, by how it is cut.
+    """Names of what a module owns, with dots where it lies deeper, by how it is cut.
 
-    A module with columns and rows is computed in between by each rank alone: every linear layer of `columns` gives a
-    part of the channels, and the linear layers of `rows` add the parts up. What is between them must treat every head,
-    or hidden channel, alike and by itself.
+    What is between the columns and the rows must treat every head, or hidden channel, alike and by itself.
     """
 
     columns: tuple[str, ...] = ()
@@ -25,13 +25,23 @@ class Split(NamedTuple):
     """Linear layers that are cut by their inputs; their outputs are added up."""
 
     counts: tuple[str, ...] = ()
-    """Attributes that count what is shared out, as heads, and must be multiples of the number of ranks."""
+    """Attributes that count what is shared out, as heads; each rank has its part."""
 
     pieces: tuple[tuple[str, int], ...] = ()
-    """Parameters that are cut along one dimension, as of experts; what is computed with them is added up too."""
+    """Parameters that are cut along a dimension."""
+
+    shared: tuple[str, ...] = ()
+    """Children that do nothing (`same`) but stand where what all ranks have enters what each computes a part of."""
+
+    summed: tuple[str, ...] = ()
+    """Children that do nothing but stand where the parts are added up."""
+
+    tokens: tuple[str, ...] = ()
+    """Children that do nothing but stand where every rank needs all tokens, and computes alike with them: where ranks
+    share out the tokens between layers, they are put together here."""
 
     vocabulary: tuple[str, ...] = ()
-    """Embeddings and output layers that are cut by words."""
+    """An embedding, the layer that scores words, and their loss: cut by words."""
 
 
 @runtime_checkable
@@ -39,3 +49,8 @@ class Splittable(Protocol):
     """A module that can be shared out."""
 
     def split(self) -> Split: ...
+
+
+def same() -> nn.Identity:
+    """A place in a layer that a split can name."""
+    return nn.Identity()

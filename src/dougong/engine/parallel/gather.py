@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dougong.engine.parallel.collectives import all_gather, reduce_scatter
+
 
 def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """Each tensor (N, ...) as (G, ...), G the rows of all ranks, by rank. One exchange for all of them.
@@ -47,7 +49,7 @@ class _AllGatherRows(torch.autograd.Function):
         own = torch.cat([tensor.reshape(-1) for tensor in tensors])
         flat[: own.numel()] = own
         every = flat.new_empty(len(counts_RK) * longest)
-        dist.all_gather_into_tensor(every, flat, group=group)
+        all_gather(every, flat, group)
         ctx.group, ctx.sizes_RK, ctx.longest = group, sizes_RK, longest
         ctx.shapes = [tensor.shape for tensor in tensors]
 
@@ -74,6 +76,6 @@ class _AllGatherRows(torch.autograd.Function):
                 starts[index] += size
                 filled += size
         own = every.new_empty(ctx.longest)
-        dist.reduce_scatter_tensor(own, every.reshape(-1), group=ctx.group)
+        reduce_scatter(own, every.reshape(-1), ctx.group)
         parts = torch.split(own[: sum(ctx.sizes_RK[rank])], ctx.sizes_RK[rank])
         return None, None, None, *(part.reshape(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

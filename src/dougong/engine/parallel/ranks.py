@@ -22,6 +22,7 @@ from torch import Tensor
 from dougong.core import errors
 from dougong.core.errors import ConfigError, DougongError
 from dougong.data.position import Share
+from dougong.engine.parallel.collectives import all_gather
 
 T = TypeVar("T")
 
@@ -123,6 +124,7 @@ class Ranks:
 
     def _gathered(self, content: Tensor) -> list[Tensor]:
         """Bytes of all ranks. The sizes go first, since a collective needs the same size everywhere."""
+        assert self.group is not None
         sizes = torch.zeros(self.world, dtype=torch.int64)
         sizes[self.rank] = content.numel()
         dist.all_reduce(sizes, group=self.group)
@@ -132,7 +134,7 @@ class Ranks:
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: content.numel()] = content
         everything = torch.empty(self.world * longest, dtype=torch.uint8)
-        dist.all_gather_into_tensor(everything, padded, group=self.group)
+        all_gather(everything, padded, self.group)
         # Copies: a part in the middle need not begin where its numbers may.
         return [
             part[:size].clone() for part, size in zip(torch.split(everything, longest), sizes.tolist(), strict=True)

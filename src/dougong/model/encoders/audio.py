@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +23,20 @@ from dougong.core.signature import AudioInput, Input
 from dougong.model.encoders.encoder import Encoder, Tokens, TransformerConfig, TransformerLayer, wrong_input
 from dougong.model.encoders.filterbank import PHASES, gabor_filters
 from dougong.model.encoders.pretrained import architecture_of, make_model, read_json
+from dougong.nn.split import Split
 from dougong.nn.strided import fits_stride, strided_conv1d
+
+WAV2VEC2_SPLIT: Final = Split(
+    columns=(
+        "layer.attention.q_proj",
+        "layer.attention.k_proj",
+        "layer.attention.v_proj",
+        "layer.feed_forward.intermediate_dense",
+    ),
+    rows=("layer.attention.out_proj", "layer.feed_forward.output_dense"),
+    counts=("layer.attention.num_heads",),
+)
+"""Of one of its layers, as transformers names its parts."""
 
 
 class AudioEncoderConfig(TransformerConfig):
@@ -130,7 +143,7 @@ class AudioEncoderConfig(TransformerConfig):
                 first.weight.copy_(filters)
                 first.bias.zero_()
         config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
-        layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.encoder.layers]
+        layers: list[nn.Module] = [TransformerLayer(layer, WAV2VEC2_SPLIT) for layer in model.encoder.layers]
         tail = AudioTail(model, self.pool)
         return Encoder(AudioStem(model), layers, tail, width=model.config.hidden_size, config=config)
 

@@ -17,6 +17,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.signature import Input
 from dougong.nn.attention import key_mask
+from dougong.nn.split import Split
 
 
 class Tokens(NamedTuple):
@@ -89,9 +90,13 @@ class TransformerConfig(Config):
 class TransformerLayer(nn.Module):
     """One of transformers' layers, which take hidden states and a mask, as Tokens -> Tokens."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, split: Split) -> None:
         super().__init__()
         self.layer = layer
+        self._split = split
+
+    def split(self) -> Split:
+        return self._split
 
     def forward(self, tokens: Tokens) -> Tokens:
         return Tokens(self.layer(tokens.x_UTD, attention_mask=key_mask(tokens.mask_UT)), tokens.mask_UT)

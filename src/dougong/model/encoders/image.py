@@ -8,7 +8,7 @@ Promise     the same numbers as transformers' ViTModel with the same weights, wi
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -18,6 +18,19 @@ from dougong.core.errors import ConfigError
 from dougong.core.signature import ImageInput, Input
 from dougong.model.encoders.encoder import Encoder, Tokens, TransformerConfig, TransformerLayer, wrong_input
 from dougong.model.encoders.pretrained import architecture_of, make_model
+from dougong.nn.split import Split
+
+VIT_SPLIT: Final = Split(
+    columns=(
+        "layer.attention.q_proj",
+        "layer.attention.k_proj",
+        "layer.attention.v_proj",
+        "layer.mlp.fc1",
+    ),
+    rows=("layer.attention.o_proj", "layer.mlp.fc2"),
+    counts=("layer.attention.num_attention_heads",),
+)
+"""Of one of its layers, as transformers names its parts."""
 
 
 class ImageEncoderConfig(TransformerConfig):
@@ -83,7 +96,7 @@ class ImageEncoderConfig(TransformerConfig):
             convolutions = _convolutions(given.channels, self.width, self.patch_size)
             model.embeddings.patch_embeddings.projection = convolutions  # type: ignore[assignment]  # it takes any map
         config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
-        layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.layers]
+        layers: list[nn.Module] = [TransformerLayer(layer, VIT_SPLIT) for layer in model.layers]
         tail = ImageTail(model, grid, self.pool)
         return Encoder(ImageStem(model), layers, tail, width=model.config.hidden_size, config=config)
 

@@ -7,7 +7,7 @@ Promise     the same numbers as transformers' BertModel with the same weights, w
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from torch import Tensor, nn
 from transformers import BertModel
@@ -16,6 +16,19 @@ from dougong.core.errors import ConfigError
 from dougong.core.signature import Input, TextInput
 from dougong.model.encoders.encoder import Encoder, Tokens, TransformerConfig, TransformerLayer, wrong_input
 from dougong.model.encoders.pretrained import architecture_of, make_model
+from dougong.nn.split import Split
+
+BERT_SPLIT: Final = Split(
+    columns=(
+        "layer.attention.self.query",
+        "layer.attention.self.key",
+        "layer.attention.self.value",
+        "layer.intermediate.dense",
+    ),
+    rows=("layer.attention.output.dense", "layer.output.dense"),
+    counts=("layer.attention.self.num_attention_heads",),
+)
+"""Of one of its layers, as transformers names its parts."""
 
 
 class TextEncoderConfig(TransformerConfig):
@@ -52,7 +65,7 @@ class TextEncoderConfig(TransformerConfig):
                 f"{given.max_tokens}. Set max_tokens to {model.config.max_position_embeddings} or less."
             )
         config = self if self.pretrained is None else self.with_architecture(architecture_of(model))
-        layers: list[nn.Module] = [TransformerLayer(layer) for layer in model.encoder.layer]
+        layers: list[nn.Module] = [TransformerLayer(layer, BERT_SPLIT) for layer in model.encoder.layer]
         return Encoder(TextStem(model), layers, TextTail(), width=model.config.hidden_size, config=config)
 
     def _architecture(self, given: TextInput) -> dict[str, object]:
