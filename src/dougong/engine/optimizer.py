@@ -9,10 +9,13 @@ Promise     the learning rate depends on the step and the number of steps alone,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from pydantic import field_validator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from dougong.core.config import Config
@@ -106,17 +109,27 @@ class OptimizerConfig(Config):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {
-                "params": [
-                    p for p in parameters if (p.ndim >= 2) is decays and multiplier_of.get(p, 1.0) == multiplier
-                ],
+                "params": chosen,
                 "weight_decay": self.weight_decay if decays else 0.0,
                 "multiplier": multiplier,
             }
             for multiplier in sorted({1.0, *self.multipliers.values()})
             for decays in (True, False)
+            for chosen in alike(
+                p for p in parameters if (p.ndim >= 2) is decays and multiplier_of.get(p, 1.0) == multiplier
+            )
         ]
         # Three times faster than the loop on a CPU too; other devices and integers have no fused kernel.
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        return AdamW(
-            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas, fused=fused
-        )
+        # An optimizer wants something; a rank of a pipeline may have nothing that is to be trained.
+        groups = groups or [{"params": [nn.Parameter(torch.zeros(()))], "multiplier": 1.0}]
+        return AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+
+
+def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that one kernel can step together: spread ones apart from others. Nothing is left empty."""
+    spread: list[nn.Parameter] = []
+    here: list[nn.Parameter] = []
+    for parameter in parameters:
+        (spread if isinstance(parameter, DTensor) else here).append(parameter)
+    return [each for each in (here, spread) if each]

@@ -491,9 +491,8 @@ class FurtherBlock(nn.Module):
             return state
         num_words = state.word_BND.shape[1]
         before_BND = state.further[-1] if state.further else state.x_BTD[:, state.x_BTD.shape[1] - num_words :]
-        kept = num_words - self.place - 1
-        if kept < 1:
-            return state._replace(further=(*state.further, before_BND[:, :0]))
+        # Also where no word is left: the experts of another rank may wait for this one.
+        kept = max(0, num_words - self.place - 1)
         pair = self.word_norm(state.word_BND[:, self.place + 1 :]), self.before_norm(before_BND[:, :kept])
         mask_BN = state.mask_BT[:, state.mask_BT.shape[1] - num_words :][:, :kept]
         seen = Seen.of(mask_BN, kept, self.layer.frequency_R, self.layer.angle_scale)

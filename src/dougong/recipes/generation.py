@@ -110,7 +110,7 @@ def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
         ),
         tokenizer=TokenizerStage(
             train=TrainConfig(
-                steps=1800,
+                steps=5400,
                 precision="fp32",
                 optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
             )
@@ -125,7 +125,7 @@ def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
             tokenizer=TokenizerConfig(cell=4, width=48, num_codes=512),
         ),
         train=TrainConfig(
-            steps=4000,
+            steps=8000,
             precision="fp32",
             evaluate_every=500,
             optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.1),

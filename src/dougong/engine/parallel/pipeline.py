@@ -49,7 +49,8 @@ class Stage(NamedTuple):
     decides: bool
     """Whether it reads the answer from the state."""
 
-    parameters: list[nn.Parameter]
+    names: tuple[str, ...]
+    """Of its parameters in the model: what else is done to the model may replace them."""
 
 
 class Elsewhere(nn.Module):
@@ -132,7 +133,7 @@ def apply_pipeline(
 ) -> Pipeline:
     """Keep this rank's blocks, in place; all others become empty. Names of parameters stay as they are.
 
-    `costs` are of embedding, each block and the head; None: all blocks cost the same, and the rest nothing.
+    `costs` are of embedding, each block and the head; None: a block costs what it has parameters, the rest nothing.
 
     Raises:
         ConfigError: the model cannot be cut so; the message says why.
@@ -156,7 +157,8 @@ class Pipeline:
         self.place = rank_of_stage(schedule, self.num_ranks, stages_per_rank)
         self.model, self.types = model, model.state_types
         parts = model.parts()
-        costs = list(costs) if costs is not None else [0.0, *[1.0] * len(model.blocks), 0.0]
+        device = next(model.parameters()).device
+        costs = list(costs) if costs is not None else [0.0, *map(_size, model.blocks), 0.0]
         if len(costs) != len(model.blocks) + 2:
             raise ValueError(f"{len(costs)} costs for {len(model.blocks)} blocks, embedding and head")
         middle = costs[1:-1]
@@ -166,7 +168,8 @@ class Pipeline:
         self.bounds = stage_bounds(middle, len(self.place))
         self.stage_costs = [sum(middle[a:b]) for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
         self.stages = self._cut(model)
-        self.post = Post(group, next(iter(model.parameters())).device)
+        self.device = device
+        self.post = Post(group, device)
         self.spans: list[Span] = []
         """When this rank did what in the last step, in seconds since its start."""
 
@@ -195,11 +198,12 @@ class Pipeline:
                 blocks[self.bounds[index] : self.bounds[index + 1]],
                 index == 0,
                 index == count - 1,
-                [],
+                (),
             )
             for index in range(count)
         ]
         owners: dict[nn.Parameter, int] = {}
+        names = {parameter: name for name, parameter in model.named_parameters()}
         stages = {}
         for stage in parts:
             modules = [*stage.blocks, *(embedding if stage.embeds else []), *(deciding if stage.decides else [])]
@@ -213,7 +217,7 @@ class Pipeline:
                         f"{owners[parameter]} and {stage.number} would both have. Use fewer stages."
                     )
             if self.place[stage.number] == self.rank:
-                stages[stage.number] = stage._replace(parameters=[p for p in own if p.requires_grad])
+                stages[stage.number] = stage._replace(names=tuple(names[parameter] for parameter in own))
         here = {place for index in stages for place in range(self.bounds[index], self.bounds[index + 1])}
         for place in range(len(blocks)):
             if place not in here:
@@ -286,7 +290,7 @@ class _Step:
     ) -> None:
         self.pipeline, self.parts, self.batches, self.num_records = pipeline, parts, batches, num_records
         self.actions = table[pipeline.rank]
-        self.loss = torch.zeros((), device=next(iter(pipeline.model.parameters())).device)
+        self.loss = torch.zeros((), device=pipeline.device)
         self.passed: dict[tuple[int, int], _Passed] = {}
         self.cut: dict[tuple[int, int], Callable[[], None]] = {}
         self.arrived: dict[Action, Parcel] = {}
@@ -370,7 +374,8 @@ class _Step:
             # Nobody waits for this one: all of it can be put off.
             self.cut[index, place] = lambda: _backward_both(outputs, gradients)
             return
-        weights = self.pipeline.stages[index].parameters
+        named = dict(self.pipeline.model.named_parameters())
+        weights = [w for name in self.pipeline.stages[index].names if (w := named[name]).requires_grad]
         self.cut[index, place] = _backward_input(pairs, inputs, weights)
         self._return(index, place, [each.grad for each in inputs])
 
@@ -380,6 +385,10 @@ class _Step:
     def _return(self, index: int, place: int, gradients: list[Tensor | None]) -> None:
         if index:
             self._pass_on(Action("backward", index - 1, place), pack(gradients))
+
+
+def _size(block: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in block.parameters()))
 
 
 def _is_shared(x: Tensor) -> bool:

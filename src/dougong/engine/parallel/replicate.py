@@ -1,6 +1,6 @@
 """The same model on every rank, each trained on its share of a batch.
 
-Here        `apply_replicate`.
+Here        `apply_replicate`, and its parts: `add_up`, `gradients_anywhere`, `average_moves`.
 Elsewhere   the step that calls what it returns (engine/step.py); each rank's share (data/position.py).
 Promise     after a step every rank has the same weights, those of one process that had the whole batch, up to rounding.
             A weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
@@ -29,49 +29,64 @@ def apply_replicate(
     losses, adds the gradients up over the ranks, and moves floating-point buffers (running means) by what the ranks
     moved theirs on average. It averages nothing else: a loss must be divided by the records of all ranks.
     """
-    with torch.no_grad():
-        everything = [*model.parameters(), *model.buffers()]
-        for bucket in _buckets(everything, bucket_bytes):
-            flat = _flat(bucket)
-            dist.broadcast(flat, group_src=0, group=group)
-            _put(flat, bucket)
+    copy_from_first(model, group, bucket_bytes)
 
     def reduce(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            # What has a gradient somewhere is agreed on by one exchange that looks the same everywhere; the loss rides
-            # along. Ranks that each sent what they happened to have would wait for each other forever.
-            told = loss.new_tensor([float(parameter.grad is not None) for parameter in parameters] + [0.0])
-            told[-1] = loss
-            dist.all_reduce(told, group=group)
-            *counts, total = told.unbind()
-            found = torch.stack(counts).tolist() if counts else []
-            gradients = []
-            for parameter, count in zip(parameters, found, strict=True):
-                if count:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    gradients.append(parameter.grad)
-            _add_up(gradients, group, bucket_bytes)
-            _average_moves(list(model.buffers()), before, group, bucket_bytes)
+            add_up(gradients_anywhere(parameters, group), group, bucket_bytes)
+            average_moves(list(model.buffers()), before, group, bucket_bytes)
+            total = loss.clone()
+            dist.all_reduce(total, group=group)
             return total
 
     return reduce
 
 
-def _average_moves(
-    buffers: list[Tensor], before: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int
+@torch.no_grad()
+def copy_from_first(model: nn.Module, group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Weights and buffers of the group's first rank, to all of it, in place."""
+    for bucket in _buckets([*model.parameters(), *model.buffers()], bucket_bytes):
+        flat = _flat(bucket)
+        dist.broadcast(flat, group_src=0, group=group)
+        _put(flat, bucket)
+
+
+def gradients_anywhere(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> list[Tensor]:
+    """Gradients of what has one on some rank: zeros where it is another.
+
+    Agreed on by one exchange that looks the same everywhere: ranks that each sent what they happened to have would
+    wait for each other forever.
+    """
+    if not parameters:
+        return []
+    told = torch.tensor([float(each.grad is not None) for each in parameters], device=parameters[0].device)
+    dist.all_reduce(told, group=group)
+    found = []
+    for parameter, count in zip(parameters, told.tolist(), strict=True):
+        if count:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+    return found
+
+
+def average_moves(
+    buffers: Sequence[Tensor], before: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES
 ) -> None:
-    """Moves, not values: a buffer that no rank moved stays exactly as it was."""
+    """Move floating-point buffers by what the ranks moved theirs on average, in place.
+
+    Moves, not values: a buffer that no rank moved stays exactly as it was.
+    """
     pairs = [(now, then) for now, then in zip(buffers, before, strict=True) if now.is_floating_point()]
     moves = [now - then for now, then in pairs]
-    _add_up(moves, group, bucket_bytes)
+    add_up(moves, group, bucket_bytes)
     world = dist.get_world_size(group)
     for (now, then), move in zip(pairs, moves, strict=True):
         now.copy_(then + move / world)
 
 
-def _add_up(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> None:
+def add_up(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
     """Sum over the ranks, in place."""
     buckets = list(_buckets(tensors, bucket_bytes))
     flats = [_flat(bucket) for bucket in buckets]

@@ -46,9 +46,13 @@ class Cut(NamedTuple):
 class Cuts:
     """What was cut, by the names of parameters."""
 
-    pieces: dict[str, Cut] = field(default_factory=dict)
+    pieces: dict[str, tuple[Cut, ...]] = field(default_factory=dict)
+    """One cut, or several along different dimensions."""
     partial: set[str] = field(default_factory=set)
     """Not cut, but each rank's gradient is of a part of the tokens: they are to be added up over the ranks."""
+
+    def add(self, name: str, cut: Cut) -> None:
+        self.pieces[name] = (*self.pieces.get(name, ()), cut)
 
 
 def check_tensor(model: BlockStack[Any, Any], count: int) -> None:
@@ -71,8 +75,10 @@ def check_tensor(model: BlockStack[Any, Any], count: int) -> None:
                 )
 
 
-def apply_tensor(model: BlockStack[Any, Any], group: dist.ProcessGroup, *, sequence: bool = False) -> Cuts:
-    """Keep this rank's part of every layer that can be cut, in place.
+def apply_tensor(
+    model: BlockStack[Any, Any], group: dist.ProcessGroup, cuts: Cuts | None = None, *, sequence: bool = False
+) -> Cuts:
+    """Keep this rank's part of every layer that can be cut, in place; `cuts` are those that have been made before.
 
     With `sequence`, ranks also share out the tokens between the layers, where the model says it can (`token_blocks`).
 
@@ -80,7 +86,7 @@ def apply_tensor(model: BlockStack[Any, Any], group: dist.ProcessGroup, *, seque
         ConfigError: a layer cannot be shared out by so many ranks.
     """
     check_tensor(model, dist.get_world_size(group))
-    cuts = Cuts()
+    cuts = cuts or Cuts()
     if sequence:
         for place in model.token_blocks:
             cuts.partial |= {f"blocks.{place}.{name}" for name, _ in model.blocks[place].named_parameters()}
@@ -91,7 +97,7 @@ def apply_tensor(model: BlockStack[Any, Any], group: dist.ProcessGroup, *, seque
         _cut(module, split, f"{name}." if name else "", group, cuts, in_sequence=id(module) in in_sequence)
     if sequence and len(model.token_blocks):
         _share_tokens(model, group)
-    # What is cut sees all tokens.
+    # What has been cut works on all tokens.
     cuts.partial -= cuts.pieces.keys()
     return cuts
 
@@ -115,7 +121,7 @@ def _cut(
         whole: Tensor = getattr(owner, attribute)
         part = whole.detach().chunk(count, dim=dim)[place].clone()
         setattr(owner, attribute, nn.Parameter(part, requires_grad=whole.requires_grad))
-        cuts.pieces[prefix + name] = Cut(dim, place, count)
+        cuts.add(prefix + name, Cut(dim, place, count))
 
     for name in split.columns:
         linear = _child(module, name)
@@ -216,7 +222,7 @@ def _cut_vocabulary(module: nn.Module, split: Split, prefix: str, group: dist.Pr
             size = -(-num_words // count)
             filled = functional.pad(whole.detach(), (0, 0, 0, size * count - num_words))
             child.weight = nn.Parameter(filled[place * size : (place + 1) * size].clone(), whole.requires_grad)
-            cuts.pieces[f"{prefix}{name}.weight"] = Cut(0, place, count)
+            cuts.add(f"{prefix}{name}.weight", Cut(0, place, count))
             if isinstance(child, nn.Embedding):
                 child.forward = functools.partial(_embedded, child, place * size, group)  # type: ignore[method-assign]
             else:

@@ -1,0 +1,96 @@
+"""Where each rank stands along each axis, and with whom it speaks.
+
+Here        Mesh.
+Elsewhere   how long the axes are (plan.py).
+Promise     ranks that speak most stand next to each other: tensor innermost, then shard, copies, pipeline outermost.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dougong.data.position import Share
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import Ranks
+
+Axis = Literal["pipeline", "replicate", "shard", "tensor"]
+AXES: Final[tuple[Axis, ...]] = ("pipeline", "replicate", "shard", "tensor")
+
+
+class Mesh:
+    """All ranks as a block of pipeline x replicate x shard x tensor. Making one is an exchange of all of them."""
+
+    def __init__(self, ranks: Ranks, plan: PlanConfig) -> None:
+        self.ranks = ranks
+        data = ranks.world // (plan.tensor * plan.pipeline)
+        self.sizes: dict[Axis, int] = {
+            "pipeline": plan.pipeline,
+            "replicate": data // plan.shard,
+            "shard": plan.shard,
+            "tensor": plan.tensor,
+        }
+        grid = torch.arange(ranks.world).view([self.sizes[axis] for axis in AXES])
+        self._grid = grid
+        self._groups: dict[str, dist.ProcessGroup | None] = {}
+        self.devices: DeviceMesh | None = None
+        if ranks.group is None:
+            return
+        if plan.shard > 1:
+            accelerator = torch.accelerator.current_accelerator()
+            kind = "cpu" if accelerator is None else accelerator.type
+            self.devices = init_device_mesh(kind, tuple(grid.shape), mesh_dim_names=AXES)["replicate", "shard"]
+        for axis in AXES:
+            self._groups[axis] = self._made((axis,))
+        self._groups["data"] = self._made(("replicate", "shard"))
+        self._groups["expert"], self._groups["expert copies"] = self._expert_groups(plan.expert)
+
+    def group(self, name: Axis | Literal["data", "expert", "expert copies"]) -> dist.ProcessGroup | None:
+        """This rank's group along an axis; data: all that share out the records; None where it is alone there."""
+        return self._groups.get(name)
+
+    @property
+    def data(self) -> int:
+        """How many ranks share out the records."""
+        return self.sizes["replicate"] * self.sizes["shard"]
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of every batch: of a pipeline and of a tensor group all have the same."""
+        place = self.ranks.rank // self.sizes["tensor"] % self.data
+        return Share(place, self.data)
+
+    def place(self, axis: Axis) -> int:
+        """Where this rank stands along an axis."""
+        inner = math.prod(self.sizes[each] for each in AXES[AXES.index(axis) + 1 :])
+        return self.ranks.rank // inner % self.sizes[axis]
+
+    def _made(self, axes: tuple[Axis, ...]) -> dist.ProcessGroup | None:
+        """One group for every place along the other axes; this rank's own."""
+        others = [place for place, axis in enumerate(AXES) if axis not in axes]
+        kept = [place for place, axis in enumerate(AXES) if axis in axes]
+        size = int(torch.tensor([self._grid.shape[place] for place in kept]).prod())
+        return self._own(self._grid.permute(*others, *kept).reshape(-1, size).tolist())
+
+    def _expert_groups(self, expert: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Ranks that hold different experts, and ranks that hold the same."""
+        if expert == 1:
+            return None, self._groups["data"]
+        by_data = self._grid.permute(0, 3, 1, 2).reshape(-1, self.data // expert, expert)
+        return (
+            self._own(by_data.reshape(-1, expert).tolist()),
+            self._own(by_data.transpose(1, 2).reshape(-1, self.data // expert).tolist()),
+        )
+
+    def _own(self, rows: list[list[int]]) -> dist.ProcessGroup | None:
+        if len(rows[0]) == 1:
+            return None
+        if len(rows[0]) == self.ranks.world:
+            return self.ranks.group
+        found: dist.ProcessGroup
+        found, _ = dist.new_subgroups_by_enumeration(rows)  # type: ignore[no-untyped-call]
+        return found

@@ -1,0 +1,93 @@
+"""How a run is laid out on devices.
+
+Here        PlanConfig, `check_plan`.
+Elsewhere   choosing one (engine/planner/); carrying it out (engine/prepare.py, and beside this).
+Promise     a layout that cannot be is refused before any rank has sent anything, with what would fit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dougong.core.config import Config
+from dougong.core.errors import ConfigError
+from dougong.engine.parallel.schedule import V_SHAPED, Schedule, check_schedule
+
+
+class PlanConfig(Config):
+    """Along which axes the ranks stand. What is left of them by the other axes shares out the records."""
+
+    tensor: int = Field(default=1, gt=0)
+    """Ranks that compute every layer together."""
+
+    sequence: bool = True
+    """Ranks of the tensor axis also share out the tokens between layers, where the model can: the same numbers, less
+    memory."""
+
+    pipeline: int = Field(default=1, gt=0)
+    """Ranks that blocks are spread over."""
+
+    chunks: int = Field(default=1, gt=0)
+    """Stages on each rank of the pipeline."""
+
+    schedule: Schedule = "1f1b"
+    """In which order stages work."""
+
+    shard: int = Field(default=1, gt=0)
+    """Ranks, of those that share out the records, over which weights, gradients and optimizer are spread (ZeRO). What
+    is left of them holds copies (hybrid sharding)."""
+
+    sharding: Literal["zero2", "zero3"] = "zero3"
+    """zero2: gathered weights stay until the step's end. zero3: they go after each block, and are gathered again."""
+
+    expert: int = Field(default=1, gt=0)
+    """Ranks, of those that share out the records, over which routed experts are spread."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PlanConfig:
+        if self.schedule in V_SHAPED and self.chunks != 2:
+            raise ValueError(f"schedule={self.schedule} has 2 stages on each rank, not {self.chunks}. Use chunks: 2.")
+        if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
+            raise ValueError(f"schedule={self.schedule} has 1 stage on each rank. Use chunks: 1, or interleaved.")
+        if self.pipeline == 1 and self.chunks != 1:
+            raise ValueError(f"chunks={self.chunks} cannot take effect without a pipeline. Use pipeline: 2 or more.")
+        if self.shard > 1 and self.pipeline > 1:
+            raise ValueError(
+                f"shard={self.shard} with pipeline={self.pipeline} is not built: stages hold their weights whole. "
+                "Use shard: 1, or pipeline: 1."
+            )
+        return self
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing but the records is shared out."""
+        return self.tensor == self.pipeline == self.shard == self.expert == 1
+
+
+def check_plan(plan: PlanConfig, world: int, *, accumulation: int) -> int:
+    """How many ranks share out the records.
+
+    Raises:
+        ConfigError: so many ranks cannot stand so; the message says what fits.
+    """
+    together = plan.tensor * plan.pipeline
+    if world % together:
+        fits = sorted({n for n in range(1, world + 1) if world % n == 0})
+        raise ConfigError(
+            f"plan tensor={plan.tensor} x pipeline={plan.pipeline} takes {together} ranks at a time, and there are "
+            f"{world}. Use a product in {fits}, or start a multiple of {together} ranks."
+        )
+    data = world // together
+    for name in ("shard", "expert"):
+        size = getattr(plan, name)
+        if data % size:
+            fits = [n for n in range(1, data + 1) if data % n == 0]
+            raise ConfigError(
+                f"plan {name}={size} cannot be a part of the {data} ranks that share out the records. "
+                f"Use {name} in {fits}."
+            )
+    if plan.pipeline > 1:
+        check_schedule(plan.schedule, plan.pipeline, plan.chunks, accumulation)
+    return data

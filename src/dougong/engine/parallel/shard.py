@@ -1,0 +1,184 @@
+"""Weights, gradients and optimizer spread over ranks, each block's gathered when it is its turn (ZeRO).
+
+Here        `apply_shard`, Sharded.
+Elsewhere   gathering and spreading itself is torch's FSDP2; adding up what is not spread (layout.py).
+Promise     a step gives every rank its part of the gradients that one process with all records would have, within
+            rounding; ranks may hold any number of records, also none, and any modality may be absent on any of them: no
+            rank waits for another in vain. A weight that no rank has a gradient of gets none.
+
+FSDP2 (Zhao et al. 2023, arXiv:2304.11277) takes for granted that every rank does the same work. Here a rank without
+pictures has no gradient of the picture encoder, and its backward may come to blocks in another order. So each block is
+held between two joints that a scalar runs through besides the state: all of a block's gradients have arrived before
+the block before it begins, on every rank; and gradients that a rank lacks are filled up with zeros, and told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from dougong.engine.parallel.parcel import pack, unpack
+from dougong.engine.precision import autocast
+from dougong.engine.step import TrainParts
+from dougong.nn.batch import Batch
+from dougong.nn.block_stack import BlockStack
+
+
+class _Anchored(NamedTuple):
+    """A state, and the scalar that runs beside it."""
+
+    state: Any
+    anchor: Tensor
+
+
+class Sharded:
+    """A model whose weights are spread."""
+
+    def __init__(
+        self,
+        model: BlockStack[Any, Any],
+        mesh: DeviceMesh,
+        group: dist.ProcessGroup,
+        *,
+        keep_gathered: bool,
+        ignored: set[nn.Parameter],
+    ) -> None:
+        self.model, self.group = model, group
+        self.names = [name for name, parameter in model.named_parameters() if parameter not in ignored]
+        self._seen: set[str] = set()
+        """Of weights that had a gradient here, in this step."""
+
+        owned = {name for place, _ in enumerate(model.blocks) for name in self._names_of(place)}
+        self._others = [name for name in self.names if name not in owned]
+        self._filled: set[int] = set()
+        for place, block in enumerate(model.blocks):
+            block.forward = self._joined(place, block.forward)
+            fully_shard(block, mesh=mesh, reshard_after_forward=not keep_gathered, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A loss is divided by the records of all ranks already.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self._anchor: Tensor | None = None
+        model.forward = self._forward  # type: ignore[method-assign]
+
+    def _names_of(self, place: int) -> list[str]:
+        own = [f"blocks.{place}.{name}" for name, _ in self.model.blocks[place].named_parameters()]
+        known = set(self.names)
+        return [name for name in own if name in known]
+
+    def _forward(self, batch: Batch) -> Any:
+        anchor = torch.zeros((), device=batch.media[next(iter(batch.media))].index_B.device, requires_grad=True)
+        anchored = _Anchored(self.model.embed(batch), anchor)
+        for block in self.model.blocks:
+            anchored = block(anchored)
+        self._anchor = anchored.anchor
+        return self.model.head(anchored.state)
+
+    def _joined(self, place: int, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        types = (*self.model.state_types, _Anchored)
+
+        def joint(anchored: _Anchored, then: Callable[[], None] | None) -> _Anchored:
+            parcel = pack(anchored)
+            moving = [n for n, tensor in enumerate(parcel.tensors) if tensor.requires_grad]
+            joined = _Joint.apply(then, *(parcel.tensors[n] for n in moving))  # type: ignore[no-untyped-call]
+            for n, tensor in zip(moving, joined, strict=True):
+                parcel.tensors[n] = tensor
+            found: _Anchored = unpack(parcel, types)
+            return found
+
+        def anchored_forward(state: Any) -> Any:
+            if not isinstance(state, _Anchored):  # somebody walks through the blocks alone
+                return forward(state)
+            if not torch.is_grad_enabled():
+                return state._replace(state=forward(state.state))
+            state = joint(state, lambda: self._fill(place))
+            return joint(state._replace(state=forward(state.state)), None)
+
+        return anchored_forward
+
+    def _fill(self, place: int) -> None:
+        """All of this block's gradients have been made that will be."""
+        self._filled.add(place)
+        self._fill_up({f"blocks.{place}.{name}": p for name, p in self.model.blocks[place].named_parameters()})
+
+    def _fill_rest(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        self._fill_up({name: parameters[name] for name in self._others})
+
+    def _fill_up(self, parameters: dict[str, nn.Parameter]) -> None:
+        known = set(self.names)
+        for name, parameter in parameters.items():
+            if name not in known or not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                self._seen.add(name)
+
+    def backward(self, parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+        """In place of the step's own: adds a micro-batch's gradients to each rank's part."""
+        with autocast(parts.precision, parts.device_type):
+            loss = parts.loss(self.model(batch), batch).float() / num_records
+        assert self._anchor is not None
+        anchored = loss + 0.0 * self._anchor
+        self._anchor = None
+        # Before what FSDP does at a backward's end, which it asks for later.
+        fill = self._fill_rest
+        anchored.register_hook(lambda _: Variable._execution_engine.queue_callback(fill))  # type: ignore[no-untyped-call]
+        anchored.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After the last micro-batch: weights that no rank had a gradient of have none."""
+        told = torch.tensor([float(name in self._seen) for name in self.names])
+        device = next(self.model.parameters()).device
+        told = told.to(device)
+        dist.all_reduce(told, group=self.group)
+        parameters = dict(self.model.named_parameters())
+        for name, count in zip(self.names, told.tolist(), strict=True):
+            if not count:
+                parameters[name].grad = None
+        self._seen.clear()
+
+
+def apply_shard(
+    model: BlockStack[Any, Any],
+    mesh: DeviceMesh,
+    group: dist.ProcessGroup,
+    *,
+    keep_gathered: bool = False,
+    ignored: set[nn.Parameter] | None = None,
+) -> Sharded:
+    """Spread the model over the mesh's last axis, in place; along its first axis stand copies.
+
+    `group` are all of the mesh's ranks. With `keep_gathered` weights stay gathered from forward to backward. `ignored`
+    parameters are left as they are.
+    """
+    return Sharded(model, mesh, group, keep_gathered=keep_gathered, ignored=ignored or set())
+
+
+class _Joint(torch.autograd.Function):
+    """Tensors go on as they are; going back, all of their gradients are there before any goes on."""
+
+    @staticmethod
+    def forward(ctx: Any, then: Callable[[], None] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.then = then
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.then is not None:
+            ctx.then()
+        return None, *gradients

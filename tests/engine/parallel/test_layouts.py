@@ -1,0 +1,219 @@
+"""Every layout against one process: losses, norms and stepped weights, on eight ranks that are started once."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from dougong.core.signature import ImageInput, Signature, Target, TextInput
+from dougong.data.position import Share
+from dougong.engine.optimizer import alike
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import Ranks
+from dougong.engine.prepare import prepare_model
+from dougong.engine.step import TrainParts, train_step
+from dougong.model.bridge import BridgeConfig
+from dougong.model.decoder import DecoderConfig, ExpertsConfig
+from dougong.model.encoders.image import ImageEncoderConfig
+from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.sandwich import SandwichConfig
+from dougong.nn.batch import Batch, MediaBatch
+from dougong.nn.block_stack import BlockStack
+from dougong.objectives.generation import words_loss
+
+WORDS = 61
+STEPS = 2
+WORLD = 8
+
+
+def signature() -> Signature:
+    return Signature(
+        inputs={"words": TextInput(vocabulary_size=WORDS, max_tokens=16), "photo": ImageInput(height=16, width=16)},
+        target=Target(name="named", task="single_label", labels=("a", "b", "c")),
+    )
+
+
+def build(kind: str) -> BlockStack[Any, Any]:
+    torch.manual_seed(0)
+    picture = ImageEncoderConfig(width=32, num_layers=2, num_heads=8)
+    if kind == "decoder":
+        return DecoderConfig(
+            num_layers=6,
+            num_heads=8,
+            plain_width=8,
+            turned_width=4,
+            value_width=8,
+            experts=ExpertsConfig(num=8, num_chosen=2, hidden=32, balance_speed=0.01),
+            num_further=1,
+            encoders={"photo": picture},
+        ).build(signature())
+    return SandwichConfig(
+        width=32,
+        bridge=BridgeConfig(num_blocks=3, num_heads=8),
+        encoders={"photo": picture, "words": TextEncoderConfig(width=32, num_layers=2, num_heads=8)},
+    ).build(signature())
+
+
+def batches(place: int, count: int) -> list[Batch]:
+    """The records of a step, in micro-batches of unequal size; in one of them nobody has a picture."""
+    generator = torch.Generator().manual_seed(place)
+    made = []
+    for number in range(count):
+        num_records, num_words = 5 + number % 3, 6 + number % 4
+        present_B = torch.arange(num_records) % 3 != number % 3
+        if number == 1:
+            present_B = torch.zeros_like(present_B)
+        target = torch.randint(3, (num_records,), generator=generator)
+        words = torch.randint(4, WORDS, (num_records, num_words), generator=generator)
+        pixels = torch.randn(num_records, 3, 16, 16, generator=generator)
+        made.append(collated(words, pixels, present_B, target))
+    return made
+
+
+def collated(words: Tensor, pixels: Tensor, present_B: Tensor, target: Tensor) -> Batch:
+    """As a loader does: only media that somebody has are there."""
+    index_B = torch.zeros(len(present_B), dtype=torch.long)
+    index_B[present_B] = torch.arange(int(present_B.sum()))
+    every_B = torch.arange(len(words))
+    mask = torch.ones_like(words, dtype=torch.bool)
+    return Batch(
+        {
+            "words": MediaBatch({"ids_UT": words, "mask_UT": mask}, every_B, torch.ones_like(every_B).bool()),
+            "photo": MediaBatch({"pixels_UCHW": pixels[present_B]}, index_B, present_B),
+        },
+        target,
+    )
+
+
+def shared_out(batch: Batch, share: Share) -> Batch:
+    """A rank's part of the records: uneven, and none where there are fewer records than ranks."""
+    if share.world == 1:
+        return batch
+    kept = torch.arange(batch.num_records) % share.world == share.rank
+    photo = batch.media["photo"]
+    pixels = torch.zeros(batch.num_records, 3, 16, 16)
+    pixels[photo.present_B] = photo.values["pixels_UCHW"]
+    words = batch.media["words"].values["ids_UT"]
+    assert batch.target is not None
+    return collated(words[kept], pixels[kept], photo.present_B[kept], batch.target[kept])
+
+
+def loss_of(output: Any, batch: Batch) -> Tensor:
+    if hasattr(output, "loss_BN"):
+        return words_loss(output)
+    return torch.nn.functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
+
+
+class Trained(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Any]
+    """Name to whole weight; of a rank, to its piece, where it begins, and the whole shape."""
+
+
+def optimizer_of(model: BlockStack[Any, Any]) -> torch.optim.Optimizer:
+    # Not AdamW: where a gradient is nothing but rounding, its first step is as long as any.
+    groups = alike(p for p in model.parameters() if p.requires_grad)
+    # A stage of a pipeline may have none.
+    return torch.optim.SGD(
+        [{"params": each} for each in groups or [[torch.nn.Parameter(torch.zeros(()))]]], lr=0.05, weight_decay=0.1
+    )
+
+
+def train_alone(kind: str, accumulation: int) -> Trained:
+    model = build(kind)
+    parts = TrainParts(model, loss_of, optimizer_of(model))
+    reports = []
+    for step in range(STEPS):
+        given = batches(step, accumulation)
+        reports.append(train_step(parts, given, num_records=sum(each.num_records for each in given)))
+    state = {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    return Trained([r.loss for r in reports], [r.grad_norm for r in reports], state)
+
+
+def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
+    model = build(kind)
+    ranks = Ranks(dist.group.WORLD)
+    if ranks.rank:  # what other ranks had drawn must not matter
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+    layout = prepare_model(model, plan, ranks, accumulation=accumulation)
+    parts = TrainParts(
+        model,
+        loss_of,
+        optimizer_of(model),
+        backward=None if layout.sharded is None else layout.sharded.backward,
+        reduce=layout.reduce,
+        norm=layout.norm,
+        all_backward=None if layout.pipeline is None else layout.pipeline.backward,
+    )
+    reports = []
+    for step in range(STEPS):
+        given = batches(step, accumulation)
+        num_records = sum(each.num_records for each in given)
+        own = [shared_out(each, layout.mesh.share) for each in given]
+        reports.append(train_step(parts, own, num_records=num_records))
+    weights: dict[str, Any] = {
+        name: (piece.local.numpy().copy(), piece.offset, piece.whole) for name, piece in layout.pieces().items()
+    }
+    weights |= {name: (b.numpy().copy(), (0,) * b.ndim, tuple(b.shape)) for name, b in model.named_buffers()}
+    return Trained([r.loss for r in reports], [r.grad_norm for r in reports], weights)
+
+
+LAYOUTS: dict[str, PlanConfig] = {
+    "8x1x1": PlanConfig(),
+    "1x8x1": PlanConfig(tensor=8),
+    "1x8x1, tokens whole": PlanConfig(tensor=8, sequence=False),
+    "1x1x8": PlanConfig(pipeline=8),
+    "2x2x2 gpipe": PlanConfig(tensor=2, pipeline=2, schedule="gpipe"),
+    "2x2x2 1f1b": PlanConfig(tensor=2, pipeline=2),
+    "2x2x2 interleaved": PlanConfig(tensor=2, pipeline=2, chunks=2, schedule="interleaved"),
+    "2x2x2 zbv": PlanConfig(tensor=2, pipeline=2, chunks=2, schedule="zbv"),
+    "2x2x2 dualpipev": PlanConfig(tensor=2, pipeline=2, chunks=2, schedule="dualpipev"),
+    "zero3 over 8": PlanConfig(shard=8),
+    "zero2 over 8": PlanConfig(shard=8, sharding="zero2"),
+    "hybrid 2x2, tensor 2": PlanConfig(shard=2, tensor=2),
+    "experts over 4": PlanConfig(expert=4),
+    "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2),
+    "experts over 2, pipeline 2, tensor 2": PlanConfig(expert=2, pipeline=2, tensor=2),
+}
+ACCUMULATION = 4
+
+
+@pytest.fixture(scope="module", params=["decoder", "sandwich"])
+def alone(request: pytest.FixtureRequest) -> tuple[str, Trained]:
+    return request.param, train_alone(request.param, ACCUMULATION)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(alone: tuple[str, Trained], name: str) -> None:
+    kind, expected = alone
+    plan = LAYOUTS[name]
+    if kind == "sandwich" and plan.expert > 1:
+        pytest.skip("it has no experts")
+
+    found = run_ranks(train_laid_out, kind, ACCUMULATION, plan, world=WORLD)
+
+    expected_weights = {name: value for name, value in expected.weights.items() if value.is_floating_point()}
+    whole = {name: torch.full_like(value, torch.nan) for name, value in expected_weights.items()}
+    for each in found:
+        assert each.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert each.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert (each.losses, each.norms) == (found[0].losses, found[0].norms)
+        for weight, (piece, offset, shape) in each.weights.items():
+            if weight not in whole:
+                continue
+            assert shape == tuple(whole[weight].shape)
+            local = torch.from_numpy(piece)
+            box = tuple(slice(first, first + size) for first, size in zip(offset, local.shape, strict=True))
+            known = whole[weight][box]
+            # Ranks that hold the same piece hold the same.
+            assert ((known - local).abs()[~known.isnan()] < 1e-7).all(), weight
+            whole[weight][box] = local
+    for weight, value in whole.items():
+        # Nothing is left that no rank holds.
+        assert (value - expected_weights[weight]).abs().max() < 1e-5, weight
