@@ -52,7 +52,7 @@ def test_a_manifest_cannot_reach_outside(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 2}, "has bundle format 2"),
+        ({"format_version": 1}, "has bundle format 1"),
         ({"format": "pickle"}, "not a manifest"),
         ({"signature": 3}, "signature"),
         ({"extra": 3}, "no setting 'extra'"),

@@ -216,8 +216,8 @@ def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("manifest", "reason"),
     [
-        ({"format": 2, "files": {}}, "its format is 2, this version reads 1"),
-        ({"format": 1, "files": ["model.safetensors"]}, "manifest.json is missing or damaged"),
+        ({"format": 1, "files": {}}, "its format is 1, this version reads 2"),
+        ({"format": 2, "files": ["model.safetensors"]}, "manifest.json is missing or damaged"),
         ([], "manifest.json is missing or damaged"),
     ],
 )

@@ -29,9 +29,12 @@ def test_asking_for_the_weights_does_not_change_the_answer(mask_BS: torch.Tensor
 def test_agrees_with_torch() -> None:
     attention, x_BTD, context_BSD = build()
     theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    # Ours has each head's key and value side by side, theirs all keys and then all values.
+    weight = attention.key_value.weight.view(2, 2, 4, 8).transpose(0, 1).reshape(16, 8)
+    bias = attention.key_value.bias.view(2, 2, 4).transpose(0, 1).reshape(16)
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key_value.weight]))
-        theirs.in_proj_bias.copy_(torch.cat([attention.query.bias, attention.key_value.bias]))
+        theirs.in_proj_weight.copy_(torch.cat([attention.query.weight, weight]))
+        theirs.in_proj_bias.copy_(torch.cat([attention.query.bias, bias]))
     theirs.out_proj = attention.out
     some = slice(0, 2)  # torch gives NaN where all is masked
 

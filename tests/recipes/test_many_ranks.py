@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -141,7 +142,7 @@ def test_whatever_modality_is_absent_where_every_step_is_that_of_one_process(
             assert judged.gate == pytest.approx(want_judged.gate)
 
 
-def recipe_for(table: Path) -> Recipe:
+def recipe_for(table: Path, plan: dict[str, Any] | None = None) -> Recipe:
     """Draws remarks and pictures together, some of which the records share; a batch of 50 leaves some ranks little."""
     return parse(
         Recipe,
@@ -155,16 +156,19 @@ def recipe_for(table: Path) -> Recipe:
                 "loader": {"batch_size": 50, "workers": 0},
                 "conditions": {"all": ["photo", "remark", "table"], "remark": ["remark"]},
             },
-            "model": {"width": 16, "align": ["photo", "remark"]},
-            "train": {"steps": 6, "precision": "fp32", "evaluate_every": 3},
+            "model": {"width": 32, "align": ["photo", "remark"]},
+            "train": {"steps": 6, "precision": "fp32", "evaluate_every": 3, "checkpoint_every": 3},
+            "plan": plan or {},
         },
         where="test",
     )
 
 
-def run_small(table: Path, folder: Path) -> tuple[bool, dict[str, Any]]:
+def run_small(
+    table: Path, folder: Path, plan: dict[str, Any] | None = None, resume: bool = False
+) -> tuple[bool, dict[str, Any]]:
     ranks = Ranks(dist.group.WORLD) if dist.is_initialized() else ALONE
-    result = run_recipe(recipe_for(table), folder, quiet=True, ranks=ranks)
+    result = run_recipe(recipe_for(table, plan), folder, quiet=True, ranks=ranks, resume=resume)
     return ranks.first, result.as_json()["figures"]
 
 
@@ -182,6 +186,37 @@ def test_a_recipe_has_the_losses_and_figures_of_one_process(colour_table: Path, 
     assert [figures for _, figures in found] == [want, want]
     one, many = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "many"))
     assert one == many
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"tensor": 2, "pipeline": 2},
+    {"shard": 2, "tensor": 2},
+    {"pipeline": 2, "chunks": 2, "schedule": "zbv"},
+]
+
+
+@pytest.mark.parametrize("place", range(len(LAYOUTS)))
+def test_a_recipe_on_any_layout_is_as_in_one_process_and_goes_on_at_any_other(
+    place: int, colour_table: Path, tmp_path: Path
+) -> None:
+    _, want = run_small(colour_table, tmp_path / "one")
+    want_losses = losses(tmp_path / "one")
+    many = tmp_path / "many"
+
+    found = run_ranks(run_small, colour_table, many, LAYOUTS[place], world=4, limit_seconds=120)
+
+    # Sums in another order, in float32, and an optimizer that divides by a gradient's own size.
+    np.testing.assert_allclose(losses(many), want_losses, rtol=1e-3)
+    assert [figures for _, figures in found] == [want] * 4
+    for name, again in (("other", LAYOUTS[place - 1]), ("one again", None)):
+        shutil.copytree(many, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000006")
+        shutil.rmtree(tmp_path / name / "bundle")
+        if again is None:
+            run_small(colour_table, tmp_path / name, None, True)
+        else:
+            run_ranks(run_small, colour_table, tmp_path / name, again, True, world=4, limit_seconds=120)
+        np.testing.assert_allclose(losses(tmp_path / name), want_losses, rtol=1e-3)
 
 
 def test_what_needs_the_whole_batch_in_one_place_is_refused() -> None:

@@ -22,7 +22,7 @@ from dougong.core.files import inside, sha256_of, whole_folder, write_json
 from dougong.core.signature import Signature
 
 FORMAT: Final = "dougong-bundle"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST: Final = "bundle.json"
 LARGEST_MANIFEST_BYTES: Final = 64 * 2**20
 

@@ -59,26 +59,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            else:
-                _sync_folder(file)
-        temporary.chmod(0o755)
-        _sync_folder(temporary)
-        if path.exists():
-            # rename(2) replaces no folder that has files: the old one steps aside first.
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(aside / "old")
-            temporary.rename(path)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(path)
-        _sync_folder(path.parent)
+        finish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Give a folder that has been written beside `path` its name, once all of it is on the disk."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        else:
+            _sync_folder(file)
+    temporary.chmod(0o755)
+    _sync_folder(temporary)
+    if path.exists():
+        # rename(2) replaces no folder that has files: the old one steps aside first.
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        path.rename(aside / "old")
+        temporary.rename(path)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

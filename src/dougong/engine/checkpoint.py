@@ -1,13 +1,15 @@
 """What a run needs to go on after a kill, in one folder that is whole or absent.
 
-Here        RunState, `save_checkpoint`, `latest_checkpoint`, `restore_checkpoint`, `load_weights`, `best_weights`.
+Here        RunState, `save_checkpoint`, `save_pieces`, `latest_checkpoint`, `restore_checkpoint`, `load_weights`,
+            `best_weights`.
 Elsewhere   when to save (engine/trainer.py); whole folders (core/files.py); weights in files (engine/weights.py).
 Promise     a folder that is not whole and unaltered is never loaded: every file's sha256 stands in its manifest;
             nothing is ever unpickled. What a resumed run computes is what an uninterrupted one would have.
 
 A checkpoint is `RUN/checkpoints/step-00000123/` with model.safetensors, optimizer.safetensors, random.json,
 state.json, where weights are averaged also average.safetensors, where several ranks trained also random-1.json and so
-on for those after the first, and manifest.json.
+on for those after the first, and manifest.json. Where no rank holds the whole model, each writes what it holds of all
+three into pieces-0000.safetensors and so on, and pieces.json says where what lies: any layout can read it.
 """
 
 from __future__ import annotations
@@ -20,24 +22,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dougong.core.config import Config
 from dougong.core.errors import CheckpointError
-from dougong.core.files import inside, sha256_of, whole_folder, write_json
+from dougong.core.files import finish_folder, inside, sha256_of, whole_folder, write_json
 from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
+from dougong.engine.parallel.layout import Layout
+from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, told, write_pieces
 from dougong.engine.precision import Chosen
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.sampling import SamplingState
-from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.engine.weights import distinct_weights, local_part, put_weights, read_weights, write_weights
 
-FORMAT = 1
+FORMAT = 2
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
 STATE, RANDOM, MANIFEST = "state.json", "random.json", "manifest.json"
-NEEDED = (MODEL, OPTIMIZER, STATE, RANDOM)
+PIECES = "pieces.json"
+NEEDED, NEEDED_OF_PIECES = (MODEL, OPTIMIZER, STATE, RANDOM), (PIECES, STATE, RANDOM)
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -117,6 +123,67 @@ def save_checkpoint(
     return path
 
 
+def save_pieces(
+    folder: Path,
+    state: RunState,
+    layout: Layout,
+    optimizer: Optimizer,
+    average: WeightAverage | None = None,
+) -> Path:
+    """The same of a model that no rank holds whole. All ranks call this, and all can read the folder."""
+    ranks = layout.mesh.ranks
+    if layout.sharded is not None:
+        layout.sharded.let_go()
+    path = folder / f"step-{state.step:08d}"
+    writing = folder / f".{path.name}.writing"
+    held = _held(layout, optimizer, average)
+    index = index_of(ranks.tell(told(held)))
+
+    def begin() -> None:
+        if writing.exists():
+            shutil.rmtree(writing)
+        writing.mkdir(parents=True)
+
+    ranks.first_says(begin)
+    own = {_pieces_name(ranks.rank)}
+    write_pieces(writing / _pieces_name(ranks.rank), held, index, ranks.rank)
+    if layout.mesh.place("tensor") == layout.mesh.place("pipeline") == 0:  # those beside it draw the same numbers
+        own.add(_random_name(layout.mesh.share.rank))
+        (writing / _random_name(layout.mesh.share.rank)).write_text(json.dumps(random_state()), encoding="utf-8")
+    sums: dict[str, str] = {}
+    for each in ranks.tell({name: sha256_of(writing / name) for name in own}):
+        sums |= each
+
+    def finish() -> None:
+        write_json(writing / PIECES, index)
+        write_json(writing / STATE, state.model_dump(mode="json"))
+        sums.update({name: sha256_of(writing / name) for name in (PIECES, STATE)})
+        write_json(writing / MANIFEST, {"format": FORMAT, "files": dict(sorted(sums.items()))})
+        finish_folder(writing, path)
+
+    ranks.first_says(finish)
+    return path
+
+
+def _held(layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -> dict[str, Piece]:
+    """What this rank holds of weights, buffers, optimizer and averages."""
+    model = layout.model
+    parameters = dict(model.named_parameters())
+
+    def piece(name: str, tensor: Tensor) -> Piece:
+        if name in parameters and tensor.shape == local_part(parameters[name]).shape:
+            return layout.piece(name, tensor)
+        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+
+    held = {f"model/{name}": piece(name, tensor) for name, tensor in distinct_weights(model).items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            held[f"optimizer/{key}/{name}"] = piece(name, local_part(value))
+    if average is not None:
+        held |= {f"average/{name}": piece(name, tensor) for name, tensor in average.weights().items()}
+    return held
+
+
 def check_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`.
 
@@ -131,8 +198,10 @@ def check_checkpoint(folder: Path) -> Checkpoint:
     if found_format != FORMAT:
         raise CheckpointError(f"{folder}: its format is {found_format!r}, this version reads {FORMAT}")
     # Averages or random states that the manifest does not know would be loaded unseen.
-    unlisted = [file.name for file in (folder / AVERAGE, *folder.glob("random-*.json")) if file.exists()]
-    for name in dict.fromkeys([*NEEDED, *sums, *unlisted]):
+    maybe = (folder / AVERAGE, folder / PIECES, *folder.glob("random-*.json"), *folder.glob("pieces-*.safetensors"))
+    unlisted = [file.name for file in maybe if file.exists()]
+    needed = NEEDED_OF_PIECES if PIECES in sums else NEEDED
+    for name in dict.fromkeys([*needed, *sums, *unlisted]):
         file = inside(folder, name)
         if file is None or not file.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
@@ -160,23 +229,29 @@ def restore_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     average: WeightAverage | None = None,
-    rank: int = 0,
+    layout: Layout | None = None,
 ) -> None:
-    """Put weights, optimizer and random states back. A rank that had no part in that run draws numbers of its own.
+    """Put weights, optimizer and random states back. A share of the records that had no part in that run has random
+    numbers of its own.
 
     Raises:
         CheckpointError: it is of another model, or of a run that averaged its weights where this one does not.
     """
     folder = checkpoint.folder
-    if (average is not None) != (folder / AVERAGE).exists():
+    rank = 0 if layout is None else layout.mesh.share.rank
+    saved = _Saved(folder)
+    if (average is not None) != saved.has_average:
         here, there = ("with", "without") if average is not None else ("without", "with")
         raise CheckpointError(
             f"{folder} was saved {there} averaged weights and this run is {here} them. Set ema as in that run."
         )
-    put_weights(model, read_weights(folder / MODEL), where=str(folder))
-    _restore_optimizer(model, optimizer, read_weights(folder / OPTIMIZER), where=str(folder))
-    if average is not None:
-        average.restore(read_weights(folder / AVERAGE))
+    if layout is None or layout.is_whole:
+        put_weights(model, saved.all("model/"), where=str(folder))
+        _restore_optimizer(model, optimizer, saved.all("optimizer/"), where=str(folder))
+        if average is not None:
+            average.restore(saved.all("average/"))
+    else:
+        _restore_pieces(saved, layout, optimizer, average)
     random = folder / _random_name(rank)
     if random.exists():
         restore_random_state(json.loads(random.read_bytes()))
@@ -191,10 +266,8 @@ def load_weights(model: nn.Module, checkpoint_folder: Path) -> None:
         CheckpointError: the folder is damaged, or of another model.
     """
     check_checkpoint(checkpoint_folder)
-    average = checkpoint_folder / AVERAGE
-    put_weights(
-        model, read_weights(average if average.exists() else checkpoint_folder / MODEL), where=str(checkpoint_folder)
-    )
+    saved = _Saved(checkpoint_folder)
+    put_weights(model, saved.all("average/" if saved.has_average else "model/"), where=str(checkpoint_folder))
 
 
 def best_weights(run: Path) -> Path:
@@ -255,6 +328,78 @@ def _checkpoints(folder: Path) -> list[Path]:
         return []
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps)]
+
+
+class _Saved:
+    """The tensors of a checkpoint, whole ones or pieces, by what they are of and their names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.reader: PieceReader | None = None
+        self.has_average = (folder / AVERAGE).exists()
+        if (folder / PIECES).exists():
+            index = json.loads((folder / PIECES).read_bytes())
+            ranks = {place["rank"] for entry in index.values() for place in entry["at"]}
+            self.reader = PieceReader(folder, {rank: _pieces_name(rank) for rank in ranks}, index)
+            self.has_average = any(name.startswith("average/") for name in index)
+        self._whole: dict[str, Tensor] = {}
+
+    def all(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of a kind, whole."""
+        if self.reader is not None:
+            return {n.removeprefix(kind): self.reader.read(n) for n in self.reader.index if n.startswith(kind)}
+        return read_weights(self._folder / {"model/": MODEL, "optimizer/": OPTIMIZER, "average/": AVERAGE}[kind])
+
+    def part(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A box of one of them."""
+        if self.reader is not None:
+            return self.reader.read(kind + name, offset, shape)
+        if kind + name not in self._whole:
+            self._whole |= {kind + key: tensor for key, tensor in self.all(kind).items()}
+        if kind + name not in self._whole:
+            raise CheckpointError(f"{self._folder} has no {name}. Build the model with the settings of that run.")
+        box = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+        return self._whole[kind + name][box]
+
+    def names(self, kind: str) -> list[str]:
+        """Of all tensors of a kind."""
+        if self.reader is not None:
+            return [name.removeprefix(kind) for name in self.reader.index if name.startswith(kind)]
+        return list(self.all(kind))
+
+
+@torch.no_grad()
+def _restore_pieces(saved: _Saved, layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -> None:
+    parameters = dict(layout.model.named_parameters())
+
+    def fill(kind: str, name: str, tensor: Tensor, of: str) -> None:
+        piece = layout.piece(of, tensor) if of in parameters else Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+        piece.local.copy_(saved.part(kind, name, piece.offset, tuple(piece.local.shape)))
+
+    for name, tensor in distinct_weights(layout.model).items():
+        fill("model/", name, tensor, name)
+    if average is not None:
+        for name, tensor in average.weights().items():
+            fill("average/", name, tensor, name)
+    kept: dict[str, dict[str, Tensor]] = {}
+    for full_name in saved.names("optimizer/"):
+        key, _, name = full_name.partition("/")
+        if name not in parameters:
+            continue
+        if key == "step":
+            kept.setdefault(name, {})[key] = saved.part("optimizer/", full_name, (), ())
+            continue
+        tensor = torch.zeros_like(parameters[name])
+        fill("optimizer/", full_name, tensor, name)
+        kept.setdefault(name, {})[key] = tensor
+    names = {parameter: name for name, parameter in parameters.items()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {index: kept[names[p]] for index, p in enumerate(ordered) if names.get(p) in kept}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _pieces_name(rank: int) -> str:
+    return f"pieces-{rank:04d}.safetensors"
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -102,6 +102,8 @@ def evaluate(
         for number, arrays in enumerate(loader.one_pass()):
             bad += [(number, record) for record in arrays.bad]
             if not len(arrays.row_B):
+                if ranks.world > 1:  # the model itself may be one that ranks compute together
+                    model(to_tensors(arrays, device))
                 continue
             batch = to_tensors(arrays, device)
             with contextlib.nullcontext() if precision is None else autocast(precision, device.type):

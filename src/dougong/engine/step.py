@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dougong.engine.precision import Chosen, autocast
+from dougong.engine.weights import local_part
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 
@@ -110,8 +110,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
             buffer.copy_(kept)  # a running mean that met a NaN would never lose it
         return StepReport(loss, grad_norm, skipped=True)
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        torch._foreach_mul_(local, parts.max_grad_norm / grad_norm)
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], parts.max_grad_norm / grad_norm)
     parts.optimizer.step()
     parts.model.after_step()
     return StepReport(loss, grad_norm, skipped=False)

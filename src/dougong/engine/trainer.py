@@ -12,6 +12,7 @@ Promise     the same seed gives the same losses; a run that was killed at any mo
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,18 +51,21 @@ from dougong.engine.checkpoint import (
     prune_checkpoints,
     restore_checkpoint,
     save_checkpoint,
+    save_pieces,
     set_aside,
 )
 from dougong.engine.contribution import Probe
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.parallel.layout import Layout
+from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
-from dougong.engine.parallel.replicate import apply_replicate
 from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
+from dougong.engine.prepare import prepare_model
 from dougong.engine.random_state import random_state, random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
-from dougong.engine.step import Backward, Loss, TrainParts, nothing_to_add, train_step
+from dougong.engine.step import Backward, Loss, TrainParts, norm_alone, nothing_to_add, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -85,7 +89,8 @@ class TrainConfig(Config):
     """Longer gradients are shortened to it. None: never."""
 
     precision: Precision = "auto"
-    """auto measures once, and a resumed run keeps what was chosen. fp32 or bf16 for runs that must repeat exactly."""
+    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model. fp32 or bf16 for
+    runs that must repeat exactly."""
 
     evaluate_every: int | None = None
     """Steps. None: after each epoch. The last step is always followed by an evaluation."""
@@ -199,6 +204,7 @@ def train(
     resume: bool = False,
     backward: Backward | None = None,
     ranks: Ranks = ALONE,
+    layout: Layout | None = None,
 ) -> TrainResult:
     """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
 
@@ -207,8 +213,11 @@ def train(
     With `resume`, go on from the newest whole checkpoint, or start where there is none.
 
     With `ranks`, all of them call this, each with a loader of its share and a folder that all can read; `watch` must
-    judge to the same figures on each. Listeners hear of the run on the first alone. How many ranks there are may
-    change from one resumption to the next.
+    judge to the same figures on each. Listeners hear of the run on the first alone. How many ranks there are, and how
+    they are laid out, may change from one resumption to the next.
+
+    `layout` is how the model has been laid out on these ranks (engine/prepare.py); None: each is to have all of it. The
+    loader's share is then the layout's.
 
     Raises:
         RunError: the folder holds a run and `resume` is not asked for.
@@ -224,7 +233,8 @@ def train(
     announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
     with interruptible() as interruption:
         # Before anything on the disk changes: a run that is refused stays as it was.
-        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, ranks)
+        laid_out = layout or prepare_model(model, PlanConfig(), ranks, accumulation=config.accumulation)
+        run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, laid_out)
         ranks.wait()  # all have read what the first may now change
         if not ranks.first:
             with contextlib.closing(run.intake):
@@ -270,13 +280,14 @@ class _Run:
         start: Checkpoint | None,
         interruption: Interruption,
         backward: Backward | None,
-        ranks: Ranks,
+        layout: Layout,
     ) -> None:
         self.config, self.folder, self.watch, self.announce, self.seed = config, folder, watch, announce, seed
-        self.interruption, self.ranks = interruption, ranks
+        self.interruption, self.layout = interruption, layout
+        self.ranks = ranks = layout.mesh.ranks
         self.batches_per_epoch = loader.batches_per_epoch
         self.total_steps = config.total_steps(self.batches_per_epoch)
-        self.device = next(model.parameters()).device
+        self.device = layout.device
         self.started = self.last_saved = time.perf_counter()
         self.resumed = start is not None
 
@@ -286,9 +297,12 @@ class _Run:
         self.evaluations_without_gain = 0
         self.skipped_in_a_row = 0
         self.tally = Tally()
-        # First: what follows starts from the weights that all ranks have.
-        reduce = nothing_to_add if ranks.group is None else apply_replicate(model, ranks.group)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        if backward is not None and not layout.is_whole:
+            raise ConfigError(
+                "gradients are taken in a way of their own (objective.balance), which needs the whole model on every "
+                "rank. Use plan tensor, pipeline, shard and expert of 1, or balance: null."
+            )
         if config.sampling is not None and ranks.world > 1:
             raise ConfigError(
                 f"train.sampling draws for whole batches, and {ranks.world} ranks share each out. "
@@ -306,14 +320,30 @@ class _Run:
         if start is not None:
             self._go_on(start, model, optimizer)
         self.intake = Intake(
-            loader, self.tally, max_bad_share=config.max_bad_share, on_more_bad=self._announce_set_aside, ranks=ranks
+            loader,
+            self.tally,
+            max_bad_share=config.max_bad_share,
+            on_more_bad=self._announce_set_aside,
+            ranks=layout.data_ranks,
         )
         if start is None:
-            # Each rank drops other channels, of other records.
-            seed_all(derive_seed(seed, "train", *(("rank", ranks.rank) if ranks.rank else ())))
+            # Each rank drops other channels, of other records; those that have the same records, the same.
+            place = layout.mesh.share.rank
+            seed_all(derive_seed(seed, "train", *(("rank", place) if place else ())))
             self.precision = self._choose_precision(model, loss)
+        if layout.sharded is not None:
+            backward = layout.sharded.backward
         self.parts = TrainParts(
-            model, loss, optimizer, config.max_grad_norm, self.precision.precision, self.device.type, backward, reduce
+            model,
+            loss,
+            optimizer,
+            config.max_grad_norm,
+            self.precision.precision,
+            self.device.type,
+            backward,
+            nothing_to_add if ranks.group is None else layout.reduce,
+            norm_alone if ranks.group is None else layout.norm,
+            None if layout.pipeline is None else layout.pipeline.backward,
         )
 
     def train(self) -> TrainResult:
@@ -323,7 +353,7 @@ class _Run:
                 step=self.step,
                 total_steps=self.total_steps,
                 precision=self.precision.precision,
-                num_parameters=sum(p.numel() for p in self.parts.model.parameters()),
+                num_parameters=sum(math.prod(shape) for shape in self.layout.shapes.values()),
                 resumed=self.resumed,
             )
         )
@@ -494,10 +524,6 @@ class _Run:
 
     def _save(self) -> None:
         tally = self.tally
-        random_states = self.ranks.tell(random_state())
-        self.last_saved = time.perf_counter()
-        if not self.ranks.first:
-            return
         state = RunState(
             step=self.step,
             epoch=tally.position.epoch,
@@ -516,9 +542,18 @@ class _Run:
             sampling=None if self.sampler is None else self.sampler.state,
         )
         checkpoints = checkpoints_of(self.folder)
-        path = save_checkpoint(checkpoints, state, self.parts.model, self.parts.optimizer, self.average, random_states)
-        prune_checkpoints(checkpoints, self.config.keep)
+        optimizer, average = self.parts.optimizer, self.average
+        if self.layout.is_whole:
+            random_states = self.ranks.tell(random_state())
+            if self.ranks.first:
+                save_checkpoint(checkpoints, state, self.parts.model, optimizer, average, random_states)
+        else:
+            save_pieces(checkpoints, state, self.layout, optimizer, average)
         self.last_saved = time.perf_counter()
+        if not self.ranks.first:
+            return
+        prune_checkpoints(checkpoints, self.config.keep)
+        path = checkpoints / f"step-{self.step:08d}"
         self.announce(CheckpointSaved(step=self.step, path=str(path), best=self.best_step == self.step))
 
     def _go_on(self, start: Checkpoint, model: BlockStack[Any, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -539,7 +574,7 @@ class _Run:
                 f"{start.folder} was saved {was} moving rates of modalities and this run is {wants} them. "
                 "Set sampling as in that run."
             )
-        restore_checkpoint(start, model, optimizer, self.average, self.ranks.rank)
+        restore_checkpoint(start, model, optimizer, self.average, self.layout)
         self.step = state.step
         if self.sampler is not None and state.sampling is not None:
             self.sampler.state = state.sampling
@@ -551,6 +586,8 @@ class _Run:
 
     def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
         wanted = self.config.precision
+        if wanted == "auto" and not self.layout.is_whole:
+            return PrecisionChoice("fp32", None)
         if wanted != "auto":
             return PrecisionChoice(wanted, None)
         arrays = self.intake.peek()

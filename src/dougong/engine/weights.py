@@ -14,20 +14,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dougong.core.errors import CheckpointError
 
 
 def distinct_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, detached but not copied; of tied ones, the first name."""
+    """Parameters and buffers, detached but not copied; of tied ones, the first name. Of spread ones, the part here."""
     distinct: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name, weight in model.state_dict().items():
+        weight = local_part(weight)
         place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device)
         if weight.numel() == 0 or place not in seen:
             seen.add(place)
             distinct[name] = weight
     return distinct
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is spread; the tensor itself where it is not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from dougong.data.corruption import CorruptConfig
 from dougong.data.join import JoinConfig
 from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
+from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.trainer import TrainConfig
 from dougong.model.sandwich import SandwichConfig
 from dougong.recipes.losses import ObjectiveConfig
@@ -117,6 +118,8 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    plan: PlanConfig = PlanConfig()
+    """How the run is laid out on the ranks that torchrun starts."""
 
     @model_validator(mode="after")
     def _something_to_complete(self) -> Self:

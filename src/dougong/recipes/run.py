@@ -31,14 +31,20 @@ from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
+from dougong.data.position import Position
 from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparation
 from dougong.data.table import Table
 from dougong.data.target import infer_target
+from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.contribution import Probe
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
+from dougong.engine.parallel.mesh import share_of
+from dougong.engine.parallel.pipeline import block_seconds
+from dougong.engine.parallel.plan import check_plan
 from dougong.engine.parallel.ranks import ALONE, Ranks
+from dougong.engine.prepare import prepare_model
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
@@ -124,10 +130,11 @@ def train_recipe(
         RunError: the folder holds a run already, or none to resume.
     """
     check_objective(recipe.objective, recipe.model)
-    check_ranks(recipe.objective, recipe.model, ranks.world)
-    if ranks.world > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
+    shares = check_plan(recipe.plan, ranks.world, accumulation=recipe.train.accumulation)
+    check_ranks(recipe.objective, recipe.model, shares)
+    if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
         raise ConfigError(
-            f"data.corrupt.spare_one looks at all records of a batch, and {ranks.world} ranks share each out. "
+            f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "
             "Set data.corrupt.spare_one: false, or train in one process."
         )
     quiet = quiet or not ranks.first
@@ -149,7 +156,7 @@ def train_recipe(
     listeners: list[Listener] = [TensorBoard(folder / "tensorboard")] if ranks.first else []
     if not quiet:
         listeners.append(Progress())
-    _train(recipe, model, tables, preparation, folder, listeners, resume=resume, ranks=ranks)
+    model = _train(recipe, model, tables, preparation, folder, listeners, resume=resume, ranks=ranks)
     train_seconds = time.perf_counter() - started
 
     views = judged_views(recipe, preparation)
@@ -240,7 +247,7 @@ def write_evaluation(result: RunResult, views: Mapping[str, View], more: Mapping
 
 
 def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
-    """The recipe that is really run: the folder's own when it is resumed.
+    """The recipe that is really run: the folder's own when it is resumed, on the layout that is given now.
 
     Raises:
         RunError: the folder holds a run already, or none to resume.
@@ -251,7 +258,8 @@ def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
         if not settings.is_file():
             raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
         values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
-        return parse(type(recipe), values, where=str(settings))
+        kept = parse(type(recipe), values, where=str(settings))
+        return kept.model_copy(update={"plan": recipe.plan}) if isinstance(recipe, Recipe) else kept
     if settings.exists():
         raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
     write_atomic(settings, to_yaml(recipe))
@@ -292,9 +300,11 @@ def _train(
     *,
     resume: bool,
     ranks: Ranks,
-) -> None:
+) -> Sandwich:
+    """The model with its best weights, whole on every rank."""
     target = preparation.target
     views = tuple(_narrowed(recipe.data.views, preparation))
+    share = share_of(recipe.plan, ranks)
     loader = Loader(
         tables.train,
         preparation,
@@ -306,15 +316,20 @@ def _train(
         withhold=recipe.data.withhold,
         corrupt=_corrupt(recipe, tables, preparation),
         withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
-        share=ranks.share,
+        share=share,
     )
+    costs = None
+    if recipe.plan.pipeline > 1:
+        costs = ranks.first_says(lambda: _block_seconds(recipe, preparation, loader))
+    layout = prepare_model(model, recipe.plan, ranks, accumulation=recipe.train.accumulation, costs=costs)
+    together = layout.data_ranks
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
 
     check_blend(recipe.objective, tuple(preparation.modalities))
-    losses = losses_of(recipe.objective, recipe.model, target.task, ranks.group)
+    losses = losses_of(recipe.objective, recipe.model, target.task, together.group)
 
     def loss(output: SandwichOutput, batch: Batch) -> Tensor:
         found = losses(output, batch)
@@ -322,7 +337,7 @@ def _train(
 
     def judge() -> dict[str, Evaluation]:
         return {
-            name: _judge(recipe, model, tables.validation, preparation, view, ranks) for name, view in judged.items()
+            name: _judge(recipe, model, tables.validation, preparation, view, together) for name, view in judged.items()
         }
 
     sampling = recipe.train.sampling
@@ -342,10 +357,20 @@ def _train(
         resume=resume,
         backward=backward_of(recipe.objective, model, losses),
         ranks=ranks,
+        layout=layout,
     )
+    if not layout.is_whole:
+        model = build_model(recipe, preparation)
     load_weights(model, best_weights(folder))
     if recipe.model.decide == "weighed":
         weigh_votes(model, _unseen(recipe, tables, preparation, views), target.task)
+    return model
+
+
+def _block_seconds(recipe: Recipe, preparation: Preparation, loader: Loader) -> list[float]:
+    """What embedding, each block and the head cost of the first batch that has records."""
+    arrays = next(found for _, found in loader.batches(Position()) if len(found.row_B))
+    return block_seconds(build_model(recipe, preparation), to_tensors(arrays))
 
 
 def _unseen(recipe: Recipe, tables: Tables, preparation: Preparation, views: tuple[View, ...]) -> Iterator[BatchArrays]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,20 +20,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dougong.engine.parallel.mesh import Mesh
+from dougong.engine.parallel.pieces import Piece
 from dougong.engine.parallel.pipeline import Pipeline
+from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.parallel.replicate import add_up, average_moves, gradients_anywhere
 from dougong.engine.parallel.shard import Sharded
 from dougong.engine.parallel.tensor import Cuts
+from dougong.engine.step import norm_alone
+from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
-
-
-class Piece(NamedTuple):
-    """A box of a parameter."""
-
-    local: Tensor
-    offset: tuple[int, ...]
-    whole: tuple[int, ...]
-    """The whole parameter's shape."""
 
 
 @dataclass
@@ -62,21 +57,26 @@ class Layout:
         # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
         partial = [named[name].grad for name in sorted(self.cuts.partial & named.keys())]
         if tensor is not None:
-            add_up([_local(gradient) for gradient in partial if gradient is not None], tensor)
-        spread = set() if self.sharded is None else set(self.sharded.names)
-        for names, group in (
-            ([name for name in named if name not in spread and name not in self.experts], data),
-            ([name for name in named if name in self.experts], self.mesh.group("expert copies")),
-        ):
-            if group is not None and names:
-                add_up(gradients_anywhere([named[name] for name in names], group), group)
+            add_up([local_part(gradient) for gradient in partial if gradient is not None], tensor)
+        spread = self.spread
         if data is not None:
+            copied = [named[name] for name in named if name not in spread and name not in self.experts]
+            gradients, loss = gradients_anywhere(copied, data, loss)
+            add_up(gradients, data)
             average_moves(list(self.model.buffers()), before, data)
-        return self._sum(loss) / self.mesh.sizes["tensor"]
+        copies = self.mesh.group("expert copies")
+        if self.experts and copies is not None:
+            add_up(gradients_anywhere([named[name] for name in named if name in self.experts], copies, loss)[0], copies)
+        if self.pipeline is not None:  # the last stage alone has it
+            loss = loss.clone()
+            dist.all_reduce(loss, group=self.mesh.group("pipeline"))
+        return loss
 
     @torch.no_grad()
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Of all parts of all gradients, each counted once."""
+        if self.is_whole:
+            return norm_alone(gradients)
         names = {id(p.grad): name for name, p in self.model.named_parameters() if p.grad is not None}
         here = self.mesh.ranks.world // self.mesh.sizes["pipeline"]
         by_copies: dict[int, list[Tensor]] = {}
@@ -84,42 +84,59 @@ class Layout:
             parts = math.prod(cut.parts for cut in self.cuts.pieces.get(names[id(gradient)], ()))
             if isinstance(gradient, DTensor):
                 parts *= self.mesh.sizes["shard"]
-            by_copies.setdefault(here // parts, []).append(_local(gradient))
+            by_copies.setdefault(here // parts, []).append(local_part(gradient))
         squares = [
             torch.stack(torch._foreach_norm(parts)).square().sum() / copies for copies, parts in by_copies.items()
         ]
-        device = self.pipeline.device if self.pipeline is not None else next(self.model.parameters()).device
-        return self._sum(torch.stack(squares).sum() if squares else torch.zeros((), device=device)).sqrt()
+        return self._sum(torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)).sqrt()
 
-    def pieces(self, like: dict[str, Tensor] | None = None) -> dict[str, Piece]:
-        """What this rank holds of the model, or of what is `like` its parameters, by their names."""
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            whole = self.shapes[name]
-            tensor = parameter.detach() if like is None else like.get(name)
-            if tensor is None:
-                continue
-            local = _local(tensor)
-            offset = [0] * len(whole)
-            sizes = list(whole)
-            for dim, place, parts in self.cuts.pieces.get(name, ()):
-                sizes[dim] = -(-whole[dim] // parts)
-                offset[dim] = place * sizes[dim]
-            if isinstance(parameter, DTensor):  # as FSDP cuts: rows, the first ranks' parts full
-                size = -(-sizes[0] // self.mesh.sizes["shard"])
-                offset[0] += min(self.mesh.place("shard") * size, sizes[0])
-            # Words that nobody has fill up the last rank's part.
-            for dim in range(local.ndim):
-                local = local.narrow(dim, 0, max(0, min(local.shape[dim], whole[dim] - offset[dim])))
-            found[name] = Piece(local, tuple(offset), whole)
-        return found
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds all of the model."""
+        return self.pipeline is None and self.sharded is None and not self.cuts.pieces
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank holds of the model's parameters."""
+        return {name: self.piece(name, parameter.detach()) for name, parameter in self.model.named_parameters()}
+
+    def piece(self, name: str, tensor: Tensor) -> Piece:
+        """What this rank holds, of a parameter or of what is kept of it and has its shape.
+
+        What is returned looks at the same memory: whoever writes into it writes into the model.
+        """
+        whole = self.shapes[name]
+        local = local_part(tensor)
+        offset = [0] * len(whole)
+        sizes = list(whole)
+        for dim, place, parts in self.cuts.pieces.get(name, ()):
+            sizes[dim] = -(-whole[dim] // parts)
+            offset[dim] = place * sizes[dim]
+        if self.sharded is not None and name in self.spread:  # as FSDP cuts: rows, the first ranks' parts full
+            size = -(-sizes[0] // self.mesh.sizes["shard"]) if sizes else 1
+            offset[0] += min(self.mesh.place("shard") * size, sizes[0])
+        # Words that nobody has fill up the last rank's part.
+        for dim in range(local.ndim):
+            local = local.narrow(dim, 0, max(0, min(local.shape[dim], whole[dim] - offset[dim])))
+        return Piece(local, tuple(offset), whole)
+
+    @property
+    def spread(self) -> set[str]:
+        """Parameters of which each rank has a part of the rows."""
+        return set() if self.sharded is None else set(self.sharded.names)
+
+    @property
+    def data_ranks(self) -> Ranks:
+        """Those that share out the records with this one."""
+        group = self.mesh.group("data")
+        return ALONE if group is None else Ranks(group)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; a stage of a pipeline may have nothing that says so."""
+        return self.pipeline.device if self.pipeline is not None else next(self.model.parameters()).device
 
     def _sum(self, number: Tensor) -> Tensor:
         number = number.detach().clone()
         if self.mesh.ranks.group is not None:
             dist.all_reduce(number, group=self.mesh.ranks.group)
         return number
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

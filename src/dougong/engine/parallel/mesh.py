@@ -1,6 +1,6 @@
 """Where each rank stands along each axis, and with whom it speaks.
 
-Here        Mesh.
+Here        Mesh, `share_of`.
 Elsewhere   how long the axes are (plan.py).
 Promise     ranks that speak most stand next to each other: tensor innermost, then shard, copies, pipeline outermost.
 """
@@ -22,11 +22,17 @@ Axis = Literal["pipeline", "replicate", "shard", "tensor"]
 AXES: Final[tuple[Axis, ...]] = ("pipeline", "replicate", "shard", "tensor")
 
 
+def share_of(plan: PlanConfig, ranks: Ranks) -> Share:
+    """This rank's part of every batch."""
+    data = ranks.world // (plan.tensor * plan.pipeline)
+    return Share(ranks.rank // plan.tensor % data, data)
+
+
 class Mesh:
     """All ranks as a block of pipeline x replicate x shard x tensor. Making one is an exchange of all of them."""
 
     def __init__(self, ranks: Ranks, plan: PlanConfig) -> None:
-        self.ranks = ranks
+        self.ranks, self.plan = ranks, plan
         data = ranks.world // (plan.tensor * plan.pipeline)
         self.sizes: dict[Axis, int] = {
             "pipeline": plan.pipeline,
@@ -61,8 +67,7 @@ class Mesh:
     @property
     def share(self) -> Share:
         """This rank's part of every batch: of a pipeline and of a tensor group all have the same."""
-        place = self.ranks.rank // self.sizes["tensor"] % self.data
-        return Share(place, self.data)
+        return share_of(self.plan, self.ranks)
 
     def place(self, axis: Axis) -> int:
         """Where this rank stands along an axis."""

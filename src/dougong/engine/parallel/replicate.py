@@ -34,10 +34,9 @@ def apply_replicate(
     def reduce(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            add_up(gradients_anywhere(parameters, group), group, bucket_bytes)
+            gradients, total = gradients_anywhere(parameters, group, loss)
+            add_up(gradients, group, bucket_bytes)
             average_moves(list(model.buffers()), before, group, bucket_bytes)
-            total = loss.clone()
-            dist.all_reduce(total, group=group)
             return total
 
     return reduce
@@ -52,23 +51,25 @@ def copy_from_first(model: nn.Module, group: dist.ProcessGroup, bucket_bytes: in
         _put(flat, bucket)
 
 
-def gradients_anywhere(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> list[Tensor]:
-    """Gradients of what has one on some rank: zeros where it is another.
+def gradients_anywhere(
+    parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, loss: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of what has one on some rank, zeros where it is another; and the sum of the ranks' losses.
 
-    Agreed on by one exchange that looks the same everywhere: ranks that each sent what they happened to have would
-    wait for each other forever.
+    Agreed on by one exchange that looks the same everywhere, on which the loss rides along: ranks that each sent what
+    they happened to have would wait for each other forever.
     """
-    if not parameters:
-        return []
-    told = torch.tensor([float(each.grad is not None) for each in parameters], device=parameters[0].device)
+    told = loss.new_tensor([float(each.grad is not None) for each in parameters] + [0.0])
+    told[-1] = loss
     dist.all_reduce(told, group=group)
+    *counts, total = told.unbind()
     found = []
-    for parameter, count in zip(parameters, told.tolist(), strict=True):
+    for parameter, count in zip(parameters, torch.stack(counts).tolist() if counts else [], strict=True):
         if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             found.append(parameter.grad)
-    return found
+    return found, total
 
 
 def average_moves(

@@ -14,6 +14,7 @@ the block before it begins, on every rank; and gradients that a rank lacks are f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ class Sharded:
         self._seen: set[str] = set()
         """Of weights that had a gradient here, in this step."""
 
+        # Nothing in a model changes a state in place, which is what it warns of where a block returns a view.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         owned = {name for place, _ in enumerate(model.blocks) for name in self._names_of(place)}
         self._others = [name for name in self.names if name not in owned]
         self._filled: set[int] = set()
@@ -137,6 +140,12 @@ class Sharded:
         anchored.register_hook(lambda _: Variable._execution_engine.queue_callback(fill))  # type: ignore[no-untyped-call]
         anchored.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def let_go(self) -> None:
+        """Each rank has its part alone. After a forward without a backward, some weights are still gathered."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -10,6 +10,7 @@ Promise     a step gives every rank the gradients of its part of the weights tha
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,19 +61,20 @@ def check_tensor(model: BlockStack[Any, Any], count: int) -> None:
     Raises:
         ConfigError: a layer cannot be shared out by so many ranks; the message says by how many it can.
     """
+    sizes: dict[str, int] = {}
     for name, module, split in _splits(model):
-        sizes = {f"{name}.{each}": getattr(*_owner(module, each)) for each in split.counts}
-        for each in split.columns:
-            sizes[f"{name}.{each}.out_features"] = _child(module, each).out_features
+        sizes |= {f"{name}.{each}": getattr(*_owner(module, each)) for each in split.counts}
+        sizes |= {f"{name}.{each}.out_features": _child(module, each).out_features for each in split.columns}
         for each, dim in split.pieces:
             sizes[f"{name}.{each}'s dimension {dim}"] = getattr(*_owner(module, each)).shape[dim]
-        for what, size in sizes.items():
-            if size % count:
-                fits = [n for n in range(1, size + 1) if size % n == 0]
-                raise ConfigError(
-                    f"tensor={count} cannot share out {what.removeprefix('.')}={size}: every rank needs an equal part. "
-                    f"Use tensor in {fits[:12]}."
-                )
+    most = math.gcd(*sizes.values()) if sizes else count
+    for what, size in sizes.items():
+        if size % count:
+            fits = [n for n in range(1, most + 1) if most % n == 0]
+            raise ConfigError(
+                f"plan tensor={count} cannot share out {what.removeprefix('.')}={size}: every rank needs an equal "
+                f"part. Use tensor in {fits}, which fit the whole model."
+            )
 
 
 def apply_tensor(
