@@ -391,8 +391,8 @@ class Seen(NamedTuple):
         position_BS = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)
         new_BT = mask_BS[:, mask_BS.shape[1] - num_new :]
         by = rotation(position_BS[:, mask_BS.shape[1] - num_new :], frequency_R, scale)
-        # A compiled graph cannot branch on what a tensor holds.
-        if not torch.compiler.is_compiling() and bool(mask_BS.all()):
+        # A compiled graph cannot branch on what a tensor holds; one without numbers (meta) is measured as if full.
+        if mask_BS.is_meta or (not torch.compiler.is_compiling() and bool(mask_BS.all())):
             return cls(by, None, new_BT)
         num_all = mask_BS.shape[1]
         own_TS = torch.eye(num_new, num_all, dtype=torch.bool, device=mask_BS.device).roll(num_all - num_new, dims=1)

@@ -75,7 +75,7 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor, counted_N: Tensor | None = None) -> Routed:
         """`counted_N` is False for tokens that stand for nothing and must not count as load."""
         # In float32 under any precision: a rounded score sends tokens elsewhere.
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with torch.autocast("cpu" if x_ND.is_meta else x_ND.device.type, enabled=False):
             score_NE = functional.linear(x_ND.float(), self.weight_ED.float()).sigmoid()
         expert_NA = self._chosen(score_NE.detach() + self.bias_E)
         weight_NA = score_NE.gather(1, expert_NA)
@@ -119,11 +119,20 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, of which expert e has `counts_E[e]`, through their experts."""
         parts = []
-        for expert, x_KD in enumerate(torch.split(x_MD, counts_E.tolist())):
+        for expert, x_KD in enumerate(torch.split(x_MD, _counted(counts_E, len(x_MD)))):
             gate_FD, wide_FD = self.widen_E2FD[expert].unbind()
             hidden_KF = functional.silu(functional.linear(x_KD, gate_FD)) * functional.linear(x_KD, wide_FD)
             parts.append(functional.linear(hidden_KF, self.narrow_EDF[expert]))
         return torch.cat(parts)
+
+
+def _counted(counts_E: Tensor, num_rows: int) -> list[int]:
+    """As a list; even where there are no numbers, and a model is only measured (meta)."""
+    if not counts_E.is_meta:
+        found: list[int] = counts_E.tolist()
+        return found
+    num = len(counts_E)
+    return [num_rows * (e + 1) // num - num_rows * e // num for e in range(num)]
 
 
 class MixtureOfExperts(nn.Module):

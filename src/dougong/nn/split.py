@@ -1,12 +1,13 @@
 """How one layer can be shared out by ranks that compute it together.
 
-Here        Split, Splittable, `same`.
+Here        Split, Splittable, `splits_of`, `same`.
 Elsewhere   doing it (engine/parallel/tensor.py).
 Promise     a declaration changes nothing: a layer that is not shared out computes as if it had none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
@@ -49,6 +50,14 @@ class Splittable(Protocol):
     """A module that can be shared out."""
 
     def split(self) -> Split: ...
+
+
+def splits_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Split]]:
+    """Every module that can be shared out, by its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Splittable):
+            assert isinstance(module, nn.Module)
+            yield name, module, module.split()
 
 
 def same() -> nn.Identity:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from dougong.engine.parallel.exchange import (
     tokens_entered,
 )
 from dougong.nn.block_stack import BlockStack
-from dougong.nn.split import Split, Splittable
+from dougong.nn.split import Split, splits_of
 from dougong.nn.vocabulary import TokenLoss
 
 
@@ -62,7 +62,7 @@ def check_tensor(model: BlockStack[Any, Any], count: int) -> None:
         ConfigError: a layer cannot be shared out by so many ranks; the message says by how many it can.
     """
     sizes: dict[str, int] = {}
-    for name, module, split in _splits(model):
+    for name, module, split in splits_of(model):
         sizes |= {f"{name}.{each}": getattr(*_owner(module, each)) for each in split.counts}
         sizes |= {f"{name}.{each}.out_features": _child(module, each).out_features for each in split.columns}
         for each, dim in split.pieces:
@@ -95,20 +95,13 @@ def apply_tensor(
     in_sequence = {
         id(module) for place in (model.token_blocks if sequence else ()) for module in model.blocks[place].modules()
     }
-    for name, module, split in list(_splits(model)):
+    for name, module, split in list(splits_of(model)):
         _cut(module, split, f"{name}." if name else "", group, cuts, in_sequence=id(module) in in_sequence)
     if sequence and len(model.token_blocks):
         _share_tokens(model, group)
     # What has been cut works on all tokens.
     cuts.partial -= cuts.pieces.keys()
     return cuts
-
-
-def _splits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Split]]:
-    for name, module in model.named_modules():
-        if isinstance(module, Splittable):
-            assert isinstance(module, nn.Module)
-            yield name, module, module.split()
 
 
 def _cut(

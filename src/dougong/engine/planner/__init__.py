@@ -1,0 +1,1 @@
+"""What a layout will cost, before any device is asked."""

@@ -1,0 +1,82 @@
+"""The devices that a run may have, in numbers.
+
+Here        ClusterConfig, KNOWN.
+Elsewhere   what a model asks of them (shape.py); what a step on them costs (predict.py).
+Promise     what is published stands as published; what was fitted says on which runs (benchmarks/planner.py fits it
+            anew and leaves each run out in turn).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydantic import Field, model_validator
+
+from dougong.core.config import Config
+
+
+class ClusterConfig(Config):
+    """Alike devices in alike nodes."""
+
+    devices: int = Field(default=8, gt=0)
+    per_node: int = Field(default=8, gt=0)
+    memory_bytes: float = Field(default=80e9, gt=0)
+    """Of one device."""
+
+    flops: float = Field(gt=0)
+    """Of matrix products on one device at best, in a second, at the precision of the run."""
+
+    memory_bandwidth: float = Field(gt=0)
+    """Bytes a second between a device and its memory."""
+
+    inside_bandwidth: float = Field(gt=0)
+    """Bytes a second from one device to others of its node, one way."""
+
+    across_bandwidth: float = Field(gt=0)
+    """Bytes a second from one device to other nodes, one way, where every device of the node sends."""
+
+    latency_seconds: float = Field(default=10e-6, ge=0)
+    """Of one message."""
+
+    matmul_efficiency: float = Field(default=0.7, gt=0, le=1)
+    """Share of `flops` that large matrix products reach."""
+
+    link_efficiency: float = Field(default=0.75, gt=0, le=1)
+    """Share of a bandwidth that large exchanges reach."""
+
+    touched_factor: float = Field(default=1.0, ge=0)
+    """What is read and written between matrix products really, for each byte that a model's shape counts."""
+
+    score_factor: float = Field(default=0.0, ge=0)
+    """The same of attention scores; 0 where a fused kernel keeps them on the chip."""
+
+    tensor_overlap: float = Field(default=0.0, ge=0, le=1)
+    """Share of the exchanges inside layers that is hidden behind work."""
+
+    data_overlap: float = Field(default=0.0, ge=0, le=1)
+    """Share of the exchange of gradients and weights that is."""
+
+    @model_validator(mode="after")
+    def _whole_nodes(self) -> ClusterConfig:
+        if self.devices > self.per_node and self.devices % self.per_node:
+            raise ValueError(
+                f"devices={self.devices} are no whole nodes of per_node={self.per_node}. Use a multiple of it."
+            )
+        return self
+
+
+KNOWN: Final[dict[str, ClusterConfig]] = {
+    # Peaks and bandwidths of the makers' data sheets. The fitted numbers are of Megatron-LM's published runs.
+    "a100-80g": ClusterConfig(
+        flops=312e12,
+        memory_bandwidth=2.0e12,
+        inside_bandwidth=300e9,
+        across_bandwidth=25e9,
+    ),
+    "h100": ClusterConfig(
+        flops=989e12,
+        memory_bandwidth=3.35e12,
+        inside_bandwidth=450e9,
+        across_bandwidth=50e9,
+    ),
+}

@@ -1,0 +1,276 @@
+"""What a step costs on a layout, before anything runs.
+
+Here        Choice (a layout with its micro-batches), Prediction, `predict`; the formulas, for `--explain`.
+Elsewhere   shapes (shape.py), devices (cluster.py), who waits for whom (engine/parallel/schedule.py), which layouts
+            there are (search.py).
+Promise     throughputs of published runs within 10 %, each left out when the constants were fitted
+            (benchmarks/planner.py); waiting is not a formula but the schedule itself, carried out action by action.
+
+Time    a matrix product: flops / (tensor x peak x efficiency). Between them: bytes / memory bandwidth. Inside a layer
+        tensor ranks add up: 2 (t - 1) / t x bytes / bandwidth; a backward does twice the work of a forward and the same
+        exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, or where weights are spread (d - 1) / d for
+        each gathering and each spreading. (Narayanan et al. 2021, arXiv:2104.04473; Rajbhandari et al. 2020,
+        arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
+Memory  weights, gradients and optimizer by the parameters a rank holds, over the shards; activations by those
+        micro-batches that the schedule has under way on it at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pydantic import Field
+
+from dougong.core.config import Config
+from dougong.engine.parallel.pipeline import stage_bounds
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.schedule import Kind, bubble, make_table, most_held, rank_of_stage, timeline
+from dougong.engine.planner.cluster import ClusterConfig
+from dougong.engine.planner.shape import BlockShape, ModelShape
+
+MOST_ACTIONS = 6_000
+"""Up to so many a schedule is carried out; beyond, its bubble is by formula."""
+
+
+class BytesConfig(Config):
+    """What one parameter takes."""
+
+    weight: float = 4.0
+    gradient: float = 4.0
+    optimizer: float = 8.0
+    """AdamW's two means; with a copy of the weights in float32 beside 16-bit ones, 12."""
+
+    activation: float = Field(default=1.0, gt=0)
+    """Bytes of an activation for each that the shape counts: a half where that is of float32 and the run of bf16."""
+
+
+class Choice(NamedTuple):
+    """One way to carry out a step."""
+
+    plan: PlanConfig
+    micro_batches: int
+    """Of every rank that shares out the records."""
+
+    recompute: bool = False
+    """Whether each block's activations are made anew in the backward, from its state alone."""
+
+
+class Prediction(NamedTuple):
+    """A step of one choice."""
+
+    choice: Choice
+    seconds: float
+    records_per_second: float
+    work_seconds: float
+    """Of the busiest rank: matrix products and what is between them."""
+
+    tensor_seconds: float
+    """Of it, exchanges inside layers."""
+
+    waiting_ratio: float
+    """Share of all ranks' time in the pipeline in which they wait."""
+
+    data_seconds: float
+    """The exchange of gradients and weights, as far as it is not hidden."""
+
+    optimizer_seconds: float
+    memory_bytes: tuple[float, ...]
+    """By rank of the pipeline, at most."""
+
+    state_bytes: tuple[float, ...]
+    """Of it, weights, gradients and optimizer."""
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(self.memory_bytes)
+
+
+def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: BytesConfig | None = None) -> Prediction:
+    """What a step takes, in seconds and bytes. The layout must fit the cluster (search.py)."""
+    sizes = sizes or BytesConfig()
+    plan, recompute = choice.plan, choice.recompute
+    data = cluster.devices // (plan.tensor * plan.pipeline)
+    parts = model.parts
+    costs = [_forward(part, cluster, plan, sizes) for part in parts]
+    stages = _stages(model, plan, costs)
+    place = rank_of_stage(plan.schedule, plan.pipeline, plan.chunks) if plan.pipeline > 1 else [0]
+    forwards = [sum(costs[n].work + costs[n].exchange for n in stage) for stage in stages]
+    backwards = [
+        sum((2 + recompute) * costs[n].work + (1 + recompute) * costs[n].exchange for n in stage) for stage in stages
+    ]
+
+    def cost(stage: int, kind: Kind) -> float:
+        if kind == "forward":
+            return forwards[stage]
+        return backwards[stage] * (1.0 if kind == "backward" else 0.5)
+
+    passed = [sizes.activation * parts[stage[-1]].passed for stage in stages]
+    pipeline_seconds, waiting, held = _pipeline(cluster, choice, passed, place, cost)
+
+    here = [[n for s, where in enumerate(place) if where == rank for n in stages[s]] for rank in range(plan.pipeline)]
+    of_rank = [[parts[n] for n in numbers] for numbers in here]
+    data_seconds = max(_data_exchange(each, cluster, plan, data, sizes) for each in of_rank)
+    # The optimizer reads and writes all of its own, the weights and the gradients.
+    stepped = max(common / plan.shard + experts for common, experts in (_held(each, plan, data) for each in of_rank))
+    each_parameter = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient
+    optimizer_seconds = stepped * each_parameter / cluster.memory_bandwidth
+    seconds = pipeline_seconds + data_seconds + optimizer_seconds
+
+    states = tuple(_state_bytes(each, plan, data, sizes) for each in of_rank)
+    memory = []
+    for rank, state in enumerate(states):
+        own = [[parts[n] for n in stages[stage]] for stage, where in enumerate(place) if where == rank]
+        one = [_activation_bytes(each, plan, recompute, sizes) for each in own]
+        # Of what a rank has under way, each stage's share is as large as its part of the rank's stages.
+        activations = held[rank] * sum(one) / len(one)
+        if recompute:  # the block that is made anew has all of its own
+            activations += max(_activation_bytes([part], plan, False, sizes) for part in of_rank[rank])
+        memory.append(state + activations)
+    busiest = max(range(plan.pipeline), key=lambda rank: sum(costs[n].work for n in here[rank]))
+    return Prediction(
+        choice=choice,
+        seconds=seconds,
+        records_per_second=model.num_records * choice.micro_batches * data / seconds,
+        work_seconds=choice.micro_batches * (3 + recompute) * sum(costs[n].work for n in here[busiest]),
+        tensor_seconds=choice.micro_batches * (2 + recompute) * sum(costs[n].exchange for n in here[busiest]),
+        waiting_ratio=waiting,
+        data_seconds=data_seconds,
+        optimizer_seconds=optimizer_seconds,
+        memory_bytes=tuple(memory),
+        state_bytes=states,
+    )
+
+
+class _Forward(NamedTuple):
+    work: float
+    exchange: float
+
+
+def _forward(part: BlockShape, cluster: ClusterConfig, plan: PlanConfig, sizes: BytesConfig) -> _Forward:
+    tensor = plan.tensor
+    shared = tensor if plan.sequence else 1
+    touched = cluster.touched_factor * part.touched / shared + cluster.score_factor * part.scores / tensor
+    work = part.flops / (tensor * cluster.flops * cluster.matmul_efficiency)
+    work += sizes.activation * touched / cluster.memory_bandwidth
+    if tensor == 1:
+        return _Forward(work, 0.0)
+    inside = cluster.inside_bandwidth if tensor <= cluster.per_node else cluster.across_bandwidth
+    exchange = 2 * (tensor - 1) / tensor * sizes.activation * part.exchanged / (inside * cluster.link_efficiency)
+    exchange += cluster.latency_seconds * 2 if part.exchanged else 0.0
+    return _Forward(work, exchange * (1 - cluster.tensor_overlap))
+
+
+def _stages(model: ModelShape, plan: PlanConfig, costs: list[_Forward]) -> list[list[int]]:
+    """Which parts each stage has, by their place in `model.parts`; cut as the pipeline itself cuts."""
+    count = len(model.blocks)
+    if plan.pipeline == 1:
+        return [list(range(count + 2))]
+    middle = [sum(costs[n + 1]) for n in range(count)]
+    middle[0] += sum(costs[0])
+    middle[-1] += sum(costs[-1])
+    largest = max(middle)
+    bounds = _cut(tuple(round(each / largest, 6) for each in middle), plan.pipeline * plan.chunks)
+    stages = [list(range(first + 1, last + 1)) for first, last in itertools.pairwise(bounds)]
+    stages[0].insert(0, 0)
+    stages[-1].append(count + 1)
+    return stages
+
+
+@functools.cache
+def _cut(costs: tuple[float, ...], num_stages: int) -> list[int]:
+    return stage_bounds(costs, num_stages)
+
+
+def _pipeline(
+    cluster: ClusterConfig,
+    choice: Choice,
+    passed: list[float],
+    place: list[int],
+    cost: Callable[[int, Kind], float],
+) -> tuple[float, float, list[int]]:
+    """Seconds of all micro-batches, share of waiting, and stages' micro-batches that each rank holds at most.
+
+    `passed` are bytes of each stage's state.
+    """
+    plan, num = choice.plan, choice.micro_batches
+    if plan.pipeline == 1:
+        return num * (cost(0, "forward") + cost(0, "backward")), 0.0, [1]
+
+    def sent(stage: int, to: int) -> float:
+        # All ranks of a tensor group send a part each, and stages stand in different nodes where those fill theirs.
+        nodes = plan.tensor * plan.pipeline > cluster.per_node
+        bandwidth = cluster.across_bandwidth if nodes else cluster.inside_bandwidth
+        return cluster.latency_seconds + passed[min(stage, to)] / (bandwidth * cluster.link_efficiency * plan.tensor)
+
+    fewer = max(2 * plan.pipeline, MOST_ACTIONS // (2 * len(place)))
+    if num > fewer:
+        # The same with so many micro-batches; all further ones take the pace of the slowest rank.
+        pace = max(
+            sum(cost(s, "forward") + cost(s, "backward") for s, where in enumerate(place) if where == rank)
+            for rank in range(plan.pipeline)
+        )
+        seconds, waiting, held = _pipeline(cluster, choice._replace(micro_batches=fewer), passed, place, cost)
+        whole = seconds + (num - fewer) * pace
+        return whole, waiting * seconds / whole, held
+    table = make_table(plan.schedule, plan.pipeline, plan.chunks, num, cost)
+    spans = timeline(table, place, cost, sent)
+    return max(row[-1].end for row in spans), bubble(spans), [most_held(actions) for actions in table]
+
+
+def _held(parts: list[BlockShape], plan: PlanConfig, data: int) -> tuple[float, float]:
+    """Parameters that a rank holds of these: copied or spread ones, and those of routed experts."""
+    common = sum(part.cut / plan.tensor + part.whole for part in parts)
+    return common, sum(part.experts / (plan.tensor * plan.expert) for part in parts)
+
+
+def _state_bytes(parts: list[BlockShape], plan: PlanConfig, data: int, sizes: BytesConfig) -> float:
+    """Weights, gradients and optimizer, at rest and at work: a block's whole weights beside, where they are spread."""
+    common, experts = _held(parts, plan, data)
+    each = sizes.weight + sizes.gradient + sizes.optimizer
+    if plan.shard == 1:
+        return each * (common + experts)
+    blocks = [part.cut / plan.tensor + part.whole for part in parts]
+    # zero2 keeps all gathered from forward to backward, zero3 one block at a time, and its gradient.
+    gathered = sum(blocks) if plan.sharding == "zero2" else max(blocks)
+    return each * (common / plan.shard + experts) + sizes.weight * gathered + sizes.gradient * max(blocks)
+
+
+def _activation_bytes(parts: list[BlockShape], plan: PlanConfig, recompute: bool, sizes: BytesConfig) -> float:
+    """Of one micro-batch through these blocks."""
+    shared = plan.tensor if plan.sequence else 1
+    whole = [part.kept / plan.tensor + part.kept_whole / shared for part in parts]
+    if not recompute:
+        return sizes.activation * sum(whole)
+    return sizes.activation * sum(part.passed / shared for part in parts)
+
+
+def _data_exchange(
+    parts: list[BlockShape], cluster: ClusterConfig, plan: PlanConfig, data: int, sizes: BytesConfig
+) -> float:
+    """Seconds of it that are not hidden."""
+    common, experts = _held(parts, plan, data)
+
+    def ring(ranks: int, num_bytes: float, times: float) -> float:
+        """So many halves of an all-reduce."""
+        if ranks == 1:
+            return 0.0
+        beside = plan.tensor  # ranks of a node that are in other groups
+        here = max(1, cluster.per_node // beside)  # of a group, in one node: they send across together
+        spans_nodes = ranks > here
+        bandwidth = cluster.across_bandwidth * min(here, ranks) if spans_nodes else cluster.inside_bandwidth
+        seconds: float = times * (ranks - 1) / ranks * num_bytes / (bandwidth * cluster.link_efficiency)
+        return seconds + times * cluster.latency_seconds * math.log2(ranks)
+
+    copies = data // plan.shard
+    seconds = ring(data // plan.expert, experts * sizes.gradient, 2)
+    if plan.shard == 1:
+        seconds += ring(data, common * sizes.gradient, 2)
+    else:
+        gathers = 1 if plan.sharding == "zero2" else 2
+        seconds += ring(plan.shard, common * sizes.gradient, 1) + ring(plan.shard, common * sizes.weight, gathers)
+        seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
+    return seconds * (1 - cluster.data_overlap)

@@ -1,0 +1,149 @@
+"""Every layout that a model and a cluster allow, the fastest first.
+
+Here        SearchConfig, `find_layouts`, `describe`.
+Elsewhere   what one of them costs (predict.py).
+Promise     what is found fits the memory, the model and the records of a step; where nothing does, the message says
+            what is nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pydantic import Field
+
+from dougong.core.config import Config
+from dougong.core.errors import ConfigError
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
+from dougong.engine.planner.cluster import ClusterConfig
+from dougong.engine.planner.predict import BytesConfig, Choice, Prediction, predict
+from dougong.engine.planner.shape import ModelShape
+
+
+class SearchConfig(Config):
+    """What may be chosen among."""
+
+    records: int = Field(gt=0)
+    """Of a step, of all ranks."""
+
+    recompute: bool = False
+    """Whether activations may be made anew in the backward."""
+
+    memory_share: float = Field(default=0.9, gt=0, le=1)
+    """Of a device's memory, that may be planned with."""
+
+    most: int = Field(default=10, gt=0)
+    """Layouts that are told."""
+
+
+class Found(NamedTuple):
+    """What a search has found."""
+
+    predictions: list[Prediction]
+    """Those that fit, the fastest first."""
+
+    considered: int
+    too_large: Prediction | None
+    """Of those that do not fit the memory, the smallest; None where none was left out for it."""
+
+
+def find_layouts(
+    model: ModelShape, cluster: ClusterConfig, search: SearchConfig, sizes: BytesConfig | None = None
+) -> Found:
+    """All layouts, predicted; the shape's micro-batch is every rank's.
+
+    Raises:
+        ConfigError: none fits; the message says what is nearest.
+    """
+    fitting: list[Prediction] = []
+    too_large: Prediction | None = None
+    considered = 0
+    for choice in _choices(model, cluster, search):
+        considered += 1
+        found = predict(model, cluster, choice, sizes)
+        if found.peak_bytes <= search.memory_share * cluster.memory_bytes:
+            fitting.append(found)
+        elif too_large is None or found.peak_bytes < too_large.peak_bytes:
+            too_large = found
+    if not considered:
+        raise ConfigError(
+            f"{search.records} records a step cannot be shared out to {cluster.devices} devices in micro-batches of "
+            f"{model.num_records}. Use a multiple of {model.num_records} records, or fewer devices."
+        )
+    if not fitting:
+        assert too_large is not None
+        room, least = search.memory_share * cluster.memory_bytes / 2**30, too_large.peak_bytes / 2**30
+        raise ConfigError(
+            f"no layout of {cluster.devices} devices fits {room:.3g} GiB each: the smallest takes {least:.3g} GiB "
+            f"({describe(too_large.choice)}). Use more devices, smaller micro-batches"
+            f"{'' if search.recompute else ', or recompute'}."
+        )
+    fitting.sort(key=lambda found: (found.seconds, found.peak_bytes))
+    return Found(fitting[: search.most], considered, too_large)
+
+
+def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) -> Iterator[Choice]:
+    for tensor in _divisors(min(cluster.devices, cluster.per_node)):
+        if model.num_heads % tensor:
+            continue
+        for pipeline in _divisors(cluster.devices // tensor if cluster.devices % tensor == 0 else 1):
+            if cluster.devices % (tensor * pipeline):
+                continue
+            data = cluster.devices // (tensor * pipeline)
+            step = model.num_records * data
+            if search.records % step:
+                continue
+            micro_batches = search.records // step
+            for plan in _plans(model, tensor, pipeline, data, micro_batches):
+                for recompute in (False, True) if search.recompute else (False,):
+                    yield Choice(plan, micro_batches, recompute)
+
+
+def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batches: int) -> Iterator[PlanConfig]:
+    experts = [n for n in _divisors(data) if n == 1 or (model.num_experts and model.num_experts % n == 0)]
+    for expert in experts:
+        common = {"tensor": tensor, "expert": expert, "sequence": model.tokens_shared}
+        if pipeline == 1:
+            yield PlanConfig(**common)
+            for shard in _divisors(data)[1:]:
+                for sharding in ("zero2", "zero3"):
+                    yield PlanConfig(**common, shard=shard, sharding=sharding)
+            continue
+        for schedule, chunks in _schedules(model, pipeline, micro_batches):
+            yield PlanConfig(**common, pipeline=pipeline, schedule=schedule, chunks=chunks)
+
+
+def _schedules(model: ModelShape, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
+    for schedule in SCHEDULES:
+        options = (1,) if schedule in ("gpipe", "1f1b") else (2,) if schedule != "interleaved" else (2, 3, 4)
+        for chunks in options:
+            if pipeline * chunks > len(model.blocks):
+                continue
+            try:
+                check_schedule(schedule, pipeline, chunks, micro_batches)
+            except ConfigError:
+                continue
+            yield schedule, chunks
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def describe(choice: Choice) -> str:
+    """A layout in a few words."""
+    plan = choice.plan
+    words = [f"tensor {plan.tensor}"] if plan.tensor > 1 else []
+    if plan.pipeline > 1:
+        chunks = f" x {plan.chunks}" if plan.chunks > 1 else ""
+        words.append(f"pipeline {plan.pipeline}{chunks} {plan.schedule}")
+    if plan.expert > 1:
+        words.append(f"expert {plan.expert}")
+    if plan.shard > 1:
+        words.append(f"{plan.sharding} over {plan.shard}")
+    words.append(f"{choice.micro_batches} micro-batches")
+    if choice.recompute:
+        words.append("recompute")
+    return ", ".join(words)

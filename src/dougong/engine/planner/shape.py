@@ -1,0 +1,233 @@
+"""What a model asks of the devices it is spread over, block by block.
+
+Here        BlockShape, ModelShape; `measure_shape` of any BlockStack, `transformer_shape` of one that is described.
+Elsewhere   devices (cluster.py); what a step costs (predict.py).
+Promise     measured, not guessed: floating-point operations, parameters, kept activations and passed states are counted
+            while the model runs once, on a real batch, or on torch's meta device, where nothing is computed and a model
+            of any size can be measured on a laptop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from dougong.engine.parallel.parcel import pack
+from dougong.nn.batch import Batch
+from dougong.nn.block_stack import BlockStack
+from dougong.nn.experts import Experts
+from dougong.nn.split import splits_of
+
+
+class BlockShape(NamedTuple):
+    """One block, with one micro-batch. Bytes are of float32 unless the run's precision halves them."""
+
+    flops: float
+    """Of matrix products, forward."""
+
+    touched: float
+    """Bytes that are read and written between matrix products, forward."""
+
+    scores: float
+    """The same of attention scores, where they are written out."""
+
+    cut: int
+    """Parameters that tensor ranks share out."""
+
+    experts: int
+    """Parameters of routed experts, which tensor and expert ranks share out."""
+
+    whole: int
+    """Parameters that every rank of the tensor axis has."""
+
+    kept: float
+    """Bytes of activations that the backward needs and that tensor ranks share out."""
+
+    kept_whole: float
+    """The same that every rank of the tensor axis has, unless tokens are shared out."""
+
+    exchanged: float
+    """Bytes that tensor ranks add up, forward."""
+
+    passed: float
+    """Bytes of the state after it."""
+
+    @property
+    def parameters(self) -> int:
+        return self.cut + self.experts + self.whole
+
+
+class ModelShape(NamedTuple):
+    """A model, with one micro-batch of so many records."""
+
+    embed: BlockShape
+    blocks: tuple[BlockShape, ...]
+    head: BlockShape
+    num_records: int
+    num_heads: int
+    """By what the tensor axis can be divided."""
+
+    num_experts: int
+    """By what the expert axis can be; 0: there are none."""
+
+    tokens_shared: bool
+    """Whether tensor ranks can share out the tokens between layers."""
+
+    @property
+    def parts(self) -> tuple[BlockShape, ...]:
+        """All of it, in order."""
+        return (self.embed, *self.blocks, self.head)
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+
+def measure_shape(
+    model: BlockStack[Any, Any], batch: Batch, loss: Callable[[Any, Batch], Tensor] | None = None
+) -> ModelShape:
+    """Run the model once, forward, and count. Random states and buffers are changed."""
+    cut, experts = _cut_parameters(model)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    shapes: list[BlockShape] = []
+    state: Any = batch
+    for part, modules in _parts(model):
+        own = {p for module in modules for p in module.parameters()}
+        if part == model.head:
+            own |= set(model.parameters(recurse=False))
+        with FlopCounterMode(display=False) as counter, _counting(modules, weights) as counted:
+            state = part(state)
+            if part == model.head and loss is not None:
+                loss(state, batch)
+        kept = counted.kept.values()
+        shapes.append(
+            BlockShape(
+                flops=float(counter.get_total_flops()),
+                touched=2.0 * sum(size for size, _ in kept),
+                scores=0.0,
+                cut=sum(p.numel() for p in own & cut),
+                experts=sum(p.numel() for p in own & experts),
+                whole=sum(p.numel() for p in own - cut - experts),
+                kept=sum(size for size, shared_out in kept if shared_out),
+                kept_whole=sum(size for size, shared_out in kept if not shared_out),
+                exchanged=counted.exchanged,
+                passed=float(sum(t.nbytes for t in pack(state).tensors)) if part != model.head else 0.0,
+            )
+        )
+    heads, num_experts = _divisors(model)
+    return ModelShape(
+        shapes[0], tuple(shapes[1:-1]), shapes[-1], batch.num_records, heads, num_experts, len(model.token_blocks) > 0
+    )
+
+
+def transformer_shape(
+    *, width: int, num_layers: int, num_heads: int, vocabulary: int, tokens: int, records: int, bytes_each: int = 2
+) -> ModelShape:
+    """A plain transformer with feed-forwards of four times its width, as the published runs are of.
+
+    Shapes and counts after Narayanan et al. 2021 (arXiv:2104.04473) and Korthikanti et al. 2022 (arXiv:2205.05198):
+    a layer has 12 D^2 parameters and does 24 N D^2 + 4 N T D operations, N tokens in records of T; of its activations,
+    34 N D bytes and 5 N T H of scores at 2 bytes a number, 10 N D of them on every tensor rank.
+    """
+    num = float(tokens * records)
+    layer = BlockShape(
+        flops=24 * num * width**2 + 4 * num * tokens * width,
+        touched=num * width,
+        scores=num * tokens * num_heads,
+        cut=12 * width**2,
+        experts=0,
+        whole=13 * width,
+        kept=(24 * num * width + 5 * num * tokens * num_heads) * bytes_each / 2,
+        kept_whole=10 * num * width * bytes_each / 2,
+        exchanged=2 * num * width * bytes_each,
+        passed=num * width * bytes_each,
+    )
+    nothing = BlockShape(0, 0, 0, 0, 0, 0, 0, 0, 0, num * width * bytes_each)
+    embed = nothing._replace(cut=vocabulary * width)
+    head = nothing._replace(flops=2 * num * width * vocabulary, kept=4 * num * vocabulary, passed=0)
+    return ModelShape(embed, (layer,) * num_layers, head, records, num_heads, 0, True)
+
+
+def _parts(model: BlockStack[Any, Any]) -> Iterator[tuple[Callable[[Any], Any], list[nn.Module]]]:
+    children = dict(model.named_children())
+    embedding = model.embed_names or ()
+    yield model.embed, [children[name] for name in embedding if name in children]
+    for block in model.blocks:
+        yield block, [block]
+    yield model.head, [child for name, child in children.items() if name not in (*embedding, "blocks")]
+
+
+def _cut_parameters(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    cut: set[nn.Parameter] = set()
+    for _, module, split in splits_of(model):
+        for name in (*split.columns, *split.vocabulary):
+            cut |= set(module.get_submodule(name).parameters())
+        cut |= {module.get_parameter(f"{name}.weight") for name in split.rows}
+        cut |= {module.get_parameter(name) for name, _ in split.pieces}
+    experts = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    return cut - experts, experts
+
+
+def _divisors(model: nn.Module) -> tuple[int, int]:
+    """By what heads, and experts, can be shared out."""
+    heads: list[int] = []
+    for _, module, split in splits_of(model):
+        for name in split.counts:
+            *path, last = name.split(".")
+            heads.append(getattr(module.get_submodule(".".join(path)), last))
+    experts = [module.num_experts for module in model.modules() if isinstance(module, Experts)]
+    return math.gcd(*heads) if heads else 1, math.gcd(*experts) if experts else 0
+
+
+class _Counted:
+    """What was counted while a part of a model ran."""
+
+    def __init__(self) -> None:
+        self.exchanged = 0.0
+        self.kept: dict[int, tuple[float, bool]] = {}
+        """By storage: bytes, and whether tensor ranks share them out."""
+
+        self.shared_out = False
+        """Whether the model is between columns and rows, where each rank of the tensor axis has its part."""
+
+    def enter(self, *_: Any) -> None:
+        self.shared_out = True
+
+    def leave(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.shared_out = False
+        self.exchanged += output.nbytes
+
+    def keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.kept.setdefault(storage._cdata, (float(storage.nbytes()), self.shared_out))
+
+
+@contextlib.contextmanager
+def _counting(modules: list[nn.Module], weights: set[int]) -> Iterator[_Counted]:
+    """Count what autograd keeps for the backward, each storage once, weights left out; and what tensor ranks add up."""
+    counted = _Counted()
+    handles = []
+    for module in modules:
+        for _, owner, split in splits_of(module):
+            for name in (*split.columns, *split.shared, *split.vocabulary):
+                handles.append(owner.get_submodule(name).register_forward_hook(counted.enter))
+            for name in (*split.rows, *split.summed):
+                handles.append(owner.get_submodule(name).register_forward_hook(counted.leave))
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            counted.keep(tensor)
+        return tensor
+
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield counted
+    finally:
+        for handle in handles:
+            handle.remove()

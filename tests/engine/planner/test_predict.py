@@ -1,0 +1,116 @@
+import pytest
+
+from dougong.core.errors import ConfigError
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.planner.cluster import ClusterConfig
+from dougong.engine.planner.predict import BytesConfig, Choice, predict
+from dougong.engine.planner.search import SearchConfig, describe, find_layouts
+from dougong.engine.planner.shape import BlockShape, ModelShape, transformer_shape
+
+BLOCK = BlockShape(
+    flops=8e12, touched=0, scores=0, cut=1000, experts=0, whole=0, kept=4e6, kept_whole=1e6, exchanged=6e9, passed=1e6
+)
+NOTHING = BLOCK._replace(flops=0, cut=0, kept=0, kept_whole=0, exchanged=0)
+MODEL = ModelShape(NOTHING, (BLOCK,) * 8, NOTHING, num_records=2, num_heads=8, num_experts=0, tokens_shared=True)
+EVEN = ClusterConfig(
+    devices=1,
+    per_node=8,
+    memory_bytes=1e9,
+    flops=1e12,
+    memory_bandwidth=1e15,
+    inside_bandwidth=1e12,
+    across_bandwidth=1e11,
+    latency_seconds=0,
+    matmul_efficiency=1,
+    link_efficiency=1,
+)
+
+
+def on(devices: int, **changes: float) -> ClusterConfig:
+    return EVEN.model_copy(update={"devices": devices, **changes})
+
+
+def test_one_device_does_a_forward_and_twice_that_backward() -> None:
+    found = predict(MODEL, on(1), Choice(PlanConfig(), 3))
+    assert found.seconds == pytest.approx(3 * 8 * 8 * 3)
+    assert found.records_per_second == pytest.approx(6 / 576)
+    assert found.state_bytes == (16 * 8000,)
+    assert found.memory_bytes == (16 * 8000 + 8 * 5e6,)
+
+
+def test_recomputing_is_one_more_forward_and_keeps_states_and_one_block() -> None:
+    found = predict(MODEL, on(1), Choice(PlanConfig(), 1, recompute=True))
+    assert found.seconds == pytest.approx(8 * 8 * 4)
+    assert found.memory_bytes == (16 * 8000 + 10e6 + 5e6,)
+
+
+def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
+    found = predict(MODEL, on(4), Choice(PlanConfig(tensor=4), 1))
+    exchange = 2 * 3 / 4 * 6e9 / 1e12
+    assert found.seconds == pytest.approx(8 * (3 * 8 / 4 + 2 * exchange))
+    assert found.memory_bytes[0] == 16 * 2000 + 8 * 5e6 / 4
+    whole = predict(MODEL, on(4), Choice(PlanConfig(tensor=4, sequence=False), 1))
+    assert whole.memory_bytes[0] == 16 * 2000 + 8 * (4e6 / 4 + 1e6)
+
+
+def test_a_pipeline_waits_as_its_schedule_does_and_holds_what_is_under_way() -> None:
+    found = predict(MODEL, on(4, inside_bandwidth=1e30), Choice(PlanConfig(pipeline=4), 8))
+    # Two blocks to a stage: 8 micro-batches, and three more to fill and to empty.
+    assert found.seconds == pytest.approx((8 + 3) * 2 * 8 * 3)
+    assert found.waiting_ratio == pytest.approx(3 / 11)
+    assert found.memory_bytes == tuple(16 * 2000 + held * 2 * 5e6 for held in (4, 3, 2, 1))
+
+
+def test_gradients_of_copies_are_exchanged_once_and_spread_weights_gathered_twice() -> None:
+    big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
+    one = predict(big, on(1), Choice(PlanConfig(), 1)).seconds
+    copies = predict(big, on(4), Choice(PlanConfig(), 1))
+    assert copies.seconds - one == pytest.approx(2 * 3 / 4 * 4 * 8e9 / 1e12)
+    spread = predict(big, on(4), Choice(PlanConfig(shard=4), 1))
+    assert spread.data_seconds == pytest.approx(3 * 3 / 4 * 4 * 8e9 / 1e12)
+    assert spread.state_bytes[0] == 16 * 8e9 / 4 + 2 * 4 * 1e9
+    # Over two nodes all devices of a node send across together.
+    far = predict(big, on(16), Choice(PlanConfig(), 1))
+    assert far.data_seconds == pytest.approx(2 * 15 / 16 * 4 * 8e9 / (8 * 1e11))
+
+
+def test_the_published_memory_of_zero() -> None:
+    """Rajbhandari et al. 2020, table 1: 7.5 B parameters over 64 ranks, 16 bytes each, in gigabytes."""
+    model = MODEL._replace(blocks=(BLOCK._replace(cut=7_500_000_000, kept=0, kept_whole=0),))
+    mixed = BytesConfig(weight=2, gradient=2, optimizer=12)
+    whole = predict(model, on(64), Choice(PlanConfig(), 1), mixed)
+    assert whole.state_bytes[0] / 1e9 == pytest.approx(120)
+    spread = predict(model, on(64), Choice(PlanConfig(shard=64), 1), mixed)
+    # Beside what rests, what a block needs gathered while it works: here the whole model is one block.
+    assert (spread.state_bytes[0] - 4 * 7.5e9) / 1e9 == pytest.approx(1.875)
+
+
+def test_what_is_found_fits_and_the_fastest_comes_first() -> None:
+    model = transformer_shape(width=4096, num_layers=32, num_heads=32, vocabulary=32000, tokens=2048, records=1)
+    cluster = ClusterConfig(
+        devices=16,
+        memory_bytes=80e9,
+        flops=312e12,
+        memory_bandwidth=2e12,
+        inside_bandwidth=3e11,
+        across_bandwidth=2.5e10,
+    )
+    found = find_layouts(model, cluster, SearchConfig(records=64), BytesConfig(weight=2, gradient=4, optimizer=12))
+    seconds = [each.seconds for each in found.predictions]
+    assert seconds == sorted(seconds)
+    assert all(each.peak_bytes <= 0.9 * 80e9 for each in found.predictions)
+    assert found.too_large is not None
+    assert found.too_large.peak_bytes > 0.9 * 80e9
+    for each in found.predictions:
+        plan = each.choice.plan
+        shares = 16 // (plan.tensor * plan.pipeline)
+        assert each.choice.micro_batches * shares == 64
+    assert "micro-batches" in describe(found.predictions[0].choice)
+
+
+def test_too_little_memory_names_the_smallest_layout() -> None:
+    model = transformer_shape(width=4096, num_layers=32, num_heads=32, vocabulary=32000, tokens=2048, records=1)
+    with pytest.raises(ConfigError, match=r"no layout of 2 devices fits 0\.0838 GiB each: the smallest takes"):
+        find_layouts(model, on(2, memory_bytes=1e8), SearchConfig(records=8))
+    with pytest.raises(ConfigError, match="7 records a step cannot be shared out to 2 devices in micro-batches of 2"):
+        find_layouts(MODEL, on(2), SearchConfig(records=7))
