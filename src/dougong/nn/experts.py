@@ -165,7 +165,8 @@ class MixtureOfExperts(nn.Module):
         num_chosen = routed.expert_NA.shape[1]
         order_M = routed.expert_NA.flatten().argsort(stable=True)
         token_M = order_M // num_chosen
-        counts_E = torch.bincount(routed.expert_NA.flatten(), minlength=self.experts.num_experts)
+        expert_M = routed.expert_NA.flatten()
+        counts_E = expert_M.new_zeros(self.experts.num_experts).index_add_(0, expert_M, torch.ones_like(expert_M))
         y_MD = self.experts(x_ND.index_select(0, token_M), counts_E)
         weight_M = routed.weight_NA.flatten().index_select(0, order_M).to(y_MD.dtype)
         return torch.zeros_like(x_ND).index_add(0, token_M, (y_MD * weight_M[:, None]).to(x_ND.dtype))

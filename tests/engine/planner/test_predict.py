@@ -2,7 +2,7 @@ import pytest
 
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig
-from dougong.engine.planner.cluster import ClusterConfig
+from dougong.engine.planner.cluster import KNOWN, ClusterConfig
 from dougong.engine.planner.predict import BytesConfig, Choice, predict
 from dougong.engine.planner.search import SearchConfig, describe, find_layouts
 from dougong.engine.planner.shape import BlockShape, ModelShape, transformer_shape
@@ -87,14 +87,7 @@ def test_the_published_memory_of_zero() -> None:
 
 def test_what_is_found_fits_and_the_fastest_comes_first() -> None:
     model = transformer_shape(width=4096, num_layers=32, num_heads=32, vocabulary=32000, tokens=2048, records=1)
-    cluster = ClusterConfig(
-        devices=16,
-        memory_bytes=80e9,
-        flops=312e12,
-        memory_bandwidth=2e12,
-        inside_bandwidth=3e11,
-        across_bandwidth=2.5e10,
-    )
+    cluster = KNOWN["a100-80g"].model_copy(update={"devices": 16})
     found = find_layouts(model, cluster, SearchConfig(records=64), BytesConfig(weight=2, gradient=4, optimizer=12))
     seconds = [each.seconds for each in found.predictions]
     assert seconds == sorted(seconds)

@@ -20,9 +20,8 @@ def signature() -> Signature:
 def batch(num_records: int, num_words: int, device: str = "cpu") -> Batch:
     index_B = torch.arange(num_records, device=device)
     id_BN = torch.zeros(num_records, num_words, dtype=torch.long, device=device)
-    words = MediaBatch(
-        {"ids_UT": id_BN, "mask_UT": torch.ones_like(id_BN).bool()}, index_B, torch.ones_like(index_B).bool()
-    )
+    values = {"ids_UT": id_BN, "mask_UT": torch.ones_like(id_BN, dtype=torch.bool)}
+    words = MediaBatch(values, index_B, torch.ones_like(index_B, dtype=torch.bool))
     return Batch({"words": words}, torch.zeros_like(index_B))
 
 
