@@ -183,7 +183,7 @@ def planned_against_naive() -> Iterator[Figure]:
     one = next(each for each in runs if each.model == "145B")
     cluster = cluster_of(series, fitted(series, runs)).model_copy(update={"devices": one.devices})
     data = one.devices // (one.choice.plan.tensor * one.choice.plan.pipeline)
-    records = one.choice.micro_batches * data * one.shape.num_records
+    records = one.choice.micro_batches * data * round(one.shape.num_records)
     best = find_layouts(one.shape, cluster, SearchConfig(records=records, recompute=True), MIXED).predictions[0]
     name = f"145B on {one.devices} devices, best found: {describe(best.choice)}"
     yield Figure(name=name, value=best.records_per_second, unit="records/s")

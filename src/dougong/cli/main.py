@@ -177,6 +177,34 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, Argument(help="A recipe's name or YAML file.")],
+    devices: Annotated[int, Option(min=1, help="How many.")] = 8,
+    cluster: Annotated[str, Option(help="What they are: cpu, a100-80g, h100, or a cluster's YAML file.")] = "cpu",
+    memory: Annotated[str | None, Option(help="Of one device, like 80GiB. Default: what the kind has.")] = None,
+    recompute: Annotated[bool, Option("--recompute", help="Activations may be made anew in the backward.")] = False,
+    explain: Annotated[bool, Option("--explain", help="Print the formulas, with their sources.")] = False,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Say how a run is best laid out on many devices, what it takes in time and memory, and why. Nothing is trained."""
+    from dougong.cli.show import print_plan
+    from dougong.core.sizes import read_bytes
+    from dougong.engine.planner import predict
+    from dougong.recipes.known import read_recipe
+    from dougong.recipes.plan import plan_recipe, read_cluster
+
+    if explain:
+        print(predict.__doc__)
+    found = read_cluster(cluster, devices, None if memory is None else read_bytes(memory))
+    result = plan_recipe(read_recipe(recipe, settings or ()), found, recompute=recompute)
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_plan(result)
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
     data: Annotated[Path | None, Option(help="A table with the target in it. Default: the run's test table.")] = None,

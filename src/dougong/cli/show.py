@@ -13,12 +13,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dougong.core.sizes import bytes_as_text
+
 if TYPE_CHECKING:
     from dougong.engine.robustness import Robustness
     from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
     from dougong.recipes.generate import GenerationResult
+    from dougong.recipes.plan import PlanResult
     from dougong.recipes.run import RunResult
     from dougong.serve.contribution import Contribution
 
@@ -213,3 +216,26 @@ def print_check(result: CheckResult) -> None:
         console.print(f"note: {note}", style="dim", highlight=False)
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def print_plan(result: PlanResult) -> None:
+    """One row per layout, the fastest first, and why it is."""
+    told = result.as_json()
+    table = Table(title=f"{told['recipe']} on {told['cluster']['devices']} devices, {told['parameters']:,} parameters")
+    for name in ("predicted layout", "ms a step", "records/s", "waiting", "exchanges, ms", "memory", "of it state"):
+        table.add_column(name, justify="left" if name == "predicted layout" else "right")
+    for found in told["layouts"]:
+        table.add_row(
+            found["layout"],
+            f"{1e3 * found['seconds']:.4g}",
+            f"{found['records_per_second']:.4g}",
+            f"{found['waiting_ratio']:.0%}",
+            f"{1e3 * (found['tensor_seconds'] + found['data_seconds']):.3g}",
+            bytes_as_text(max(found["memory_bytes"])),
+            bytes_as_text(max(found["state_bytes"])),
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{told['considered']} layouts considered. {told['reason']}", highlight=False)
+    chosen = " ".join(f"--set {setting}" for setting in told["layouts"][0]["settings"])
+    console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False)

@@ -73,6 +73,17 @@ KNOWN: Final[dict[str, ClusterConfig]] = {
         inside_bandwidth=300e9,
         across_bandwidth=25e9,
     ),
+    # One core of a server's processor to a device; ranks that speak through the machine's own memory, by gloo.
+    "cpu": ClusterConfig(
+        memory_bytes=4e9,
+        flops=6e10,
+        memory_bandwidth=8e9,
+        inside_bandwidth=1e9,
+        across_bandwidth=1e8,
+        latency_seconds=2e-4,
+        matmul_efficiency=0.5,
+        link_efficiency=0.5,
+    ),
     "h100": ClusterConfig(
         flops=989e12,
         memory_bandwidth=3.35e12,

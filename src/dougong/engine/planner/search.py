@@ -1,6 +1,6 @@
 """Every layout that a model and a cluster allow, the fastest first.
 
-Here        SearchConfig, `find_layouts`, `describe`.
+Here        SearchConfig, `find_layouts`, `describe`, `reason`.
 Elsewhere   what one of them costs (predict.py).
 Promise     what is found fits the memory, the model and the records of a step; where nothing does, the message says
             what is nearest.
@@ -28,6 +28,10 @@ class SearchConfig(Config):
     records: int = Field(gt=0)
     """Of a step, of all ranks."""
 
+    micro_batches: int | None = Field(default=None, gt=0)
+    """Of a step, each shared out to all ranks that share out the records, as the engine does. None: the shape's
+    micro-batch is one rank's, and a step has as many of them as its records make."""
+
     recompute: bool = False
     """Whether activations may be made anew in the backward."""
 
@@ -52,7 +56,7 @@ class Found(NamedTuple):
 def find_layouts(
     model: ModelShape, cluster: ClusterConfig, search: SearchConfig, sizes: BytesConfig | None = None
 ) -> Found:
-    """All layouts, predicted; the shape's micro-batch is every rank's.
+    """All layouts, predicted.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
@@ -60,9 +64,9 @@ def find_layouts(
     fitting: list[Prediction] = []
     too_large: Prediction | None = None
     considered = 0
-    for choice in _choices(model, cluster, search):
+    for choice, shape in _choices(model, cluster, search):
         considered += 1
-        found = predict(model, cluster, choice, sizes)
+        found = predict(shape, cluster, choice, sizes)
         if found.peak_bytes <= search.memory_share * cluster.memory_bytes:
             fitting.append(found)
         elif too_large is None or found.peak_bytes < too_large.peak_bytes:
@@ -70,7 +74,7 @@ def find_layouts(
     if not considered:
         raise ConfigError(
             f"{search.records} records a step cannot be shared out to {cluster.devices} devices in micro-batches of "
-            f"{model.num_records}. Use a multiple of {model.num_records} records, or fewer devices."
+            f"{model.num_records:g}. Use a multiple of {model.num_records:g} records, or fewer devices."
         )
     if not fitting:
         assert too_large is not None
@@ -84,21 +88,23 @@ def find_layouts(
     return Found(fitting[: search.most], considered, too_large)
 
 
-def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) -> Iterator[Choice]:
+def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) -> Iterator[tuple[Choice, ModelShape]]:
     for tensor in _divisors(min(cluster.devices, cluster.per_node)):
-        if model.num_heads % tensor:
+        if model.num_heads % tensor or cluster.devices % tensor:
             continue
-        for pipeline in _divisors(cluster.devices // tensor if cluster.devices % tensor == 0 else 1):
-            if cluster.devices % (tensor * pipeline):
-                continue
+        for pipeline in _divisors(cluster.devices // tensor):
             data = cluster.devices // (tensor * pipeline)
-            step = model.num_records * data
-            if search.records % step:
-                continue
-            micro_batches = search.records // step
+            shape, micro_batches = model, search.micro_batches
+            if micro_batches is not None:
+                shape = model.of_records(search.records / micro_batches / data)
+            else:
+                step = round(model.num_records) * data
+                if search.records % step:
+                    continue
+                micro_batches = search.records // step
             for plan in _plans(model, tensor, pipeline, data, micro_batches):
                 for recompute in (False, True) if search.recompute else (False,):
-                    yield Choice(plan, micro_batches, recompute)
+                    yield Choice(plan, micro_batches, recompute), shape
 
 
 def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batches: int) -> Iterator[PlanConfig]:
@@ -147,3 +153,26 @@ def describe(choice: Choice) -> str:
     if choice.recompute:
         words.append("recompute")
     return ", ".join(words)
+
+
+def reason(found: Found) -> str:
+    """Why the first is before the second, in one sentence."""
+    first = found.predictions[0]
+    if len(found.predictions) < 2:
+        return f"{describe(first.choice)} is the only layout that fits."
+    second = found.predictions[1]
+    terms = {
+        "work": first.work_seconds - second.work_seconds,
+        "exchange inside layers": first.tensor_seconds - second.tensor_seconds,
+        "waiting in the pipeline": first.waiting_ratio * first.seconds - second.waiting_ratio * second.seconds,
+        "exchange of gradients and weights": first.data_seconds - second.data_seconds,
+        "optimizer": first.optimizer_seconds - second.optimizer_seconds,
+    }
+    gain = second.seconds - first.seconds
+    most = min(terms, key=lambda name: terms[name])
+    if gain <= 1e-3 * second.seconds:
+        return f"{describe(first.choice)} and {describe(second.choice)} take as long; the first takes no more memory."
+    return (
+        f"{describe(first.choice)} saves {1e3 * gain:.3g} ms a step over {describe(second.choice)}, "
+        f"most of all in {most} ({1e3 * -terms[most]:.3g} ms)."
+    )

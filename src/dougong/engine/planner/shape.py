@@ -62,6 +62,18 @@ class BlockShape(NamedTuple):
     def parameters(self) -> int:
         return self.cut + self.experts + self.whole
 
+    def times(self, ratio: float) -> BlockShape:
+        """The same with so many times the records."""
+        return self._replace(
+            flops=self.flops * ratio,
+            touched=self.touched * ratio,
+            scores=self.scores * ratio,
+            kept=self.kept * ratio,
+            kept_whole=self.kept_whole * ratio,
+            exchanged=self.exchanged * ratio,
+            passed=self.passed * ratio,
+        )
+
 
 class ModelShape(NamedTuple):
     """A model, with one micro-batch of so many records."""
@@ -69,7 +81,9 @@ class ModelShape(NamedTuple):
     embed: BlockShape
     blocks: tuple[BlockShape, ...]
     head: BlockShape
-    num_records: int
+    num_records: float
+    """On average: ranks may share out a batch unevenly."""
+
     num_heads: int
     """By what the tensor axis can be divided."""
 
@@ -78,6 +92,16 @@ class ModelShape(NamedTuple):
 
     tokens_shared: bool
     """Whether tensor ranks can share out the tokens between layers."""
+
+    def of_records(self, count: float) -> ModelShape:
+        """The same with a micro-batch of another size."""
+        ratio = count / self.num_records
+        return self._replace(
+            embed=self.embed.times(ratio),
+            blocks=tuple(block.times(ratio) for block in self.blocks),
+            head=self.head.times(ratio),
+            num_records=count,
+        )
 
     @property
     def parts(self) -> tuple[BlockShape, ...]:

@@ -1,0 +1,41 @@
+"""Numbers of bytes as people write them.
+
+Here        `read_bytes`, `bytes_as_text`.
+Elsewhere   who asks for them.
+Promise     "80GiB" is 80 times 2 to the 30th, "80GB" 80 times 10 to the 9th; anything else is refused with an example.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from dougong.core.errors import ConfigError
+
+UNITS: Final = {
+    "B": 1,
+    **{f"{letter}iB": 1024 ** (place + 1) for place, letter in enumerate("KMGT")},
+    **{f"{letter}B": 1000 ** (place + 1) for place, letter in enumerate("kMGT")},
+    "KB": 1000,
+}
+
+_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+
+
+def read_bytes(text: str) -> float:
+    """
+    Raises:
+        ConfigError: it is no number of bytes.
+    """
+    found = _WRITTEN.fullmatch(text)
+    if found is None or found[2] not in UNITS:
+        raise ConfigError(f"{text!r} is no number of bytes. Write for example 80GiB, 512MiB or 16GB.")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def bytes_as_text(count: float) -> str:
+    """In the largest unit of which there is one."""
+    for letter, power in (("T", 4), ("G", 3), ("M", 2), ("K", 1)):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.3g} {letter}iB"
+    return f"{count:.0f} B"

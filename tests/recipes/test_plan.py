@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dougong.cli.main import main
+from dougong.core.config import parse, to_yaml
+from dougong.core.errors import ConfigError
+from dougong.engine.parallel.plan import PlanConfig, check_plan
+from dougong.recipes.plan import PlanResult, plan_recipe, read_cluster
+from dougong.recipes.recipe import Recipe
+
+
+def recipe_for(table: Path) -> Recipe:
+    values = {
+        "name": "small",
+        "data": {"train": str(table), "target": "colour", "loader": {"batch_size": 48, "workers": 0}},
+        "model": {"width": 32},
+        "train": {"precision": "fp32", "accumulation": 4},
+    }
+    return parse(Recipe, values, where="test")
+
+
+@pytest.fixture(scope="module")
+def planned(colour_table: Path) -> PlanResult:
+    return plan_recipe(recipe_for(colour_table), read_cluster("cpu", 4))
+
+
+def test_every_layout_that_is_found_can_be_carried_out(planned: PlanResult) -> None:
+    for found in planned.found.predictions:
+        check_plan(found.choice.plan, 4, accumulation=4)
+        assert planned.shape.num_heads % found.choice.plan.tensor == 0
+        assert found.choice.micro_batches == 4
+    seconds = [found.seconds for found in planned.found.predictions]
+    assert seconds == sorted(seconds)
+    # However it is laid out, a step has the recipe's records.
+    assert {round(f.seconds * f.records_per_second) for f in planned.found.predictions} == {48 * 4}
+
+
+def test_the_command_prints_the_layouts_and_what_to_set(
+    colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(to_yaml(recipe_for(colour_table)))
+    monkeypatch.setattr("sys.argv", ["dougong", "plan", str(path), "--devices", "2", "--json"])
+    assert main() == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert parse(PlanConfig, told["layouts"][0]["plan"], where="test")
+    assert told["reason"]
+
+    monkeypatch.setattr("sys.argv", ["dougong", "plan", str(path), "--devices", "2", "--explain"])
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert "2 (t - 1) / t x bytes / bandwidth" in printed
+    assert "to carry it out:" in printed
+
+
+def test_what_cannot_be_is_said_in_one_line(planned: PlanResult, colour_table: Path) -> None:
+    with pytest.raises(ConfigError, match="'abacus' is no kind of device. Use one of a100-80g, cpu, h100"):
+        read_cluster("abacus", 4)
+    with pytest.raises(ConfigError, match=r"no layout of 2 devices fits .* GiB each: the smallest takes"):
+        plan_recipe(recipe_for(colour_table), read_cluster("cpu", 2, memory_bytes=1e5))
+    with pytest.raises(ConfigError, match="devices=12 are no whole nodes of per_node=8"):
+        read_cluster("cpu", 12)
+
+
+@pytest.mark.parametrize(
+    ("plan", "world", "message"),
+    [
+        (
+            {"tensor": 3},
+            4,
+            r"tensor=3 x pipeline=1 takes 3 ranks at a time, and there are 4. Use a product in \[1, 2, 4\]",
+        ),
+        (
+            {"shard": 3},
+            4,
+            r"shard=3 cannot be a part of the 4 ranks that share out the records. Use shard in \[1, 2, 4\]",
+        ),
+        ({"pipeline": 4, "chunks": 2, "schedule": "dualpipev"}, 4, "needs 8 micro-batches or more, and there are 1"),
+    ],
+)
+def test_a_plan_that_the_ranks_cannot_have_is_refused(plan: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_plan(PlanConfig(**plan), world, accumulation=1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"pipeline": 2, "schedule": "zbv"}, "schedule=zbv has 2 stages on each rank, not 1"),
+        ({"pipeline": 2, "chunks": 2}, "schedule=1f1b has 1 stage on each rank"),
+        ({"shard": 2, "pipeline": 2}, "shard=2 with pipeline=2 is not built"),
+        ({"chunks": 2, "schedule": "interleaved"}, "chunks=2 cannot take effect without a pipeline"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(plan: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(**plan)
