@@ -188,7 +188,7 @@ def planned_against_naive() -> Iterator[Figure]:
     name = f"145B on {one.devices} devices, best found: {describe(best.choice)}"
     yield Figure(name=name, value=best.records_per_second, unit="records/s")
     for what, plan in NAIVE.items():
-        step = one.devices // (plan.tensor * plan.pipeline) * one.shape.num_records
+        step = one.devices // (plan.tensor * plan.pipeline) * round(one.shape.num_records)
         naive = predict(one.shape, cluster, Choice(plan, records // step, True), MIXED)
         fits = naive.peak_bytes <= cluster.memory_bytes
         yield Figure(

@@ -30,7 +30,8 @@ def read_bytes(text: str) -> float:
     found = _WRITTEN.fullmatch(text)
     if found is None or found[2] not in UNITS:
         raise ConfigError(f"{text!r} is no number of bytes. Write for example 80GiB, 512MiB or 16GB.")
-    return float(found[1]) * UNITS[found[2]]
+    size: float = float(found[1]) * UNITS[found[2]]
+    return size
 
 
 def bytes_as_text(count: float) -> str:
