@@ -7,11 +7,13 @@ Promise     what a layout cannot do is refused before the model is changed. Name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.expert import apply_expert, check_expert
+from dougong.engine.parallel.hierarchical import Hierarchy, groups_in_nodes
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.mesh import Mesh
 from dougong.engine.parallel.pipeline import apply_pipeline
@@ -76,4 +78,25 @@ def prepare_model(
         assert data is not None
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
         layout.sharded = apply_shard(model, mesh.devices, data, keep_gathered=plan.sharding == "zero2", ignored=ignored)
+    if plan.reduction == "hierarchical":
+        layout.hierarchy = _hierarchy(mesh, plan)
     return layout
+
+
+def _hierarchy(mesh: Mesh, plan: PlanConfig) -> Hierarchy | None:
+    """Of the ranks that share out the records; None where they are of one node."""
+    group = mesh.group("data")
+    if group is None:
+        return None
+    per_node = plan.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", mesh.ranks.world))
+    here = min(mesh.data, max(1, per_node // plan.tensor))  # tensor ranks stand next to each other
+    if mesh.data % here:
+        raise ConfigError(
+            f"plan reduction=hierarchical: the {mesh.data} ranks that share out the records are no whole nodes of "
+            f"{here}. Use another number of ranks, or reduction: flat."
+        )
+    if here == mesh.data:
+        return None
+    hierarchy = Hierarchy(group, *groups_in_nodes(mesh.data_rows, here), wire=plan.wire)
+    hierarchy.measure()
+    return hierarchy

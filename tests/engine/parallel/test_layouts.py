@@ -166,6 +166,8 @@ def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
 
 LAYOUTS: dict[str, PlanConfig] = {
     "8x1x1": PlanConfig(),
+    "8x1x1, by nodes of 4": PlanConfig(reduction="hierarchical", per_node=4),
+    "4x2x1, by nodes of 4": PlanConfig(tensor=2, reduction="hierarchical", per_node=4),
     "1x8x1": PlanConfig(tensor=8),
     "1x8x1, tokens whole": PlanConfig(tensor=8, sequence=False),
     "1x1x8": PlanConfig(pipeline=8),

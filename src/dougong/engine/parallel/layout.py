@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dougong.engine.parallel.hierarchical import Hierarchy
 from dougong.engine.parallel.mesh import Mesh
 from dougong.engine.parallel.pieces import Piece
 from dougong.engine.parallel.pipeline import Pipeline
@@ -46,6 +47,8 @@ class Layout:
 
     pipeline: Pipeline | None = None
     sharded: Sharded | None = None
+    hierarchy: Hierarchy | None = None
+    """What adds up gradients of copies; None: plain collectives."""
 
     @torch.no_grad()
     def reduce(self, loss: Tensor, before: Sequence[Tensor]) -> Tensor:
@@ -62,7 +65,8 @@ class Layout:
         if data is not None:
             copied = [named[name] for name in named if name not in spread and name not in self.experts]
             gradients, loss = gradients_anywhere(copied, data, loss)
-            add_up(gradients, data)
+            by = None if self.hierarchy is None else self._by_hierarchy
+            add_up(gradients, data, by=by)
             average_moves(list(self.model.buffers()), before, data)
         copies = self.mesh.group("expert copies")
         if self.experts and copies is not None:
@@ -134,6 +138,10 @@ class Layout:
     def device(self) -> torch.device:
         """Where the model is; a stage of a pipeline may have nothing that says so."""
         return self.pipeline.device if self.pipeline is not None else next(self.model.parameters()).device
+
+    def _by_hierarchy(self, flat: Tensor, name: str) -> None:
+        assert self.hierarchy is not None
+        self.hierarchy.all_reduce(flat, name=name)
 
     def _sum(self, number: Tensor) -> Tensor:
         number = number.detach().clone()

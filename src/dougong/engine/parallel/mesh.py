@@ -74,6 +74,12 @@ class Mesh:
         inner = math.prod(self.sizes[each] for each in AXES[AXES.index(axis) + 1 :])
         return self.ranks.rank // inner % self.sizes[axis]
 
+    @property
+    def data_rows(self) -> list[list[int]]:
+        """All groups of ranks that share out the records among them."""
+        rows: list[list[int]] = self._grid.permute(0, 3, 1, 2).reshape(-1, self.data).tolist()
+        return rows
+
     def _made(self, axes: tuple[Axis, ...]) -> dist.ProcessGroup | None:
         """One group for every place along the other axes; this rank's own."""
         others = [place for place, axis in enumerate(AXES) if axis not in axes]

@@ -45,6 +45,16 @@ class PlanConfig(Config):
     expert: int = Field(default=1, gt=0)
     """Ranks, of those that share out the records, over which routed experts are spread."""
 
+    reduction: Literal["flat", "hierarchical"] = "flat"
+    """How gradients of copies are added up. hierarchical: inside nodes and across them, in the form that a short
+    measurement at the start finds fastest for each size, flat among them."""
+
+    wire: Literal["fp32", "bf16"] = "fp32"
+    """What goes between nodes; bf16 halves it, and what rounding loses in a step is added to the next."""
+
+    per_node: int | None = Field(default=None, gt=0)
+    """Ranks of a node. None: as torchrun says."""
+
     @model_validator(mode="after")
     def _fits_together(self) -> PlanConfig:
         if self.schedule in V_SHAPED and self.chunks != 2:
@@ -57,6 +67,15 @@ class PlanConfig(Config):
             raise ValueError(
                 f"shard={self.shard} with pipeline={self.pipeline} is not built: stages hold their weights whole. "
                 "Use shard: 1, or pipeline: 1."
+            )
+        if self.reduction == "flat" and self.wire != "fp32":
+            raise ValueError(
+                f"wire={self.wire} is what goes between nodes. Use reduction: hierarchical, or wire: fp32."
+            )
+        if self.reduction == "hierarchical" and self.shard > 1:
+            raise ValueError(
+                f"reduction=hierarchical adds up gradients of copies, and shard={self.shard} has the sharder add them "
+                "up. Use reduction: flat, or shard: 1."
             )
         return self
 

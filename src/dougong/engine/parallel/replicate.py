@@ -87,10 +87,21 @@ def average_moves(
         now.copy_(then + move / world)
 
 
-def add_up(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Sum over the ranks, in place."""
+def add_up(
+    tensors: list[Tensor],
+    group: dist.ProcessGroup,
+    bucket_bytes: int = BUCKET_BYTES,
+    by: Callable[[Tensor, str], None] | None = None,
+) -> None:
+    """Sum over the ranks, in place. `by` adds up one buffer, in place, which has the same name in every step; None: by
+    plain collectives, all under way at once."""
     buckets = list(_buckets(tensors, bucket_bytes))
     flats = [_flat(bucket) for bucket in buckets]
+    if by is not None:
+        for number, (flat, bucket) in enumerate(zip(flats, buckets, strict=True)):
+            by(flat, f"{number} of {len(flats)}, {flat.numel()}")
+            _put(flat, bucket)
+        return
     works = [dist.all_reduce(flat, group=group, async_op=True) for flat in flats]
     for work, flat, bucket in zip(works, flats, buckets, strict=True):
         if work is not None:

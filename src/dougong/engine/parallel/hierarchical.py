@@ -1,0 +1,199 @@
+"""Adding up over ranks that stand in nodes: inside first, then across, then inside again.
+
+Here        Hierarchy, its forms, and the short measurement that chooses among them; `groups_in_nodes`.
+Elsewhere   what is added up (replicate.py, layout.py).
+Promise     every rank ends with the same numbers, those of a flat sum within rounding; with 16 bits on the wire between
+            nodes, what a step loses by rounding is added to the next. Where flat was measured faster, flat is used.
+
+leader      the node's ranks add up on its first rank, first ranks add up across, and spread what came of it inside.
+scatter     each rank of a node gets the node's sum of a part, adds that up with its like in other nodes, and all
+            gather the parts: every rank sends across, each another part (Cho et al. 2019, BlueConnect; Mikami et al.
+            2018, arXiv:1811.05233).
+Both work in chunks, one inside a node while another is on its way across.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dougong.engine.parallel.collectives import all_gather, reduce_scatter
+
+Form = Literal["flat", "leader", "scatter"]
+FORMS: Final[tuple[Form, ...]] = ("flat", "leader", "scatter")
+
+CHUNK_BYTES: Final = 4 * 2**20
+"""Of what is under way at once: enough that a message's own cost is little, small enough that chunks overlap."""
+
+MEASURED_BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**26)
+"""Sizes at which forms are tried; a message takes the form of the nearest below."""
+
+
+class Measured(NamedTuple):
+    """What one form took for one size, in seconds, on the slowest rank."""
+
+    num_bytes: int
+    form: Form
+    seconds: float
+
+
+class Hierarchy:
+    """Ranks of a group in nodes of equal size, in order: the first node has the first ranks."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        inside: dist.ProcessGroup,
+        across: dist.ProcessGroup,
+        *,
+        wire: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        """`inside` are the ranks of this node, `across` those with this one's place in other nodes; `wire` is how
+        numbers go between nodes."""
+        self.group, self.inside, self.across, self.wire = group, inside, across, wire
+        self.per_node, self.num_nodes = dist.get_world_size(inside), dist.get_world_size(across)
+        self.place = dist.get_rank(inside)
+        self.choice: dict[int, Form] = {}
+        """Form by size, once measured."""
+
+        self.measured: list[Measured] = []
+        self._lost: dict[str, Tensor] = {}
+        """By the name of what is added up: what rounding has lost, of one's own part and of the sum."""
+
+    def all_reduce(self, x: Tensor, *, form: Form | None = None, name: str = "") -> None:
+        """Add up over all ranks, in place. `name` tells apart what is added up step after step."""
+        form = form or self.form_of(x.nbytes)
+        if form == "flat":
+            dist.all_reduce(x, group=self.group)
+            return
+        flat = x.view(-1)
+        chunks = list(torch.split(flat, max(1, CHUNK_BYTES // x.element_size())))
+        work = self._scatter if form == "scatter" else self._leader
+        work(chunks, name)
+
+    def form_of(self, num_bytes: int) -> Form:
+        """The form that was measured fastest for about this size; flat where nothing was measured."""
+        below = [size for size in self.choice if size <= num_bytes]
+        if not below:
+            return self.choice[min(self.choice)] if self.choice else "flat"
+        return self.choice[max(below)]
+
+    def measure(self, sizes: Sequence[int] = MEASURED_BYTES, repeats: int = 5) -> list[Measured]:
+        """Try every form at every size, interleaved, and choose; all ranks come to the same choice."""
+        device = "cpu" if dist.get_backend(self.group) == "gloo" else torch.accelerator.current_accelerator()
+        self.measured = []
+        for size in sizes:
+            x = torch.ones(max(1, size // 4), device=device)
+            took: dict[Form, list[float]] = {form: [] for form in FORMS}
+            for turn in range(repeats + 1):
+                for form in FORMS:
+                    seconds = _timed(functools.partial(self.all_reduce, x, form=form, name="measured"))
+                    x.fill_(1.0)
+                    if turn:  # the first one meets cold connections
+                        took[form].append(seconds)
+            middle = torch.tensor([sorted(took[form])[len(took[form]) // 2] for form in FORMS], device=device)
+            dist.all_reduce(middle, op=dist.ReduceOp.MAX, group=self.group)
+            found = dict(zip(FORMS, middle.tolist(), strict=True))
+            self.measured += [Measured(size, form, seconds) for form, seconds in found.items()]
+            self.choice[size] = min(FORMS, key=lambda form: found[form])
+        self._lost = {name: lost for name, lost in self._lost.items() if not name.startswith("measured")}
+        return self.measured
+
+    # Forms ---------------------------------------------------------------------------------------------------
+
+    def _scatter(self, chunks: list[Tensor], name: str) -> None:
+        size = self.per_node
+
+        def begin(chunk: Tensor) -> tuple[Tensor, Tensor]:
+            padded = torch.nn.functional.pad(chunk, (0, -len(chunk) % size))
+            part = padded.new_empty(len(padded) // size)
+            reduce_scatter(part, padded, self.inside)
+            return padded, part
+
+        # The next chunk is added up inside while this one is on its way across.
+        waiting = begin(chunks[0])
+        for number, chunk in enumerate(chunks):
+            padded, part = waiting
+            finish = self._across_begun(part, f"{name}/{number}")
+            if number + 1 < len(chunks):
+                waiting = begin(chunks[number + 1])
+            finish()
+            all_gather(padded, part, self.inside)
+            chunk.copy_(padded[: len(chunk)])
+
+    def _leader(self, chunks: list[Tensor], name: str) -> None:
+        for number, chunk in enumerate(chunks):
+            dist.reduce(chunk, group=self.inside, group_dst=0)
+            if self.place == 0:
+                self._across(chunk, f"{name}/{number}")
+            dist.broadcast(chunk, group=self.inside, group_src=0)
+
+    def _across(self, x: Tensor, name: str) -> None:
+        self._across_begun(x, name)()
+
+    def _across_begun(self, x: Tensor, name: str) -> Callable[[], None]:
+        """Begin to add up between nodes, in place, and return what waits for it."""
+        if self.wire == "fp32":
+            work = dist.all_reduce(x, group=self.across, async_op=True)
+            assert work is not None
+
+            def finish() -> None:
+                work.wait()
+
+            return finish
+        return self._rounded(x, name)
+
+    def _rounded(self, x: Tensor, name: str) -> Callable[[], None]:
+        """In 16 bits on the wire and 32 in sums: each node gets every other's part of its share, adds them up, and
+        tells the sum. What rounding takes away is kept for the next time (Karimireddy et al. 2019,
+        arXiv:1901.09847)."""
+        nodes = self.num_nodes
+        padded = torch.nn.functional.pad(x.float(), (0, -len(x) % nodes))
+        own = padded + self._lost.get(f"{name} own", torch.zeros_like(padded))
+        sent = own.bfloat16()
+        self._lost[f"{name} own"] = own - sent.float()
+        arrived = torch.empty_like(sent)
+        work = dist.all_to_all_single(arrived, sent, group=self.across, async_op=True)
+
+        def finish() -> None:
+            assert work is not None
+            work.wait()
+            total = arrived.float().view(nodes, -1).sum(dim=0)
+            total += self._lost.get(f"{name} sum", torch.zeros_like(total))
+            told = total.bfloat16()
+            self._lost[f"{name} sum"] = total - told.float()
+            whole = told.new_empty(len(told) * nodes)
+            all_gather(whole, told, self.across)
+            x.copy_(whole.to(x.dtype)[: len(x)])
+
+        return finish
+
+
+def groups_in_nodes(groups: Sequence[Sequence[int]], per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's group inside its node and across nodes, where each of `groups`, of all ranks there are, stands in
+    nodes of so many of its ranks, in order. All ranks call this together."""
+    nodes = [group[first : first + per_node] for group in groups for first in range(0, len(group), per_node)]
+    across = [group[place::per_node] for group in groups for place in range(per_node)]
+    return _made(nodes), _made(across)
+
+
+def _made(rows: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    found: dist.ProcessGroup
+    found, _ = dist.new_subgroups_by_enumeration([list(row) for row in rows])  # type: ignore[no-untyped-call]
+    return found
+
+
+def _timed(work: Callable[[], None]) -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    started = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
