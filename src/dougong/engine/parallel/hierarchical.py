@@ -154,6 +154,7 @@ class Hierarchy:
         tells the sum. What rounding takes away is kept for the next time (Karimireddy et al. 2019,
         arXiv:1901.09847)."""
         nodes = self.num_nodes
+        name = f"{name}, {len(x)}"
         padded = torch.nn.functional.pad(x.float(), (0, -len(x) % nodes))
         own = padded + self._lost.get(f"{name} own", torch.zeros_like(padded))
         sent = own.bfloat16()
