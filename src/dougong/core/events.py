@@ -66,6 +66,15 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepTimed(Event):
+    """What each rank did in one step."""
+
+    ranks: list[list[list[Any]]]
+    """By rank, in order: what (work, forward, backward, weights, wait, exchange), from when to when in seconds since
+    the step began, and of which stage and micro-batch, where it is of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingChanged(Event):
     """The rates at which modalities are left out of training records, after they were judged anew."""
 

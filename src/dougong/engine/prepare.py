@@ -69,6 +69,7 @@ def prepare_model(
     pipeline, tensor, expert = mesh.group("pipeline"), mesh.group("tensor"), mesh.group("expert")
     if pipeline is not None:  # first: the rest is done to what is here
         layout.pipeline = apply_pipeline(model, pipeline, plan.schedule, stages_per_rank=plan.chunks, costs=costs)
+        layout.pipeline.clock = layout.clock
     if expert is not None:
         layout.experts = apply_expert(model, expert, layout.cuts)
     if tensor is not None:  # it changes what a weight is

@@ -35,6 +35,7 @@ from dougong.core.events import (
     RunStarted,
     SamplingChanged,
     StepDone,
+    StepTimed,
 )
 from dougong.core.seeds import derive_seed
 from dougong.data.position import Loader, Position
@@ -69,6 +70,8 @@ from dougong.engine.step import Backward, Loss, TrainParts, norm_alone, nothing_
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
+TIMED_STEP = 2
+"""The first step whose time on every rank is told; after it, those before an evaluation are."""
 
 Reason = Literal["steps", "early", "interrupted"]
 
@@ -402,6 +405,7 @@ class _Run:
         batches = [to_tensors(each, self.device) for each in arrays]
         if self.sampler is not None:
             batches = [self.sampler(batch, step=self.step, part=part) for part, batch in enumerate(batches)]
+        self.layout.clock.begin()
         report = train_step(self.parts, batches, num_records=num_records)
         self.step += 1
         if self.average is not None and not report.skipped:
@@ -418,6 +422,9 @@ class _Run:
                 wait_seconds=waited,
             )
         )
+        if self.ranks.world > 1 and (self.step == TIMED_STEP or self._evaluation_due(epoch)):
+            told = self.ranks.tell([list(spent) for spent in self.layout.clock.spent])
+            self.announce(StepTimed(step=self.step, ranks=told))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise DougongError(

@@ -1,6 +1,7 @@
 """Charts as SVG that stands inside a page.
 
-Here        line_chart, bar_chart, share_chart, and `key`, the sample of a line or colour for a legend in the page.
+Here        line_chart, bar_chart, share_chart, timeline_chart, and `key`, the sample of a line or colour for a legend in
+            the page.
 Elsewhere   what is drawn, and the page with the colours' values (watch/report.py, watch/report.html).
 Promise     the same figures give the same bytes; text stays text and is never read as a formula or as markup; every
             colour is a variable of the page, so that one chart is right on light and on dark ground.
@@ -128,6 +129,25 @@ def share_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[float]
         axes.set_xlim(0, 1)
 
     return _draw(name, label, ROW * 1.25 * len(rows) + 0.1, draw)
+
+
+def timeline_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[tuple[float, float, int]]]]) -> Markup:
+    """For each row, spans of time from when to when, each in the colour of its number in the legend."""
+
+    def draw(axes: Axes) -> None:
+        for place, (_, spans) in enumerate(rows):
+            for start, end, colour in spans:
+                axes.barh(place, end - start, left=start, height=0.8, color=_SERIES[colour % NUM_COLOURS], linewidth=0)
+        axes.set_yticks(range(len(rows)), [printable(row) for row, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, max((end for _, spans in rows for _, end, _ in spans), default=1.0))
+        axes.set_xlabel("milliseconds")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(length=0)
+
+    return _draw(name, label, 0.55 + 0.2 * len(rows), draw)
 
 
 def key(place: int, *, line: bool) -> Markup:

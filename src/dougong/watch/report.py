@@ -78,6 +78,7 @@ def write_report(run: Path) -> Path:
         data=evaluation["data"],
         comparison=_comparison(evaluation),
         curves=_curves(events),
+        ranks=_ranks(events),
         conditions=_conditions(evaluation, target),
         gate=_gate(evaluation),
         confusions=_confusions(evaluation, target),
@@ -224,6 +225,46 @@ def _loss_chart(steps: Sequence[Mapping[str, Any]]) -> Any:
     )
     label = f"Training loss over {len(steps)} steps, smoothed: from {smooth[0]:.3g} to {smooth[-1]:.3g}"
     return charts.line_chart("loss", label, [charts.Line(*_thin(places, smooth))], band=band)
+
+
+DOING: Final = {
+    "forward": "forward",
+    "backward": "backward",
+    "weights": "backward, weights alone",
+    "work": "forward and backward",
+    "exchange": "exchange of gradients",
+    "wait": "waiting for another stage",
+}
+"""What ranks do in a step, as the legend has it."""
+
+
+def _ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The last step that was timed on every rank, as a picture; None for one process."""
+    timed = [event for event in events if event["kind"] == "StepTimed"]
+    if not timed:
+        return None
+    last = timed[-1]
+    met = [doing for doing in DOING if any(spent[0] == doing for rank in last["ranks"] for spent in rank)]
+    rows = [
+        (
+            f"rank {rank}",
+            [(1e3 * start, 1e3 * end, met.index(doing)) for doing, start, end, *_ in spent if doing in met],
+        )
+        for rank, spent in enumerate(last["ranks"])
+    ]
+    whole = sum(max((end for _, end, _ in spans), default=0.0) for _, spans in rows)
+    busy = {
+        doing: sum(end - start for _, spans in rows for start, end, place in spans if met[place] == doing) / whole
+        for doing in met
+    }
+    said = ", ".join(f"{DOING[doing]} {share:.0%}" for doing, share in busy.items())
+    chart = charts.timeline_chart("ranks", f"What {len(rows)} ranks did in step {last['step']}: {said}", rows)
+    return {
+        "step": last["step"],
+        "charts": [(f"step {last['step']}", chart)],
+        "keys": [DOING[doing] for doing in met],
+        "said": said,
+    }
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dougong.engine.parallel.clock import Clock
 from dougong.engine.parallel.hierarchical import Hierarchy
 from dougong.engine.parallel.mesh import Mesh
 from dougong.engine.parallel.pieces import Piece
@@ -47,12 +48,14 @@ class Layout:
 
     pipeline: Pipeline | None = None
     sharded: Sharded | None = None
+    clock: Clock = field(default_factory=Clock)
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
 
     @torch.no_grad()
     def reduce(self, loss: Tensor, before: Sequence[Tensor]) -> Tensor:
         """The step's loss, from this rank's; gradients and buffers become those of all ranks, in place."""
+        began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         tensor, data = self.mesh.group("tensor"), self.mesh.group("data")
         if self.sharded is not None:
@@ -74,6 +77,7 @@ class Layout:
         if self.pipeline is not None:  # the last stage alone has it
             loss = loss.clone()
             dist.all_reduce(loss, group=self.mesh.group("pipeline"))
+        self.clock.note("exchange", began)
         return loss
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from dougong.core.errors import ConfigError
+from dougong.engine.parallel.clock import Clock, Doing
 from dougong.engine.parallel.parcel import Parcel, Post, pack, unpack
 from dougong.engine.parallel.schedule import (
     Action,
+    Kind,
     Schedule,
-    Span,
     make_table,
     messages,
     rank_of_stage,
@@ -36,6 +37,13 @@ from dougong.engine.precision import autocast
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
+
+_DOING: Final[dict[Kind, Doing]] = {
+    "forward": "forward",
+    "backward": "backward",
+    "input": "backward",
+    "weight": "weights",
+}
 
 
 class Stage(NamedTuple):
@@ -170,9 +178,7 @@ class Pipeline:
         self.stages = self._cut(model)
         self.device = device
         self.post = Post(group, device)
-        self.spans: list[Span] = []
-        """When this rank did what in the last step, in seconds since its start."""
-
+        self.clock = Clock()
         self._tables: dict[int, list[list[Action]]] = {}
         # What the model is called by from now on; and its parts, as far as they are here.
         model.forward = self.answer  # type: ignore[method-assign]
@@ -240,7 +246,7 @@ class Pipeline:
         on the rank of the last stage, 0 elsewhere."""
         table = self.table(len(batches))
         step = _Step(self, parts, batches, num_records, table)
-        self.spans = step.run()
+        step.run()
         self.post.settle()
         return step.loss
 
@@ -300,9 +306,8 @@ class _Step:
             if to == pipeline.rank:
                 self.expected.setdefault(source, []).append(action)
 
-    def run(self) -> list[Span]:
-        began = time.perf_counter()
-        spans = []
+    def run(self) -> None:
+        clock = self.pipeline.clock
         carry_out = {
             "forward": self._forward,
             "backward": self._backward,
@@ -310,11 +315,12 @@ class _Step:
             "weight": self._weight,
         }
         for action in self.actions:
+            began = clock.now()
             parcel = self._awaited(action)
-            started = time.perf_counter() - began
+            if parcel is not None:
+                began = clock.note("wait", began, action.stage, action.batch)
             carry_out[action.kind](action.stage, action.batch, parcel)
-            spans.append(Span(action, started, time.perf_counter() - began))
-        return spans
+            clock.note(_DOING[action.kind], began, action.stage, action.batch)
 
     def _awaited(self, action: Action) -> Parcel | None:
         """What another stage has for this action, or None where it needs nothing."""
