@@ -1,7 +1,7 @@
 """Charts as SVG that stands inside a page.
 
-Here        line_chart, bar_chart, share_chart, timeline_chart, and `key`, the sample of a line or colour for a legend in
-            the page.
+Here        line_chart, bar_chart, share_chart, timeline_chart, and `key`, the sample of a line or colour for a legend
+            in the page.
 Elsewhere   what is drawn, and the page with the colours' values (watch/report.py, watch/report.html).
 Promise     the same figures give the same bytes; text stays text and is never read as a formula or as markup; every
             colour is a variable of the page, so that one chart is right on light and on dark ground.
