@@ -222,20 +222,19 @@ def print_plan(result: PlanResult) -> None:
     """One row per layout, the fastest first, and why it is."""
     told = result.as_json()
     table = Table(title=f"{told['recipe']} on {told['cluster']['devices']} devices, {told['parameters']:,} parameters")
-    for name in ("predicted layout", "ms a step", "records/s", "waiting", "exchanges, ms", "memory", "of it state"):
-        table.add_column(name, justify="left" if name == "predicted layout" else "right")
+    table.add_column("predicted layout", min_width=26)
+    for name in ("ms a step", "records/s", "waiting", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for found in told["layouts"]:
         table.add_row(
             found["layout"],
             f"{1e3 * found['seconds']:.4g}",
             f"{found['records_per_second']:.4g}",
             f"{found['waiting_ratio']:.0%}",
-            f"{1e3 * (found['tensor_seconds'] + found['data_seconds']):.3g}",
             bytes_as_text(max(found["memory_bytes"])),
-            bytes_as_text(max(found["state_bytes"])),
         )
     console = Console()
     console.print(table)
-    console.print(f"{told['considered']} layouts considered. {told['reason']}", highlight=False)
+    console.print(f"{told['considered']} layouts considered. {told['reason']}", highlight=False, soft_wrap=True)
     chosen = " ".join(f"--set {setting}" for setting in told["layouts"][0]["settings"])
-    console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False)
+    console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False, soft_wrap=True)

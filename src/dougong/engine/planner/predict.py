@@ -93,6 +93,8 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
     """What a step takes, in seconds and bytes. The layout must fit the cluster (search.py)."""
     sizes = sizes or BytesConfig()
     plan, recompute = choice.plan, choice.recompute
+    if not model.tokens_shared:
+        plan = plan.model_copy(update={"sequence": False})
     data = cluster.devices // (plan.tensor * plan.pipeline)
     parts = model.parts
     costs = [_forward(part, cluster, plan, sizes) for part in parts]

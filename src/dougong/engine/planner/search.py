@@ -110,7 +110,7 @@ def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) ->
 def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batches: int) -> Iterator[PlanConfig]:
     experts = [n for n in _divisors(data) if n == 1 or (model.num_experts and model.num_experts % n == 0)]
     for expert in experts:
-        common = {"tensor": tensor, "expert": expert, "sequence": model.tokens_shared}
+        common = {"tensor": tensor, "expert": expert}
         if pipeline == 1:
             yield PlanConfig(**common)
             for shard in _divisors(data)[1:]:
@@ -149,7 +149,8 @@ def describe(choice: Choice) -> str:
         words.append(f"expert {plan.expert}")
     if plan.shard > 1:
         words.append(f"{plan.sharding} over {plan.shard}")
-    words.append(f"{choice.micro_batches} micro-batches")
+    words = words or ["copies"]
+    words.append("1 micro-batch" if choice.micro_batches == 1 else f"{choice.micro_batches} micro-batches")
     if choice.recompute:
         words.append("recompute")
     return ", ".join(words)
