@@ -54,6 +54,7 @@ class Sharded:
     ) -> None:
         self.model, self.group = model, group
         self.names = [name for name, parameter in model.named_parameters() if parameter not in ignored]
+        self._known = set(self.names)
         self._seen: set[str] = set()
         """Of weights that had a gradient here, in this step."""
 
@@ -61,7 +62,6 @@ class Sharded:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         owned = {name for place, _ in enumerate(model.blocks) for name in self._names_of(place)}
         self._others = [name for name in self.names if name not in owned]
-        self._filled: set[int] = set()
         for place, block in enumerate(model.blocks):
             block.forward = self._joined(place, block.forward)
             fully_shard(block, mesh=mesh, reshard_after_forward=not keep_gathered, ignored_params=ignored)
@@ -76,8 +76,7 @@ class Sharded:
 
     def _names_of(self, place: int) -> list[str]:
         own = [f"blocks.{place}.{name}" for name, _ in self.model.blocks[place].named_parameters()]
-        known = set(self.names)
-        return [name for name in own if name in known]
+        return [name for name in own if name in self._known]
 
     def _forward(self, batch: Batch) -> Any:
         anchor = torch.zeros((), device=batch.media[next(iter(batch.media))].index_B.device, requires_grad=True)
@@ -111,7 +110,6 @@ class Sharded:
 
     def _fill(self, place: int) -> None:
         """All of this block's gradients have been made that will be."""
-        self._filled.add(place)
         self._fill_up({f"blocks.{place}.{name}": p for name, p in self.model.blocks[place].named_parameters()})
 
     def _fill_rest(self) -> None:
@@ -119,9 +117,8 @@ class Sharded:
         self._fill_up({name: parameters[name] for name in self._others})
 
     def _fill_up(self, parameters: dict[str, nn.Parameter]) -> None:
-        known = set(self.names)
         for name, parameter in parameters.items():
-            if name not in known or not parameter.requires_grad:
+            if name not in self._known or not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
