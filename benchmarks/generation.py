@@ -53,7 +53,7 @@ STUDENT: Final = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % point of Student's t, by the number of seeds."""
 
 
-PARTS: Final = ("as the recipe says", "joint against alone")
+PARTS: Final = ("as-the-recipe-says", "joint-against-alone")
 
 
 def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
