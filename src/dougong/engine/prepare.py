@@ -32,6 +32,10 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig) -> None:
     """
     check_tensor(model, plan.tensor)
     check_expert(model, plan.expert)
+    if plan.shard > 1 and not model.state_types:
+        raise ConfigError(
+            f"plan shard={plan.shard}: {type(model).__name__} does not say what its states are made of. Use shard: 1."
+        )
     stages = plan.pipeline * plan.chunks
     if plan.pipeline > 1 and model.embed_names is None:
         raise ConfigError(

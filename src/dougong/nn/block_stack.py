@@ -49,15 +49,15 @@ class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
 
     def tokens(self, state: StateT) -> tuple[Tensor, Tensor]:
         """The tokens (B, T, D) that `token_blocks` work on, and their mask (B, T)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names token_blocks and must say what their tokens are")
 
     def with_tokens(self, state: StateT, x_BTD: Tensor, mask_BT: Tensor, num_padded: int) -> StateT:
         """The state with a part of the tokens, or all; the mask is of all, `num_padded` at its end added besides."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names token_blocks and must say what their tokens are")
 
     def num_padded(self, state: StateT) -> int:
         """How many tokens were added at the end."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names token_blocks and must say what their tokens are")
 
     def after_step(self) -> None:
         """What moves once a step by itself, after the optimizer: by default nothing."""

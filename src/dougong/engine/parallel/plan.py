@@ -79,11 +79,6 @@ class PlanConfig(Config):
             )
         return self
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether nothing but the records is shared out."""
-        return self.tensor == self.pipeline == self.shard == self.expert == 1
-
 
 def check_plan(plan: PlanConfig, world: int, *, accumulation: int) -> int:
     """How many ranks share out the records.

@@ -117,12 +117,12 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
     of_rank = [[parts[n] for n in numbers] for numbers in here]
     data_seconds = max(_data_exchange(each, cluster, plan, data, sizes) for each in of_rank)
     # The optimizer reads and writes all of its own, the weights and the gradients.
-    stepped = max(common / plan.shard + experts for common, experts in (_held(each, plan, data) for each in of_rank))
+    stepped = max(common / plan.shard + experts for common, experts in (_held(each, plan) for each in of_rank))
     each_parameter = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient
     optimizer_seconds = stepped * each_parameter / cluster.memory_bandwidth
     seconds = pipeline_seconds + data_seconds + optimizer_seconds
 
-    states = tuple(_state_bytes(each, plan, data, sizes) for each in of_rank)
+    states = tuple(_state_bytes(each, plan, sizes) for each in of_rank)
     memory = []
     for rank, state in enumerate(states):
         own = [[parts[n] for n in stages[stage]] for stage, where in enumerate(place) if where == rank]
@@ -223,15 +223,15 @@ def _pipeline(
     return max(row[-1].end for row in spans), bubble(spans), [most_held(actions) for actions in table]
 
 
-def _held(parts: list[BlockShape], plan: PlanConfig, data: int) -> tuple[float, float]:
+def _held(parts: list[BlockShape], plan: PlanConfig) -> tuple[float, float]:
     """Parameters that a rank holds of these: copied or spread ones, and those of routed experts."""
     common = sum(part.cut / plan.tensor + part.whole for part in parts)
     return common, sum(part.experts / (plan.tensor * plan.expert) for part in parts)
 
 
-def _state_bytes(parts: list[BlockShape], plan: PlanConfig, data: int, sizes: BytesConfig) -> float:
+def _state_bytes(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> float:
     """Weights, gradients and optimizer, at rest and at work: a block's whole weights beside, where they are spread."""
-    common, experts = _held(parts, plan, data)
+    common, experts = _held(parts, plan)
     each = sizes.weight + sizes.gradient + sizes.optimizer
     if plan.shard == 1:
         return each * (common + experts)
@@ -254,7 +254,7 @@ def _data_exchange(
     parts: list[BlockShape], cluster: ClusterConfig, plan: PlanConfig, data: int, sizes: BytesConfig
 ) -> float:
     """Seconds of it that are not hidden."""
-    common, experts = _held(parts, plan, data)
+    common, experts = _held(parts, plan)
 
     def ring(ranks: int, num_bytes: float, times: float) -> float:
         """So many halves of an all-reduce."""
