@@ -78,6 +78,7 @@ def test_what_cannot_be_is_said_in_one_line(planned: PlanResult, colour_table: P
             4,
             r"shard=3 cannot be a part of the 4 ranks that share out the records. Use shard in \[1, 2, 4\]",
         ),
+        ({"shard": 4, "reduction": "hierarchical"}, 4, "shard=4 leaves none on 4 ranks. Use a smaller shard"),
         ({"context": 3, "tensor": 2}, 4, r"tensor=2 x context=3 x pipeline=1 takes 6 ranks at a time, and there are 4"),
         ({"context": 2, "shard": 3}, 4, r"shard=3 cannot be a part of the 4 ranks that share out records and tokens"),
         ({"pipeline": 4, "chunks": 2, "schedule": "dualpipev"}, 4, "needs 8 micro-batches or more, and there are 1"),
@@ -96,7 +97,6 @@ def test_a_plan_that_the_ranks_cannot_have_is_refused(plan: dict[str, Any], worl
         ({"shard": 2, "pipeline": 2}, "shard=2 with pipeline=2 is not built"),
         ({"context_form": "swap"}, "context_form=swap cannot take effect with context=1. Use context: 2 or more"),
         ({"wire": "bf16"}, "wire=bf16 is what goes between nodes"),
-        ({"reduction": "hierarchical", "shard": 2}, "shard=2 has the sharder add them up"),
         ({"chunks": 2, "schedule": "interleaved"}, "chunks=2 cannot take effect without a pipeline"),
     ],
 )

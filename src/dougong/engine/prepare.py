@@ -14,7 +14,7 @@ from typing import Any
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.context import apply_context, check_context, share_tokens
 from dougong.engine.parallel.expert import apply_expert, check_expert
-from dougong.engine.parallel.hierarchical import Hierarchy, groups_in_nodes
+from dougong.engine.parallel.hierarchical import MEASURED_BYTES, Hierarchy, groups_in_nodes
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.mesh import Mesh
 from dougong.engine.parallel.pipeline import apply_pipeline
@@ -23,6 +23,7 @@ from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
 from dougong.engine.parallel.shard import apply_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
+from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
 
@@ -68,6 +69,7 @@ def prepare_model(
     """
     check_plan(plan, ranks.world, accumulation=accumulation)
     check_model(model, plan)
+    in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
     if ranks.group is not None:
@@ -91,28 +93,35 @@ def prepare_model(
         copies = mesh.group("copies")
         assert copies is not None
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
-        layout.sharded = apply_shard(
-            model, mesh.devices, copies, keep_gathered=plan.sharding == "zero2", ignored=ignored
-        )
+        keep_gathered = plan.sharding == "zero2"
+        layout.sharded = apply_shard(model, mesh.devices, copies, keep_gathered=keep_gathered, ignored=ignored)
     if plan.reduction == "hierarchical":
-        layout.hierarchy = _hierarchy(mesh, plan)
+        layout.hierarchy = _hierarchy(layout, plan, in_node)
     return layout
 
 
-def _hierarchy(mesh: Mesh, plan: PlanConfig) -> Hierarchy | None:
-    """Of the ranks that add up gradients; None where they are of one node."""
-    group = mesh.group("copies")
-    if group is None:
-        return None
-    per_node = plan.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", mesh.ranks.world))
-    here = min(mesh.copies, max(1, per_node // plan.tensor))  # tensor ranks stand next to each other
-    if mesh.copies % here:
+def _copies_in_node(plan: PlanConfig, world: int) -> int:
+    """Of the ranks with the same part of the weights, how many stand in one node."""
+    copies = world // (plan.pipeline * plan.shard * plan.tensor)
+    per_node = plan.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # Ranks with other parts stand next to each other.
+    here = min(copies, max(1, per_node // (plan.shard * plan.tensor)))
+    if plan.reduction == "hierarchical" and copies % here:
         raise ConfigError(
-            f"plan reduction=hierarchical: the {mesh.copies} ranks that share out the records are no whole nodes of "
-            f"{here}. Use another number of ranks, or reduction: flat."
+            f"plan reduction=hierarchical: {copies} ranks that add up the same gradients are no whole nodes of {here}. "
+            "Use another number of ranks, or reduction: flat."
         )
-    if here == mesh.copies:
+    return here
+
+
+def _hierarchy(layout: Layout, plan: PlanConfig, in_node: int) -> Hierarchy | None:
+    """Of the ranks with the same part of the weights; None where they are of one node."""
+    group = layout.mesh.group("replicate")
+    if group is None or in_node == layout.mesh.sizes["replicate"]:
         return None
-    hierarchy = Hierarchy(group, *groups_in_nodes(mesh.rows_of_copies, here), wire=plan.wire)
-    hierarchy.measure()
+    hierarchy = Hierarchy(group, *groups_in_nodes(layout.mesh.rows("replicate"), in_node), wire=plan.wire)
+    # No message is longer.
+    sizes = [local_part(p).nbytes for name, p in layout.model.named_parameters() if name not in layout.experts]
+    longest = min(sum(sizes), max([BUCKET_BYTES, *sizes]))
+    hierarchy.measure([size for size in MEASURED_BYTES if size <= longest] or MEASURED_BYTES[:1])
     return hierarchy

@@ -192,6 +192,8 @@ LAYOUTS: dict[str, PlanConfig] = {
     "context 4, zero3 over 8": PlanConfig(context=4, shard=8),
     "context 2, hybrid 2x2, tensor 2": PlanConfig(context=2, shard=2, tensor=2),
     "context 2, experts over 4": PlanConfig(context=2, expert=4),
+    "hybrid 4x2, copies by nodes of 4": PlanConfig(shard=2, reduction="hierarchical", per_node=4),
+    "hybrid 2x4, a copy on each node": PlanConfig(shard=4, reduction="hierarchical", per_node=4),
     "experts over 4": PlanConfig(expert=4),
     "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2),
     "experts over 2, pipeline 2, tensor 2": PlanConfig(expert=2, pipeline=2, tensor=2),
@@ -233,3 +235,34 @@ def test_a_layout_trains_as_one_process_does(kind: str, name: str) -> None:
     for weight, value in whole.items():
         # Nothing is left that no rank holds.
         assert (value - expected_weights[weight]).abs().max() < 1e-5, weight
+
+
+def across_nodes(sharded: bool) -> tuple[list[int], int, float]:
+    """Who speaks with this rank across nodes, the numbers that went by nodes in a step, and the step's norm."""
+    model, ranks = build("decoder"), Ranks(dist.group.WORLD)
+    plan = PlanConfig(shard=2 if sharded else 1, reduction="hierarchical", per_node=4)
+    layout = prepare_model(model, plan, ranks)
+    hierarchy, sharding = layout.hierarchy, layout.sharded
+    assert hierarchy is not None
+    plain, sent = hierarchy.all_reduce, []
+
+    def all_reduce(x: Tensor, **named: Any) -> None:
+        sent.append(x.numel())
+        plain(x, form="scatter", **named)
+
+    hierarchy.all_reduce = all_reduce  # type: ignore[method-assign]
+    backward = None if sharding is None else sharding.backward
+    parts = TrainParts(model, loss_of, optimizer_of(model), backward=backward, reduce=layout.reduce, norm=layout.norm)
+    (batch,) = batches(0, 1)
+    report = train_step(parts, [shared_out(batch, layout.mesh.share)], num_records=batch.num_records)
+    return dist.get_process_group_ranks(hierarchy.across), sum(sent), report.grad_norm
+
+
+def test_a_rank_sends_its_part_alone_across_nodes() -> None:
+    (norm,), num = train_alone("decoder", 1).norms[:1], sum(p.numel() for p in build("decoder").parameters())
+    for sharded in (False, True):
+        found = run_ranks(across_nodes, sharded, world=WORLD)
+        for rank, (others, sent, norm_here) in enumerate(found):
+            assert others == [rank % 4, rank % 4 + 4]
+            assert norm_here == pytest.approx(norm, rel=1e-5)
+            assert 0.9 * num < (2 if sharded else 1) * sent < 1.1 * num

@@ -69,12 +69,15 @@ class Layout:
             copied = [named[name] for name in named if name not in spread and name not in self.experts]
             # Ranks of a context have all made the loss of the same records.
             gradients, loss = gradients_anywhere(copied, group, loss / self.mesh.plan.context)
-            by = None if self.hierarchy is None else self._by_hierarchy
-            add_up(gradients, group, by=by)
+            # Over ranks with other parts of the weights, the sharder has added up.
+            gradients += [local_part(g) for name in named if name in spread and (g := named[name].grad) is not None]
+            copies = self.mesh.group("replicate")
+            if copies is not None:
+                add_up(gradients, copies, by=None if self.hierarchy is None else self._by_hierarchy)
             average_moves(list(self.model.buffers()), before, group)
-        copies = self.mesh.group("expert copies")
-        if self.experts and copies is not None:
-            add_up(gradients_anywhere([named[name] for name in named if name in self.experts], copies, loss)[0], copies)
+        alike = self.mesh.group("expert copies")
+        if self.experts and alike is not None:
+            add_up(gradients_anywhere([named[name] for name in named if name in self.experts], alike, loss)[0], alike)
         if self.pipeline is not None:  # the last stage alone has it
             loss = loss.clone()
             dist.all_reduce(loss, group=self.mesh.group("pipeline"))

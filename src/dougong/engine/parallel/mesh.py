@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from dougong.data.position import Share
 from dougong.engine.parallel.plan import PlanConfig
@@ -55,17 +55,20 @@ class Mesh:
         self._grid = grid
         self._groups: dict[Group, dist.ProcessGroup | None] = {}
         self.devices: DeviceMesh | None = None
+        """Of the shard axis, as FSDP2 wants it."""
+
         if ranks.group is None:
             return
-        if plan.shard > 1:
-            accelerator = torch.accelerator.current_accelerator()
-            kind = "cpu" if accelerator is None else accelerator.type
-            self.devices = init_device_mesh(kind, tuple(grid.shape), mesh_dim_names=AXES)["replicate", "shard"]
         for axis in AXES:
-            self._groups[axis] = self._made((axis,))
-        self._groups["copies"] = self._made(("replicate", "shard"))
+            self._groups[axis] = self._own(self.rows(axis))
+        self._groups["copies"] = self._own(self.rows("replicate", "shard"))
         self._groups["context"], self._groups["data"] = self._parted(plan.context)
         self._groups["expert"], self._groups["expert copies"] = self._parted(plan.expert)
+        shard = self._groups["shard"]
+        if shard is not None:
+            accelerator = torch.accelerator.current_accelerator()
+            kind = "cpu" if accelerator is None else accelerator.type
+            self.devices = DeviceMesh.from_group(shard, kind, mesh_dim_names=("shard",))
 
     def group(self, name: Group) -> dist.ProcessGroup | None:
         """This rank's group along an axis, or None where it is alone there.
@@ -85,24 +88,19 @@ class Mesh:
         inner = math.prod(self.sizes[each] for each in AXES[AXES.index(axis) + 1 :])
         return self.ranks.rank // inner % self.sizes[axis]
 
-    @property
-    def rows_of_copies(self) -> list[list[int]]:
-        """All groups of ranks that begin with the same weights."""
-        rows: list[list[int]] = self._grid.permute(0, 3, 1, 2).reshape(-1, self.copies).tolist()
-        return rows
-
-    def _made(self, axes: tuple[Axis, ...]) -> dist.ProcessGroup | None:
-        """One group for every place along the other axes; this rank's own."""
+    def rows(self, *axes: Axis) -> list[list[int]]:
+        """All groups of ranks along these axes: one for every place along the others."""
         others = [place for place, axis in enumerate(AXES) if axis not in axes]
         kept = [place for place, axis in enumerate(AXES) if axis in axes]
-        size = int(torch.tensor([self._grid.shape[place] for place in kept]).prod())
-        return self._own(self._grid.permute(*others, *kept).reshape(-1, size).tolist())
+        size = math.prod(self.sizes[axis] for axis in axes)
+        rows: list[list[int]] = self._grid.permute(*others, *kept).reshape(-1, size).tolist()
+        return rows
 
     def _parted(self, size: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """Copies in parts of so many neighbours: this rank's part, and those with its place in other parts."""
         if size == 1:
             return None, self._groups["copies"]
-        parts = torch.tensor(self.rows_of_copies).view(-1, self.copies // size, size)
+        parts = torch.tensor(self.rows("replicate", "shard")).view(-1, self.copies // size, size)
         return (
             self._own(parts.reshape(-1, size).tolist()),
             self._own(parts.transpose(1, 2).reshape(-1, self.copies // size).tolist()),

@@ -85,11 +85,6 @@ class PlanConfig(Config):
             raise ValueError(
                 f"wire={self.wire} is what goes between nodes. Use reduction: hierarchical, or wire: fp32."
             )
-        if self.reduction == "hierarchical" and self.shard > 1:
-            raise ValueError(
-                f"reduction=hierarchical adds up gradients of copies, and shard={self.shard} has the sharder add them "
-                "up. Use reduction: flat, or shard: 1."
-            )
         return self
 
 
@@ -117,6 +112,11 @@ def check_plan(plan: PlanConfig, world: int, *, accumulation: int) -> int:
                 f"plan {name}={size} cannot be a part of the {copies} ranks that share out {shared}. "
                 f"Use {name} in {fits}."
             )
+    if plan.reduction == "hierarchical" and 1 < plan.shard == copies:
+        raise ConfigError(
+            f"plan reduction=hierarchical adds up gradients of copies, and shard={plan.shard} leaves none on {world} "
+            "ranks. Use a smaller shard, or reduction: flat."
+        )
     if plan.pipeline > 1:
         check_schedule(plan.schedule, plan.pipeline, plan.chunks, accumulation)
     return world // together

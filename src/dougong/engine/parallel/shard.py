@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer spread over ranks, each block's gathered when it is its turn (ZeRO).
 
 Here        `apply_shard`, Sharded.
-Elsewhere   gathering and spreading itself is torch's FSDP2; adding up what is not spread (layout.py).
+Elsewhere   gathering and spreading itself is torch's FSDP2; adding up over copies, once a step (layout.py).
 Promise     a step gives every rank its part of the gradients that one process with all records would have, within
             rounding; ranks may hold any number of records, also none, and any modality may be absent on any of them: no
             rank waits for another in vain. A weight that no rank has a gradient of gets none.
@@ -166,10 +166,10 @@ def apply_shard(
     keep_gathered: bool = False,
     ignored: set[nn.Parameter] | None = None,
 ) -> Sharded:
-    """Spread the model over the mesh's last axis, in place; along its first axis stand copies.
+    """Spread the model over the mesh, in place; over its copies gradients are still to be added up.
 
-    `group` are all of the mesh's ranks. With `keep_gathered` weights stay gathered from forward to backward. `ignored`
-    parameters are left as they are.
+    `group` are all ranks that begin with the same weights: those of the mesh and of its copies. With `keep_gathered`
+    weights stay gathered from forward to backward. `ignored` parameters are left as they are.
     """
     return Sharded(model, mesh, group, keep_gathered=keep_gathered, ignored=ignored or set())
 
