@@ -99,7 +99,7 @@ def _run(row: Mapping[str, Any], table: Mapping[str, Any], series: Series) -> Ru
         pipeline=pipeline,
         chunks=chunks,
         schedule="interleaved" if chunks > 1 else "1f1b",
-        sequence=series.sequence,
+        sequence=series.sequence or tensor == 1,
     )
     shape = transformer_shape(
         width=row["hidden"],
@@ -172,7 +172,7 @@ NAIVE: Final = {
     "Megatron's own sizes, all forwards before all backwards": PlanConfig(
         tensor=8, pipeline=8, schedule="gpipe", sequence=False
     ),
-    "as many pipeline ranks as fit, no tensor ranks": PlanConfig(pipeline=64, schedule="gpipe", sequence=False),
+    "as many pipeline ranks as fit, no tensor ranks": PlanConfig(pipeline=64, schedule="gpipe"),
 }
 """Layouts that one could take without a plan."""
 

@@ -95,9 +95,16 @@ def test_a_plan_that_the_ranks_cannot_have_is_refused(plan: dict[str, Any], worl
         ({"pipeline": 2, "schedule": "zbv"}, "schedule=zbv has 2 stages on each rank, not 1"),
         ({"pipeline": 2, "chunks": 2}, "schedule=1f1b has 1 stage on each rank"),
         ({"shard": 2, "pipeline": 2}, "shard=2 with pipeline=2 is not built"),
-        ({"context_form": "swap"}, "context_form=swap cannot take effect with context=1. Use context: 2 or more"),
-        ({"wire": "bf16"}, "wire=bf16 is what goes between nodes"),
-        ({"chunks": 2, "schedule": "interleaved"}, "chunks=2 cannot take effect without a pipeline"),
+        ({"context_form": "swap"}, "context_form=swap cannot take effect. Leave it out, or set context: 2 or more"),
+        ({"sequence": False}, "sequence=False cannot take effect. Leave it out, or set tensor: 2 or more"),
+        ({"schedule": "gpipe"}, "schedule=gpipe cannot take effect. Leave it out, or set pipeline: 2 or more"),
+        ({"sharding": "zero2"}, "sharding=zero2 cannot take effect. Leave it out, or set shard: 2 or more"),
+        ({"wire": "bf16"}, "wire=bf16 cannot take effect. Leave it out, or set reduction: hierarchical"),
+        ({"per_node": 4}, "per_node=4 cannot take effect. Leave it out, or set reduction: hierarchical"),
+        (
+            {"chunks": 2, "schedule": "interleaved"},
+            "chunks=2 cannot take effect. Leave it out, or set pipeline: 2 or more",
+        ),
     ],
 )
 def test_a_plan_that_contradicts_itself_is_refused(plan: dict[str, Any], message: str) -> None:

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from dougong.data.position import Share
-from dougong.engine.parallel.replicate import apply_replicate
-from dougong.engine.step import StepReport, TrainParts, nothing_to_add, train_step
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import Ranks
+from dougong.engine.parallel.replicate import add_up, copy_from_first
+from dougong.engine.prepare import prepare_model
+from dougong.engine.step import Reduce, StepReport, TrainParts, nothing_to_add, train_step
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
 
@@ -60,13 +63,17 @@ def batch_of(present: str, share: Share) -> Batch:
     return Batch({"left": media("lb"), "right": media("rb")}, None)
 
 
-def stepped(patterns: list[str], bucket_bytes: int) -> tuple[dict[str, Tensor], list[StepReport], list[str]]:
+def replicated(model: TwoSides) -> Reduce:
+    return prepare_model(model, PlanConfig(), Ranks(dist.group.WORLD)).reduce
+
+
+def stepped(patterns: list[str]) -> tuple[dict[str, Tensor], list[StepReport], list[str]]:
     """Two steps over each pattern, on this rank's share; the weights after them, what each step told, and which
     parameters had a gradient in the last one."""
     group = dist.group.WORLD if dist.is_initialized() else None
     share = Share() if group is None else Share(dist.get_rank(), dist.get_world_size())
     model = TwoSides(seed=share.rank)  # replication makes them the same
-    reduce = nothing_to_add if group is None else apply_replicate(model, group, bucket_bytes=bucket_bytes)
+    reduce = nothing_to_add if group is None else replicated(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = TrainParts(model, summed, AdamW(parameters, lr=0.1, weight_decay=0.5), reduce=reduce)
     reports = [
@@ -90,9 +97,9 @@ PATTERNS = {
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_stepped_weights_are_those_of_one_process(name: str, world: int) -> None:
-    want, want_reports, want_with_gradient = stepped(PATTERNS[name], 0)
+    want, want_reports, want_with_gradient = stepped(PATTERNS[name])
 
-    found = run_ranks(stepped, PATTERNS[name], 100, world=world)  # bytes: several buckets
+    found = run_ranks(stepped, PATTERNS[name], world=world)
 
     for weights, reports, with_gradient in found:
         for key in ("left.weight", "left.bias", "right.weight", "right.bias", "unused", "frozen"):
@@ -104,7 +111,7 @@ def test_the_stepped_weights_are_those_of_one_process(name: str, world: int) -> 
 
 
 def test_every_rank_has_the_same_weights_and_buffers_bit_for_bit() -> None:
-    found = [weights for weights, _, _ in run_ranks(stepped, PATTERNS["mixed"], 100, world=4)]
+    found = [weights for weights, _, _ in run_ranks(stepped, PATTERNS["mixed"], world=4)]
 
     for weights in found[1:]:
         assert all(torch.equal(weights[key], found[0][key]) for key in found[0])
@@ -114,10 +121,8 @@ def test_every_rank_has_the_same_weights_and_buffers_bit_for_bit() -> None:
 def running_means() -> tuple[Tensor, Tensor]:
     """What the ranks' buffers would be by themselves, and what they are together."""
     share = Share(dist.get_rank(), dist.get_world_size())
-    group = dist.group.WORLD
-    assert group is not None
     alone, together = TwoSides(), TwoSides()
-    for model, reduce in ((alone, nothing_to_add), (together, apply_replicate(together, group))):
+    for model, reduce in ((alone, nothing_to_add), (together, replicated(together))):
         parts = TrainParts(model, summed, AdamW([model.left.weight]), reduce=reduce)
         train_step(parts, [batch_of("bbbb", share)], num_records=4)
     return alone.mean, together.mean
@@ -132,8 +137,7 @@ def test_running_means_are_averaged() -> None:
 
 def spoiled(where: str) -> tuple[StepReport, bool, bool]:
     """A step that is not finite on rank 1; whether weights and buffers stayed, and whether the next step is finite."""
-    group, rank = dist.group.WORLD, dist.get_rank()
-    assert group is not None
+    rank = dist.get_rank()
     model = TwoSides()
     optimizer = AdamW([model.left.weight, model.left.bias], lr=0.1)
 
@@ -142,7 +146,7 @@ def spoiled(where: str) -> tuple[StepReport, bool, bool]:
             return output
         return output * math.nan if where == "loss" else output + (model.left.weight * 0).sum().abs().sqrt()
 
-    reduce = apply_replicate(model, group)
+    reduce = replicated(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batch = batch_of("llll", Share(rank, 2))
     report = train_step(TrainParts(model, loss, optimizer, reduce=reduce), [batch], num_records=4)
@@ -158,3 +162,25 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(where: str) -> Non
         assert same
         assert finite_after
     assert all(math.isnan(report.loss) is (where == "loss") for report, _, _ in run_ranks(spoiled, where, world=2))
+
+
+def in_buckets(bucket_bytes: int) -> list[list[Tensor]]:
+    """Tensors of several sizes and types: added up, and copied from the first rank."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    assert group is not None
+    generator = torch.Generator().manual_seed(rank)
+    model = nn.Module()
+    for place, (shape, dtype) in enumerate([((3, 5), torch.float32), ((), torch.float64), ((40,), torch.float32)] * 2):
+        model.register_buffer(f"x{place}", torch.randn(shape, generator=generator, dtype=dtype))
+    sums = [buffer.clone() for buffer in model.buffers()]
+    add_up(sums, group, bucket_bytes)
+    copy_from_first(model, group, bucket_bytes)
+    return [sums, list(model.buffers())]
+
+
+def test_what_is_sent_in_many_buckets_is_as_in_one() -> None:
+    one = run_ranks(in_buckets, 10**6, world=2)
+    for bucket_bytes in (0, 100, 200):
+        for found in run_ranks(in_buckets, bucket_bytes, world=2):
+            for got, want in zip(found, one[0], strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -2,7 +2,8 @@
 
 Here        PlanConfig, `check_plan`.
 Elsewhere   choosing one (engine/planner/); carrying it out (engine/prepare.py, and beside this).
-Promise     a layout that cannot be is refused before any rank has sent anything, with what would fit.
+Promise     a layout that cannot be, and a setting that cannot take effect, are refused before any rank has sent
+            anything, with what would fit.
 """
 
 from __future__ import annotations
@@ -66,24 +67,26 @@ class PlanConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PlanConfig:
+        for name, can, needed in (
+            ("context_form", self.context > 1, "context: 2 or more"),
+            ("sequence", self.tensor > 1, "tensor: 2 or more"),
+            ("chunks", self.pipeline > 1, "pipeline: 2 or more"),
+            ("schedule", self.pipeline > 1, "pipeline: 2 or more"),
+            ("sharding", self.shard > 1, "shard: 2 or more"),
+            ("wire", self.reduction == "hierarchical", "reduction: hierarchical"),
+            ("per_node", self.reduction == "hierarchical", "reduction: hierarchical"),
+        ):
+            given = getattr(self, name)
+            if not can and given != type(self).model_fields[name].default:  # what is stored has all defaults
+                raise ValueError(f"{name}={given} cannot take effect. Leave it out, or set {needed}.")
         if self.schedule in V_SHAPED and self.chunks != 2:
             raise ValueError(f"schedule={self.schedule} has 2 stages on each rank, not {self.chunks}. Use chunks: 2.")
         if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
             raise ValueError(f"schedule={self.schedule} has 1 stage on each rank. Use chunks: 1, or interleaved.")
-        if self.context == 1 and self.context_form != "gather":
-            raise ValueError(
-                f"context_form={self.context_form} cannot take effect with context=1. Use context: 2 or more."
-            )
-        if self.pipeline == 1 and self.chunks != 1:
-            raise ValueError(f"chunks={self.chunks} cannot take effect without a pipeline. Use pipeline: 2 or more.")
         if self.shard > 1 and self.pipeline > 1:
             raise ValueError(
                 f"shard={self.shard} with pipeline={self.pipeline} is not built: stages hold their weights whole. "
                 "Use shard: 1, or pipeline: 1."
-            )
-        if self.reduction == "flat" and self.wire != "fp32":
-            raise ValueError(
-                f"wire={self.wire} is what goes between nodes. Use reduction: hierarchical, or wire: fp32."
             )
         return self
 

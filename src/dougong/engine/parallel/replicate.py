@@ -1,10 +1,10 @@
-"""The same model on every rank, each trained on its share of a batch.
+"""What copies of a model on many ranks tell each other.
 
-Here        `apply_replicate`, and its parts: `add_up`, `gradients_anywhere`, `average_moves`.
-Elsewhere   the step that calls what it returns (engine/step.py); each rank's share (data/position.py).
-Promise     after a step every rank has the same weights, those of one process that had the whole batch, up to rounding.
-            A weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
+Here        `copy_from_first`, `gradients_anywhere`, `add_up`, `average_moves`.
+Elsewhere   the order in which a step calls them (layout.py).
+Promise     a weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
             one that no rank has a gradient of is left alone, as by one process: an optimizer must not decay it.
+            Nothing is averaged but what buffers moved by: a loss must be divided by the records of all ranks.
 """
 
 from __future__ import annotations
@@ -18,28 +18,6 @@ from torch import Tensor, nn
 
 BUCKET_BYTES: Final = 25 * 2**20
 """Sent at once: enough that the number of messages does not matter, little enough to hold twice."""
-
-
-def apply_replicate(
-    model: nn.Module, group: dist.ProcessGroup, *, bucket_bytes: int = BUCKET_BYTES
-) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
-    """Give every rank the weights and buffers of the group's first, in place, and return what a step reduces by.
-
-    What is returned takes a rank's loss and what its buffers were before the step. It returns the sum of the ranks'
-    losses, adds the gradients up over the ranks, and moves floating-point buffers (running means) by what the ranks
-    moved theirs on average. It averages nothing else: a loss must be divided by the records of all ranks.
-    """
-    copy_from_first(model, group, bucket_bytes)
-
-    def reduce(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
-        with torch.no_grad():
-            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            gradients, total = gradients_anywhere(parameters, group, loss)
-            add_up(gradients, group, bucket_bytes)
-            average_moves(list(model.buffers()), before, group, bucket_bytes)
-            return total
-
-    return reduce
 
 
 @torch.no_grad()
