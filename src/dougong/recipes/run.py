@@ -22,19 +22,17 @@ from torch import Tensor
 import dougong
 from dougong.core.bundle import Manifest
 from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
-from dougong.core.errors import ConfigError, RunError
+from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import VolumeInput
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.position import Position
-from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparation
+from dougong.data.preparation import TABLE_MODALITY, Preparation
 from dougong.data.table import Table
-from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.contribution import Probe
@@ -42,13 +40,13 @@ from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
 from dougong.engine.parallel.mesh import share_of
 from dougong.engine.parallel.pipeline import block_seconds
-from dougong.engine.parallel.plan import check_plan
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.prepare import prepare_model
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.recipes.losses import backward_of, check_blend, check_objective, check_ranks, losses_of
+from dougong.recipes.build import build_model, check_layout, learn_preparation
+from dougong.recipes.losses import backward_of, check_blend, check_objective, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.result import result_as_json
 from dougong.recipes.samples import write_samples
@@ -130,13 +128,7 @@ def train_recipe(
         RunError: the folder holds a run already, or none to resume.
     """
     check_objective(recipe.objective, recipe.model)
-    shares = check_plan(recipe.plan, ranks.world, accumulation=recipe.train.accumulation)
-    check_ranks(recipe.objective, recipe.model, shares)
-    if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
-        raise ConfigError(
-            f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "
-            "Set data.corrupt.spare_one: false, or train in one process."
-        )
+    check_layout(recipe, recipe.plan, ranks.world)
     quiet = quiet or not ranks.first
     settled = ranks.first_says(lambda: settle_recipe(recipe, folder, resume=resume).model_dump(mode="json"))
     recipe = parse(Recipe, settled, where=SETTINGS)
@@ -178,12 +170,6 @@ def train_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-
-
-def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
-    """The recipe's model before its first step; the same seed draws the same weights."""
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    return recipe.model.build(preparation.signature())
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
@@ -271,23 +257,9 @@ def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation,
     kept = folder / "preparation"
     if (kept / "preparation.json").exists():
         return Preparation.load(kept), ()
-    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
-    preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
-    notes: list[str] = []
-    for name, modality in list(preparation.modalities.items()):
-        if isinstance(modality.signature(), VolumeInput):
-            notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
-            del preparation.modalities[name]
-    if recipe.data.modalities is not None:
-        strange = [name for name in recipe.data.modalities if name not in preparation.modalities]
-        if strange:
-            known = ", ".join(preparation.modalities)
-            raise RunError(f"data.modalities names {strange[0]!r}, which is no modality here. Use some of {known}.")
-        preparation = preparation.only(recipe.data.modalities)
-    if not preparation.modalities:
-        raise RunError("no modality is left that has an encoder. Name other roles in data.columns.")
+    preparation, notes = learn_preparation(recipe, tables)
     preparation.save(kept)
-    return preparation, tuple(notes)
+    return preparation, notes
 
 
 def _train(
