@@ -106,6 +106,8 @@ def test_what_cannot_be_is_said_in_one_line(planned: PlanResult, colour_table: P
             4,
             r"shard=3 cannot be a part of the 4 ranks that share out the records. Use shard in \[1, 2, 4\]",
         ),
+        ({"context": 3, "tensor": 2}, 4, r"tensor=2 x context=3 x pipeline=1 takes 6 ranks at a time, and there are 4"),
+        ({"context": 2, "shard": 3}, 4, r"shard=3 cannot be a part of the 4 ranks that share out records and tokens"),
         ({"pipeline": 4, "chunks": 2, "schedule": "dualpipev"}, 4, "needs 8 micro-batches or more, and there are 1"),
     ],
 )
@@ -120,6 +122,7 @@ def test_a_plan_that_the_ranks_cannot_have_is_refused(plan: dict[str, Any], worl
         ({"pipeline": 2, "schedule": "zbv"}, "schedule=zbv has 2 stages on each rank, not 1"),
         ({"pipeline": 2, "chunks": 2}, "schedule=1f1b has 1 stage on each rank"),
         ({"shard": 2, "pipeline": 2}, "shard=2 with pipeline=2 is not built"),
+        ({"context_form": "swap"}, "context_form=swap cannot take effect with context=1. Use context: 2 or more"),
         ({"wire": "bf16"}, "wire=bf16 is what goes between nodes"),
         ({"reduction": "hierarchical", "shard": 2}, "shard=2 has the sharder add them up"),
         ({"chunks": 2, "schedule": "interleaved"}, "chunks=2 cannot take effect without a pipeline"),

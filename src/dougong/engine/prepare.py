@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dougong.core.errors import ConfigError
+from dougong.engine.parallel.context import apply_context, check_context, share_tokens
 from dougong.engine.parallel.expert import apply_expert, check_expert
 from dougong.engine.parallel.hierarchical import Hierarchy, groups_in_nodes
 from dougong.engine.parallel.layout import Layout
@@ -31,6 +32,7 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig) -> None:
         ConfigError: the model cannot be laid out so; the message says what fits.
     """
     check_tensor(model, plan.tensor)
+    check_context(model, plan.context, plan.context_form, plan.tensor)
     check_expert(model, plan.expert)
     if plan.shard > 1 and not model.state_types:
         raise ConfigError(
@@ -71,37 +73,46 @@ def prepare_model(
     if ranks.group is not None:
         copy_from_first(model, ranks.group, BUCKET_BYTES)
     pipeline, tensor, expert = mesh.group("pipeline"), mesh.group("tensor"), mesh.group("expert")
+    sequence = plan.sequence and len(model.token_blocks) > 0
+    context = mesh.group("context")
     if pipeline is not None:  # first: the rest is done to what is here
         layout.pipeline = apply_pipeline(model, pipeline, plan.schedule, stages_per_rank=plan.chunks, costs=costs)
         layout.pipeline.clock = layout.clock
     if expert is not None:
         layout.experts = apply_expert(model, expert, layout.cuts)
+    shared = None
+    if context is not None:
+        shared = apply_context(model, context, plan.context_form, blocks=plan.tensor if sequence else 1)
     if tensor is not None:  # it changes what a weight is
-        layout.cuts = apply_tensor(model, tensor, layout.cuts, sequence=plan.sequence)
+        layout.cuts = apply_tensor(model, tensor, layout.cuts, sequence=sequence)
+    if shared is not None or (tensor is not None and sequence):
+        share_tokens(model, tensor if sequence else None, shared)
     if mesh.devices is not None:  # last: it wraps finished blocks
-        data = mesh.group("data")
-        assert data is not None
+        copies = mesh.group("copies")
+        assert copies is not None
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
-        layout.sharded = apply_shard(model, mesh.devices, data, keep_gathered=plan.sharding == "zero2", ignored=ignored)
+        layout.sharded = apply_shard(
+            model, mesh.devices, copies, keep_gathered=plan.sharding == "zero2", ignored=ignored
+        )
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(mesh, plan)
     return layout
 
 
 def _hierarchy(mesh: Mesh, plan: PlanConfig) -> Hierarchy | None:
-    """Of the ranks that share out the records; None where they are of one node."""
-    group = mesh.group("data")
+    """Of the ranks that add up gradients; None where they are of one node."""
+    group = mesh.group("copies")
     if group is None:
         return None
     per_node = plan.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", mesh.ranks.world))
-    here = min(mesh.data, max(1, per_node // plan.tensor))  # tensor ranks stand next to each other
-    if mesh.data % here:
+    here = min(mesh.copies, max(1, per_node // plan.tensor))  # tensor ranks stand next to each other
+    if mesh.copies % here:
         raise ConfigError(
-            f"plan reduction=hierarchical: the {mesh.data} ranks that share out the records are no whole nodes of "
+            f"plan reduction=hierarchical: the {mesh.copies} ranks that share out the records are no whole nodes of "
             f"{here}. Use another number of ranks, or reduction: flat."
         )
-    if here == mesh.data:
+    if here == mesh.copies:
         return None
-    hierarchy = Hierarchy(group, *groups_in_nodes(mesh.data_rows, here), wire=plan.wire)
+    hierarchy = Hierarchy(group, *groups_in_nodes(mesh.rows_of_copies, here), wire=plan.wire)
     hierarchy.measure()
     return hierarchy

@@ -26,10 +26,11 @@ from dougong.model.sampling import SamplingConfig, choose
 from dougong.model.sandwich import EncoderBlock, EncoderConfig, FinishBlock, SandwichState, settled_encoders
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
+from dougong.nn.context import Context, Seen
 from dougong.nn.experts import Experts, GatedFeedForward, MixtureOfExperts, Router
 from dougong.nn.latent_attention import LatentAttention, LatentCache
 from dougong.nn.modules_by_name import ModulesByName
-from dougong.nn.rotary import Rotation, Stretch, frequencies, magnitude, rotation
+from dougong.nn.rotary import Stretch, frequencies, magnitude
 from dougong.nn.split import Split
 from dougong.nn.start import keep_variance
 from dougong.nn.vocabulary import TokenLoss
@@ -181,7 +182,8 @@ class DecoderOutput(NamedTuple):
     """Shapes: B records, N words, V words of the vocabulary."""
 
     score_BNV: Tensor
-    """Of what comes after each word, the last one included."""
+    """Of what comes after each word, the last one included. Of ranks that share out tokens, or the vocabulary, each has
+    a part in training."""
 
     loss_BN: Tensor
     """Of each word but the first, in nats: N - 1 of them."""
@@ -229,6 +231,7 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.out = keep_variance(nn.Linear(config.width, text.vocabulary_size, bias=False))
         self.token_loss = TokenLoss()
+        self.context = Context()
         self.config = config.model_copy(update={"encoders": resolved})
         """What rebuilds this model without any pretrained folder."""
 
@@ -272,15 +275,24 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
 
     def head(self, state: DecoderState) -> DecoderOutput:
         num_words = state.id_BN.shape[1]
-        score_BNV = self._score(state.x_BTD[:, state.x_BTD.shape[1] - num_words :])
-        loss_BN = self.token_loss(score_BNV[:, :-1], state.id_BN[:, 1:])
+        score_BNV, loss_BN = self._judged(state.x_BTD[:, state.x_BTD.shape[1] - num_words :], state.id_BN, 1)
         further = []
         for place, x_BND in enumerate(state.further):
             # From word i the next one is i + 1; this one is place + 2 after it.
             ahead = place + 2
-            further_BNV = self._score(x_BND[:, : num_words - ahead])
-            further.append((self.token_loss(further_BNV, state.id_BN[:, ahead:]), state.due_BN[:, ahead - 1 :]))
+            _, further_BN = self._judged(x_BND, state.id_BN, ahead)
+            further.append((further_BN, state.due_BN[:, ahead - 1 :]))
         return DecoderOutput(score_BNV, loss_BN, state.due_BN, tuple(further))
+
+    def _judged(self, x_BND: Tensor, id_BN: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        """Scores of the word that is so far ahead of each; and the losses of those that there are."""
+        num_words = x_BND.shape[1]
+        target_BN = nn.functional.pad(id_BN[:, ahead:], (0, num_words - id_BN[:, ahead:].shape[1]))
+        score_BNV = self._score(self.context.own(x_BND))
+        loss_BN = self.context.told(self.token_loss(score_BNV, self.context.own(target_BN)))
+        if not self.training:
+            score_BNV = self.context.told(score_BNV)[:, :num_words]
+        return score_BNV, loss_BN[:, : max(0, id_BN.shape[1] - ahead)]
 
     def _score(self, x_BND: Tensor) -> Tensor:
         score_BNV: Tensor = self.out(self.norm(x_BND))
@@ -367,38 +379,12 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
         num_cached = caches[0].latent_BSL.shape[1] if caches else 0
         if mask_BS is None:
             mask_BS = torch.ones(len(x_BTD), num_cached + x_BTD.shape[1], dtype=torch.bool, device=x_BTD.device)
-        seen = Seen.of(mask_BS, x_BTD.shape[1], layers[0].frequency_R, layers[0].angle_scale)
+        seen = Seen.of(mask_BS, layers[0].frequency_R, layers[0].angle_scale, num_new=x_BTD.shape[1])
         found: list[LatentCache] = []
         for place, layer in enumerate(layers):
             x_BTD, cache = layer(x_BTD, seen, caches[place] if caches else None)
             found.append(cache)
         return self._score(x_BTD if num_words is None else x_BTD[:, -num_words:]), found
-
-
-class Seen(NamedTuple):
-    """What each new token may see, and where it stands. Shapes: B records, T new tokens, S all tokens."""
-
-    by: Rotation
-    mask_BTS: Tensor | None
-    """None: itself and all before."""
-
-    new_BT: Tensor
-    """Which of the new tokens are real."""
-
-    @classmethod
-    def of(cls, mask_BS: Tensor, num_new: int, frequency_R: Tensor, scale: float) -> Seen:
-        """From which of all tokens are real; the last `num_new` are new. Places count real tokens alone."""
-        position_BS = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)
-        new_BT = mask_BS[:, mask_BS.shape[1] - num_new :]
-        by = rotation(position_BS[:, mask_BS.shape[1] - num_new :], frequency_R, scale)
-        # A compiled graph cannot branch on what a tensor holds; one without numbers (meta) is measured as if full.
-        if mask_BS.is_meta or (not torch.compiler.is_compiling() and bool(mask_BS.all())):
-            return cls(by, None, new_BT)
-        num_all = mask_BS.shape[1]
-        own_TS = torch.eye(num_new, num_all, dtype=torch.bool, device=mask_BS.device).roll(num_all - num_new, dims=1)
-        before_TS = torch.ones_like(own_TS).tril(num_all - num_new)
-        # Each sees itself, real or not: a softmax over nothing has no finite gradient.
-        return cls(by, (before_TS & mask_BS[:, None]) | own_TS, new_BT)
 
 
 class DecoderLayer(nn.Module):
@@ -432,11 +418,11 @@ class DecoderLayer(nn.Module):
                 keep_variance(module)
 
     def forward(self, x_BTD: Tensor, seen: Seen, cache: LatentCache | None = None) -> tuple[Tensor, LatentCache]:
-        found_BTD, cache = self.attention(self.attention_norm(x_BTD), seen.by, seen.mask_BTS, cache)
+        found_BTD, cache = self.attention(self.attention_norm(x_BTD), seen, cache)
         x_BTD = x_BTD + found_BTD
         normed_BTD = self.feedforward_norm(x_BTD)
         if isinstance(self.feedforward, MixtureOfExperts):
-            return x_BTD + self.feedforward(normed_BTD, seen.new_BT), cache
+            return x_BTD + self.feedforward(normed_BTD, seen.real_BT), cache
         return x_BTD + self.feedforward(normed_BTD), cache
 
 
@@ -446,10 +432,11 @@ class LayerBlock(nn.Module):
     def __init__(self, layer: DecoderLayer) -> None:
         super().__init__()
         self.layer = layer
+        self.context = Context()
 
     def forward(self, state: DecoderState) -> DecoderState:
-        # Of all tokens, where this rank holds but a part of them.
-        seen = Seen.of(state.mask_BT, state.mask_BT.shape[1], self.layer.frequency_R, self.layer.angle_scale)
+        # The mask is of all tokens, where this rank holds but a part of them.
+        seen = Seen.of(state.mask_BT, self.layer.frequency_R, self.layer.angle_scale, context=self.context)
         return state._replace(x_BTD=self.layer(state.x_BTD, seen)[0])
 
 
@@ -485,6 +472,7 @@ class FurtherBlock(nn.Module):
         self.word_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.join = keep_variance(nn.Linear(2 * config.width, config.width, bias=False))
         self.layer = DecoderLayer(config, config.num_layers + place)
+        self.context = Context()
 
     def forward(self, state: DecoderState) -> DecoderState:
         if state.word_BND is None:
@@ -495,8 +483,10 @@ class FurtherBlock(nn.Module):
         kept = max(0, num_words - self.place - 1)
         pair = self.word_norm(state.word_BND[:, self.place + 1 :]), self.before_norm(before_BND[:, :kept])
         mask_BN = state.mask_BT[:, state.mask_BT.shape[1] - num_words :][:, :kept]
-        seen = Seen.of(mask_BN, kept, self.layer.frequency_R, self.layer.angle_scale)
-        x_BND = self.layer(self.join(torch.cat(pair, dim=-1)), seen)[0]
+        mask_BN = nn.functional.pad(mask_BN, (0, self.context.padded(kept) - kept))
+        seen = Seen.of(mask_BN, self.layer.frequency_R, self.layer.angle_scale, context=self.context)
+        x_BND = self.layer(self.join(self.context.own(torch.cat(pair, dim=-1))), seen)[0]
+        x_BND = self.context.whole(x_BND)[:, :kept]
         return state._replace(further=(*state.further, x_BND))
 
 

@@ -45,7 +45,9 @@ class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
         return {}
 
     token_blocks: range = range(0)
-    """Blocks, in a row, between which ranks may hold a part of the tokens each: what `tokens` says."""
+    """Blocks, in a row, between which ranks may hold a part of the tokens each: what `tokens` says. A model whose ranks
+    may hold it for all of these blocks has a `context` (nn/context.py), as its layers have, and uses no weights but on
+    `context.own` afterwards."""
 
     def tokens(self, state: StateT) -> tuple[Tensor, Tensor]:
         """The tokens (B, T, D) that `token_blocks` work on, and their mask (B, T)."""

@@ -1,7 +1,8 @@
 """Attention whose keys and values are remembered as one small vector a token.
 
 Here        LatentAttention, LatentCache.
-Elsewhere   turning queries and keys by their place (nn/rotary.py); the layer around it (model/decoder.py).
+Elsewhere   turning queries and keys by their place (nn/rotary.py); who sees whom (nn/context.py); the layer around it
+            (model/decoder.py).
 Promise     a token depends on nothing after it; reading tokens one by one with a cache gives what reading them at once
             gives, within 1e-5; a masked token that is finite leaves no trace in the others.
 
@@ -17,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
+from dougong.nn.context import Context, Seen
 from dougong.nn.rotary import Rotation, turned
 from dougong.nn.split import Split, same
 
@@ -31,8 +34,8 @@ class LatentCache(NamedTuple):
 
 
 class LatentAttention(nn.Module):
-    """Shapes: B records, T new tokens, S all tokens, D channels, H heads, K plain, R turned and V value channels of a
-    head, L latent channels."""
+    """Shapes: B records, T new tokens that are here, Q that ask, S all tokens, D channels, H heads, K plain, R turned
+    and V value channels of a head, L latent channels."""
 
     def __init__(
         self,
@@ -65,25 +68,23 @@ class LatentAttention(nn.Module):
         self.shared_key = same()
         self.key_value = nn.Linear(latent_rank, num_heads * (plain_width + value_width), bias=False)
         self.out = nn.Linear(num_heads * value_width, width, bias=bias)
+        self.context = Context()
 
     def split(self) -> Split:
         return Split(columns=("query", "key_value"), rows=("out",), counts=("num_heads",), shared=("shared_key",))
 
-    def forward(
-        self, x_BTD: Tensor, by: Rotation, mask_BTS: Tensor | None, cache: LatentCache | None = None
-    ) -> tuple[Tensor, LatentCache]:
-        """What the tokens find in themselves and what came before, and the cache with them in it.
+    def forward(self, x_BTD: Tensor, seen: Seen, cache: LatentCache | None = None) -> tuple[Tensor, LatentCache]:
+        """What the tokens find in themselves and what came before, and the cache with all of them in it.
 
-        `mask_BTS` is True where a token may see another, the cached ones first; None: each sees itself and all before.
         Whoever may see nothing sees everything: its answer must be discarded.
         """
-        q_BTHK, q_BTHR = self._queries(x_BTD, by)
-        read = self._read(x_BTD, by)
+        q_BTHK, q_BTHR = self._queries(x_BTD, seen.by)
+        read = self._read(x_BTD, seen.key_by)
         if cache is None:
-            y_BTHV = self._at_once(q_BTHK, q_BTHR, read, mask_BTS)
+            y_BTHV = self._at_once(torch.cat([q_BTHK, q_BTHR], dim=-1), read, seen)
         else:
             read = LatentCache(*(torch.cat(pair, dim=1) for pair in zip(cache, read, strict=True)))
-            y_BTHV = self._absorbed(q_BTHK, q_BTHR, read, mask_BTS)
+            y_BTHV = self._absorbed(q_BTHK, q_BTHR, read, seen.mask_BQS)
         return self.out(y_BTHV.flatten(2)), read
 
     def _queries(self, x_BTD: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
@@ -94,24 +95,35 @@ class LatentAttention(nn.Module):
         return plain, turned(to_turn, by)
 
     def _read(self, x_BTD: Tensor, by: Rotation) -> LatentCache:
-        latent_BTL, key_BTR = self.latent_down(x_BTD).split([self.latent_rank, self.turned_width], dim=-1)
-        key_BTR = self.shared_key(key_BTR)
-        return LatentCache(self.latent_norm(latent_BTL), turned(key_BTR[:, :, None], by)[:, :, 0])
+        # What others need of a token is this, and far less than its keys and values.
+        both_BS = self.context.whole(self.latent_down(x_BTD))
+        latent_BSL, key_BSR = torch.split(both_BS, [self.latent_rank, self.turned_width], dim=-1)
+        key_BSR = self.shared_key(key_BSR)
+        return LatentCache(self.latent_norm(latent_BSL), turned(key_BSR[:, :, None], by)[:, :, 0])
 
-    def _at_once(self, q_BTHK: Tensor, q_BTHR: Tensor, read: LatentCache, mask_BTS: Tensor | None) -> Tensor:
-        wide_BSH = self.key_value(read.latent_BSL).unflatten(-1, (self.num_heads, -1))
+    def _at_once(self, q_BTH: Tensor, read: LatentCache, seen: Seen) -> Tensor:
+        wide_BSH = self.key_value(read.latent_BSL).unflatten(-1, (-1, self.plain_width + self.value_width))
         k_BSHK, v_BSHV = wide_BSH.split([self.plain_width, self.value_width], dim=-1)
-        q_BTH = torch.cat([q_BTHK, q_BTHR], dim=-1)
-        k_BSH = torch.cat([k_BSHK, read.key_BSR[:, :, None].expand(-1, -1, self.num_heads, -1)], dim=-1)
-        y_BHTV = functional.scaled_dot_product_attention(
-            q_BTH.transpose(1, 2),
-            k_BSH.transpose(1, 2),
-            v_BSHV.transpose(1, 2),
-            attn_mask=None if mask_BTS is None else mask_BTS[:, None],
-            is_causal=mask_BTS is None,
-            scale=self.scale,
-        )
-        return y_BHTV.transpose(1, 2)
+        k_BSH = torch.cat([k_BSHK, read.key_BSR[:, :, None].expand(-1, -1, k_BSHK.shape[2], -1)], dim=-1)
+        q_BHQ, k_BHS, v_BHSV = (x.transpose(1, 2) for x in (self.context.to_heads(q_BTH), k_BSH, v_BSHV))
+        found, begin = [], 0
+        for run in seen.asking:
+            end = begin + len(run)
+            mask = None if seen.mask_BQS is None else seen.mask_BQS[:, None, begin:end, : run.stop]
+            if mask is None and run.start:
+                mask = causal_lower_right(len(run), run.stop)
+            found.append(
+                functional.scaled_dot_product_attention(
+                    q_BHQ[:, :, begin:end],
+                    k_BHS[:, :, : run.stop],
+                    v_BHSV[:, :, : run.stop],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=self.scale,
+                )
+            )
+            begin = end
+        return self.context.to_tokens(torch.cat(found, dim=2).transpose(1, 2))
 
     def _absorbed(self, q_BTHK: Tensor, q_BTHR: Tensor, read: LatentCache, mask_BTS: Tensor | None) -> Tensor:
         weight_HL = self.key_value.weight.view(self.num_heads, -1, self.latent_rank)

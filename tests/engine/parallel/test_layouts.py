@@ -180,6 +180,18 @@ LAYOUTS: dict[str, PlanConfig] = {
     "zero3 over 8": PlanConfig(shard=8),
     "zero2 over 8": PlanConfig(shard=8, sharding="zero2"),
     "hybrid 2x2, tensor 2": PlanConfig(shard=2, tensor=2),
+    "context 8": PlanConfig(context=8),
+    "context 4, data 2": PlanConfig(context=4),
+    "context 4, data 2, heads for tokens": PlanConfig(context=4, context_form="swap"),
+    "context 2, tensor 2, data 2": PlanConfig(context=2, tensor=2),
+    "context 2, tensor 4, heads for tokens": PlanConfig(context=2, tensor=4, context_form="swap"),
+    "context 2, tensor 2, tokens whole between layers": PlanConfig(context=2, tensor=2, sequence=False),
+    "context 2, pipeline 2, tensor 2, heads for tokens": PlanConfig(
+        context=2, pipeline=2, tensor=2, context_form="swap"
+    ),
+    "context 4, zero3 over 8": PlanConfig(context=4, shard=8),
+    "context 2, hybrid 2x2, tensor 2": PlanConfig(context=2, shard=2, tensor=2),
+    "context 2, experts over 4": PlanConfig(context=2, expert=4),
     "experts over 4": PlanConfig(expert=4),
     "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2),
     "experts over 2, pipeline 2, tensor 2": PlanConfig(expert=2, pipeline=2, tensor=2),
@@ -191,7 +203,7 @@ CASES = [
     (kind, name)
     for kind in ("decoder", "sandwich")
     for name, plan in LAYOUTS.items()
-    if kind == "decoder" or plan.expert == 1  # a sandwich has none
+    if kind == "decoder" or plan.expert == plan.context == 1  # a sandwich has no experts, and no order of tokens
 ]
 known_alone = functools.cache(train_alone)
 

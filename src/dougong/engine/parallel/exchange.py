@@ -1,7 +1,8 @@
 """What ranks that compute one layer together tell each other, with its gradient.
 
-Here        `entered`, `added_up`, `tokens_entered`, `tokens_added_up`, `own_tokens`, `all_tokens`, `all_channels`.
-Elsewhere   where they stand in a model (tensor.py).
+Here        `entered`, `added_up`, `tokens_entered`, `tokens_added_up`, `own_tokens`, `all_tokens`, `all_channels`,
+            `exchanged`.
+Elsewhere   where they stand in a model (tensor.py, context.py).
 Promise     each is exact: the gradient of every rank's input is that of one process with all of it.
 
 Named by what they do going forward. In terms of collectives, forward and backward:
@@ -13,6 +14,7 @@ Named by what they do going forward. In terms of collectives, forward and backwa
     own_tokens       a part         all-gather        all ranks had computed the same
     all_tokens       all-gather     a part            all ranks go on to compute the same
     all_channels     all-gather     a part            the same along the last dimension
+    exchanged        all-to-all     all-to-all        each rank had a part along one dimension, and has one of another
 
 (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198.)
 """
@@ -64,6 +66,11 @@ def all_channels(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found
 
 
+def exchanged(x: Tensor, group: dist.ProcessGroup, *, split_dim: int, joined_dim: int) -> Tensor:
+    found: Tensor = _Exchanged.apply(x, group, split_dim, joined_dim)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
@@ -90,6 +97,14 @@ def _scattered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def _part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     size = x.shape[dim] // dist.get_world_size(group)
     return x.narrow(dim, dist.get_rank(group) * size, size)
+
+
+def _swapped(x: Tensor, group: dist.ProcessGroup, split_dim: int, joined_dim: int) -> Tensor:
+    """Parts along one dimension go to their ranks, and what comes from each stands in a row along the other."""
+    parts = torch.stack(x.chunk(dist.get_world_size(group), dim=split_dim))
+    arrived = torch.empty_like(parts)
+    dist.all_to_all_single(arrived, parts, group=group)
+    return torch.cat(arrived.unbind(), dim=joined_dim)
 
 
 class _Entered(torch.autograd.Function):
@@ -161,3 +176,15 @@ class _AllParts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _part(gradient, ctx.group, ctx.dim).clone(), None, None
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split_dim: int, joined_dim: int) -> Tensor:
+        ctx.group, ctx.split_dim, ctx.joined_dim = group, split_dim, joined_dim
+        return _swapped(x, group, split_dim, joined_dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _swapped(gradient, ctx.group, ctx.joined_dim, ctx.split_dim), None, None, None

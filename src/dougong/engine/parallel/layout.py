@@ -1,8 +1,8 @@
 """What all ranks make of a step together, however they share it out.
 
 Here        Layout: gradients, loss and norm of the whole model from each rank's part.
-Elsewhere   the axes (mesh.py); how parts come to be (tensor.py, pipeline.py, shard.py, expert.py); plain copies
-            (replicate.py).
+Elsewhere   the axes (mesh.py); how parts come to be (tensor.py, context.py, pipeline.py, shard.py, expert.py);
+            plain copies (replicate.py).
 Promise     loss and norm are those of one process, and the same on every rank; what has a gradient on some rank has it
             on all that hold it.
 """
@@ -57,7 +57,7 @@ class Layout:
         """The step's loss, from this rank's; gradients and buffers become those of all ranks, in place."""
         began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        tensor, data = self.mesh.group("tensor"), self.mesh.group("data")
+        tensor, group = self.mesh.group("tensor"), self.mesh.group("copies")
         if self.sharded is not None:
             self.sharded.settle()
         # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
@@ -65,12 +65,13 @@ class Layout:
         if tensor is not None:
             add_up([local_part(gradient) for gradient in partial if gradient is not None], tensor)
         spread = self.spread
-        if data is not None:
+        if group is not None:
             copied = [named[name] for name in named if name not in spread and name not in self.experts]
-            gradients, loss = gradients_anywhere(copied, data, loss)
+            # Ranks of a context have all made the loss of the same records.
+            gradients, loss = gradients_anywhere(copied, group, loss / self.mesh.plan.context)
             by = None if self.hierarchy is None else self._by_hierarchy
-            add_up(gradients, data, by=by)
-            average_moves(list(self.model.buffers()), before, data)
+            add_up(gradients, group, by=by)
+            average_moves(list(self.model.buffers()), before, group)
         copies = self.mesh.group("expert copies")
         if self.experts and copies is not None:
             add_up(gradients_anywhere([named[name] for name in named if name in self.experts], copies, loss)[0], copies)

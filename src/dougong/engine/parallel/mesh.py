@@ -2,7 +2,8 @@
 
 Here        Mesh, `share_of`.
 Elsewhere   how long the axes are (plan.py).
-Promise     ranks that speak most stand next to each other: tensor innermost, then shard, copies, pipeline outermost.
+Promise     ranks that speak most stand next to each other: tensor innermost, then context, shard, copies, pipeline
+            outermost.
 """
 
 from __future__ import annotations
@@ -24,25 +25,35 @@ AXES: Final[tuple[Axis, ...]] = ("pipeline", "replicate", "shard", "tensor")
 
 def share_of(plan: PlanConfig, ranks: Ranks) -> Share:
     """This rank's part of every batch."""
-    data = ranks.world // (plan.tensor * plan.pipeline)
-    return Share(ranks.rank // plan.tensor % data, data)
+    together = plan.tensor * plan.context
+    data = ranks.world // (together * plan.pipeline)
+    return Share(ranks.rank // together % data, data)
+
+
+Group = Literal[Axis, "copies", "context", "data", "expert", "expert copies"]
 
 
 class Mesh:
-    """All ranks as a block of pipeline x replicate x shard x tensor. Making one is an exchange of all of them."""
+    """All ranks as a block of pipeline x replicate x shard x tensor. Making one is an exchange of all of them.
+
+    Ranks of replicate x shard begin with the same weights; they are data x context, of which shard and expert are parts
+    as it comes: gradients of a rank's own tokens and of its own records are added up alike.
+    """
 
     def __init__(self, ranks: Ranks, plan: PlanConfig) -> None:
         self.ranks, self.plan = ranks, plan
-        data = ranks.world // (plan.tensor * plan.pipeline)
+        self.copies = ranks.world // (plan.tensor * plan.pipeline)
+        """How many ranks begin with the same weights."""
+
         self.sizes: dict[Axis, int] = {
             "pipeline": plan.pipeline,
-            "replicate": data // plan.shard,
+            "replicate": self.copies // plan.shard,
             "shard": plan.shard,
             "tensor": plan.tensor,
         }
         grid = torch.arange(ranks.world).view([self.sizes[axis] for axis in AXES])
         self._grid = grid
-        self._groups: dict[str, dist.ProcessGroup | None] = {}
+        self._groups: dict[Group, dist.ProcessGroup | None] = {}
         self.devices: DeviceMesh | None = None
         if ranks.group is None:
             return
@@ -52,21 +63,21 @@ class Mesh:
             self.devices = init_device_mesh(kind, tuple(grid.shape), mesh_dim_names=AXES)["replicate", "shard"]
         for axis in AXES:
             self._groups[axis] = self._made((axis,))
-        self._groups["data"] = self._made(("replicate", "shard"))
-        self._groups["expert"], self._groups["expert copies"] = self._expert_groups(plan.expert)
+        self._groups["copies"] = self._made(("replicate", "shard"))
+        self._groups["context"], self._groups["data"] = self._parted(plan.context)
+        self._groups["expert"], self._groups["expert copies"] = self._parted(plan.expert)
 
-    def group(self, name: Axis | Literal["data", "expert", "expert copies"]) -> dist.ProcessGroup | None:
-        """This rank's group along an axis; data: all that share out the records; None where it is alone there."""
+    def group(self, name: Group) -> dist.ProcessGroup | None:
+        """This rank's group along an axis, or None where it is alone there.
+
+        copies: all that begin with the same weights; context: of these, those with the same records; data: those with
+        the same part of the tokens, which share out all records.
+        """
         return self._groups.get(name)
 
     @property
-    def data(self) -> int:
-        """How many ranks share out the records."""
-        return self.sizes["replicate"] * self.sizes["shard"]
-
-    @property
     def share(self) -> Share:
-        """This rank's part of every batch: of a pipeline and of a tensor group all have the same."""
+        """This rank's part of every batch: of a pipeline, a context and a tensor group all have the same."""
         return share_of(self.plan, self.ranks)
 
     def place(self, axis: Axis) -> int:
@@ -75,9 +86,9 @@ class Mesh:
         return self.ranks.rank // inner % self.sizes[axis]
 
     @property
-    def data_rows(self) -> list[list[int]]:
-        """All groups of ranks that share out the records among them."""
-        rows: list[list[int]] = self._grid.permute(0, 3, 1, 2).reshape(-1, self.data).tolist()
+    def rows_of_copies(self) -> list[list[int]]:
+        """All groups of ranks that begin with the same weights."""
+        rows: list[list[int]] = self._grid.permute(0, 3, 1, 2).reshape(-1, self.copies).tolist()
         return rows
 
     def _made(self, axes: tuple[Axis, ...]) -> dist.ProcessGroup | None:
@@ -87,14 +98,14 @@ class Mesh:
         size = int(torch.tensor([self._grid.shape[place] for place in kept]).prod())
         return self._own(self._grid.permute(*others, *kept).reshape(-1, size).tolist())
 
-    def _expert_groups(self, expert: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """Ranks that hold different experts, and ranks that hold the same."""
-        if expert == 1:
-            return None, self._groups["data"]
-        by_data = self._grid.permute(0, 3, 1, 2).reshape(-1, self.data // expert, expert)
+    def _parted(self, size: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Copies in parts of so many neighbours: this rank's part, and those with its place in other parts."""
+        if size == 1:
+            return None, self._groups["copies"]
+        parts = torch.tensor(self.rows_of_copies).view(-1, self.copies // size, size)
         return (
-            self._own(by_data.reshape(-1, expert).tolist()),
-            self._own(by_data.transpose(1, 2).reshape(-1, self.data // expert).tolist()),
+            self._own(parts.reshape(-1, size).tolist()),
+            self._own(parts.transpose(1, 2).reshape(-1, self.copies // size).tolist()),
         )
 
     def _own(self, rows: list[list[int]]) -> dist.ProcessGroup | None:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
+from dougong.engine.parallel.context import Form
 from dougong.engine.parallel.schedule import V_SHAPED, Schedule, check_schedule
 
 
@@ -26,6 +27,14 @@ class PlanConfig(Config):
     """Ranks of the tensor axis also share out the tokens between layers, where the model can: the same numbers, less
     memory."""
 
+    context: int = Field(default=1, gt=0)
+    """Ranks that share out the tokens of each record, for sequences that are long; what is computed of a token is
+    computed on one of them."""
+
+    context_form: Form = "gather"
+    """gather: each rank makes keys and values of all tokens, from what the others send. swap: in attention each rank
+    has all tokens and a part of the heads, of which there must be as many."""
+
     pipeline: int = Field(default=1, gt=0)
     """Ranks that blocks are spread over."""
 
@@ -36,14 +45,14 @@ class PlanConfig(Config):
     """In which order stages work."""
 
     shard: int = Field(default=1, gt=0)
-    """Ranks, of those that share out the records, over which weights, gradients and optimizer are spread (ZeRO). What
-    is left of them holds copies (hybrid sharding)."""
+    """Ranks, of those that share out records and tokens, over which weights, gradients and optimizer are spread (ZeRO).
+    What is left of them holds copies (hybrid sharding)."""
 
     sharding: Literal["zero2", "zero3"] = "zero3"
     """zero2: gathered weights stay until the step's end. zero3: they go after each block, and are gathered again."""
 
     expert: int = Field(default=1, gt=0)
-    """Ranks, of those that share out the records, over which routed experts are spread."""
+    """Ranks, of those that share out records and tokens, over which routed experts are spread."""
 
     reduction: Literal["flat", "hierarchical"] = "flat"
     """How gradients of copies are added up. hierarchical: inside nodes and across them, in the form that a short
@@ -61,6 +70,10 @@ class PlanConfig(Config):
             raise ValueError(f"schedule={self.schedule} has 2 stages on each rank, not {self.chunks}. Use chunks: 2.")
         if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
             raise ValueError(f"schedule={self.schedule} has 1 stage on each rank. Use chunks: 1, or interleaved.")
+        if self.context == 1 and self.context_form != "gather":
+            raise ValueError(
+                f"context_form={self.context_form} cannot take effect with context=1. Use context: 2 or more."
+            )
         if self.pipeline == 1 and self.chunks != 1:
             raise ValueError(f"chunks={self.chunks} cannot take effect without a pipeline. Use pipeline: 2 or more.")
         if self.shard > 1 and self.pipeline > 1:
@@ -86,22 +99,24 @@ def check_plan(plan: PlanConfig, world: int, *, accumulation: int) -> int:
     Raises:
         ConfigError: so many ranks cannot stand so; the message says what fits.
     """
-    together = plan.tensor * plan.pipeline
+    together = plan.tensor * plan.context * plan.pipeline
     if world % together:
         fits = sorted({n for n in range(1, world + 1) if world % n == 0})
+        context = f" x context={plan.context}" if plan.context > 1 else ""
         raise ConfigError(
-            f"plan tensor={plan.tensor} x pipeline={plan.pipeline} takes {together} ranks at a time, and there are "
-            f"{world}. Use a product in {fits}, or start a multiple of {together} ranks."
+            f"plan tensor={plan.tensor}{context} x pipeline={plan.pipeline} takes {together} ranks at a time, and "
+            f"there are {world}. Use a product in {fits}, or start a multiple of {together} ranks."
         )
-    data = world // together
+    copies = world // (plan.tensor * plan.pipeline)
     for name in ("shard", "expert"):
         size = getattr(plan, name)
-        if data % size:
-            fits = [n for n in range(1, data + 1) if data % n == 0]
+        if copies % size:
+            fits = [n for n in range(1, copies + 1) if copies % n == 0]
+            shared = "the records" if plan.context == 1 else "records and tokens"
             raise ConfigError(
-                f"plan {name}={size} cannot be a part of the {data} ranks that share out the records. "
+                f"plan {name}={size} cannot be a part of the {copies} ranks that share out {shared}. "
                 f"Use {name} in {fits}."
             )
     if plan.pipeline > 1:
         check_schedule(plan.schedule, plan.pipeline, plan.chunks, accumulation)
-    return data
+    return world // together

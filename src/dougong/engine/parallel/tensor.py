@@ -26,7 +26,6 @@ from dougong.engine.parallel.exchange import (
     all_channels,
     all_tokens,
     entered,
-    own_tokens,
     tokens_added_up,
     tokens_entered,
 )
@@ -82,7 +81,8 @@ def apply_tensor(
 ) -> Cuts:
     """Keep this rank's part of every layer that can be cut, in place; `cuts` are those that have been made before.
 
-    With `sequence`, ranks also share out the tokens between the layers, where the model says it can (`token_blocks`).
+    With `sequence`, tokens are shared out between the layers, where the model says they can be (`token_blocks`), by
+    `share_tokens` (context.py).
 
     Raises:
         ConfigError: a layer cannot be shared out by so many ranks.
@@ -97,8 +97,6 @@ def apply_tensor(
     }
     for name, module, split in list(splits_of(model)):
         _cut(module, split, f"{name}." if name else "", group, cuts, in_sequence=id(module) in in_sequence)
-    if sequence and len(model.token_blocks):
-        _share_tokens(model, group)
     # What has been cut works on all tokens.
     cuts.partial -= cuts.pieces.keys()
     return cuts
@@ -124,7 +122,7 @@ def _cut(
         if linear.bias is not None:
             keep(f"{name}.bias", 0)
         linear.out_features //= count
-        linear.forward = functools.partial(_columns, linear, enter)
+        linear.forward = functools.partial(_columns, linear.forward, enter)
     for name in split.rows:
         linear = _child(module, name)
         keep(f"{name}.weight", 1)
@@ -165,42 +163,14 @@ class _Enter:
         self._last = None
 
 
-def _columns(linear: nn.Linear, enter: _Enter, x: Tensor) -> Tensor:
-    return functional.linear(enter(x), linear.weight, linear.bias)
+def _columns(through: Callable[[Tensor], Tensor], enter: _Enter, x: Tensor) -> Tensor:
+    return through(enter(x))
 
 
 def _rows(linear: nn.Linear, enter: _Enter, leave: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     enter.forget()
     y = leave(functional.linear(x, linear.weight))
     return y if linear.bias is None else y + linear.bias  # once, not once a rank
-
-
-def _share_tokens(model: BlockStack[Any, Any], group: dist.ProcessGroup) -> None:
-    """Before the first of the blocks each rank keeps its part of the tokens; after the last it has all again."""
-    first, last = model.blocks[model.token_blocks[0]], model.blocks[model.token_blocks[-1]]
-    count = dist.get_world_size(group)
-
-    def begin(state: Any) -> Any:
-        x_BTD, mask_BT = model.tokens(state)
-        padded = -x_BTD.shape[1] % count
-        x_BTD, mask_BT = functional.pad(x_BTD, (0, 0, 0, padded)), functional.pad(mask_BT, (0, padded))
-        return model.with_tokens(state, own_tokens(x_BTD, group), mask_BT, padded)
-
-    def end(state: Any) -> Any:
-        x_BTD, mask_BT = model.tokens(state)
-        length = mask_BT.shape[1] - model.num_padded(state)
-        return model.with_tokens(state, all_tokens(x_BTD, group)[:, :length], mask_BT[:, :length], 0)
-
-    if not _is_elsewhere(first):
-        into = first.forward
-        first.forward = lambda state: into(begin(state))
-    if not _is_elsewhere(last):
-        out_of = last.forward
-        last.forward = lambda state: end(out_of(state))
-
-
-def _is_elsewhere(module: nn.Module) -> bool:
-    return next(module.children(), None) is None and next(module.parameters(), None) is None
 
 
 # Words ---------------------------------------------------------------------------------------------------------
