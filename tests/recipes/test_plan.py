@@ -9,7 +9,7 @@ from dougong.core.config import override, parse, to_yaml
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.recipes.build import check_layout, learn_preparation
-from dougong.recipes.plan import PlanResult, chosen_plan, plan_recipe, read_cluster
+from dougong.recipes.plan import Planned, PlanResult, chosen_plan, plan_recipe, read_cluster
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.tables import open_tables
 
@@ -51,7 +51,7 @@ def chosen(table: Path, changes: dict[str, Any] | None = None, world: int = 4) -
     settings = [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()]
     recipe = parse(Recipe, override(recipe_for(table).model_dump(mode="json"), settings), where="test")
     tables = open_tables(recipe.data, seed=recipe.seed)
-    return chosen_plan(recipe, world, tables=tables, preparation=learn_preparation(recipe, tables)[0])
+    return chosen_plan(Planned(recipe, tables, learn_preparation(recipe, tables)[0]), world)
 
 
 def test_what_is_chosen_for_this_machine_can_be_trained_and_is_always_the_same(colour_table: Path) -> None:

@@ -1,11 +1,14 @@
 """What a recipe's model is made of: what its columns hold, and its weights before the first step.
 
-Here        `learn_preparation`, `build_model`; `check_layout`, of what a recipe wants that needs a batch in one place.
+Here        `learn_preparation`, `known_preparation`, `build_model`; `check_layout`, of what a recipe wants that needs a
+            batch in one place.
 Elsewhere   training it (recipes/run.py); laying it out on devices (recipes/plan.py).
 Promise     the same recipe and records give the same preparation and the same weights.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -43,6 +46,12 @@ def learn_preparation(recipe: Recipe, tables: Tables) -> tuple[Preparation, tupl
     if not preparation.modalities:
         raise RunError("no modality is left that has an encoder. Name other roles in data.columns.")
     return preparation, tuple(notes)
+
+
+def known_preparation(folder: Path) -> Preparation | None:
+    """What a run in this folder has learnt already."""
+    kept = folder / "preparation"
+    return Preparation.load(kept) if (kept / "preparation.json").exists() else None
 
 
 def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:

@@ -1,6 +1,6 @@
 """Which layout a recipe should have on some devices, and what it would cost.
 
-Here        plan_recipe, chosen_plan, read_cluster, PlanResult.
+Here        plan_recipe, chosen_plan, read_cluster, PlanResult; Planned.
 Elsewhere   formulas, search and rehearsal (engine/planner/); carrying a layout out (recipes/run.py).
 Promise     nothing is trained. The model is built and run once, on a real batch of the recipe's training records. Only
             layouts that the engine can carry out are among those found.
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
+from dougong.core.sizes import bytes_as_text
 from dougong.data.loader import Loader
 from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.account import StepBytes
-from dougong.engine.planner.cluster import KNOWN, ClusterConfig
+from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
 from dougong.engine.planner.predict import BytesConfig, Prediction
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import Found, SearchConfig, describe, find_layouts, reason
@@ -38,9 +39,6 @@ from dougong.recipes.tables import Tables, open_tables
 
 MEMORY_SHARE: Final = 0.9
 """Of a device's memory, that is planned with."""
-
-LOCAL: Final = "cpu"
-"""What the ranks of this machine are taken for."""
 
 
 class PlanResult(NamedTuple):
@@ -76,7 +74,7 @@ def plan_recipe(recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = Fal
         ConfigError: none fits; the message says what is nearest.
     """
     tables = open_tables(recipe.data, seed=recipe.seed)
-    planned = _Planned(recipe, tables, learn_preparation(recipe, tables)[0])
+    planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
     found = planned.search(cluster, recompute=recompute, most=most)
     held: tuple[StepBytes, ...] = ()
     while found.predictions and not found.predictions[0].choice.recompute:
@@ -92,19 +90,17 @@ def plan_recipe(recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = Fal
     return PlanResult(recipe.name, cluster, planned.shape, found, held)
 
 
-def chosen_plan(recipe: Recipe, world: int, *, tables: Tables, preparation: Preparation) -> PlanConfig:
-    """The layout that is predicted to be fastest on so many ranks of this machine; the same wherever it is asked.
+def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> PlanConfig:
+    """The layout that is predicted to be fastest on so many ranks, `per_node` of them on this machine (None: all).
 
     Raises:
         ConfigError: none can be carried out, or none fits.
     """
-    cluster = read_cluster(LOCAL, world)
-    cluster = cluster.model_copy(update={"per_node": world})
-    return _Planned(recipe, tables, preparation).search(cluster, most=1).predictions[0].choice.plan
+    return planned.search(this_machine(world, per_node), most=1).predictions[0].choice.plan
 
 
-class _Planned:
-    """A recipe's model with one of its batches."""
+class Planned:
+    """A recipe's model with one of its batches: what can be said of a layout before it is carried out."""
 
     def __init__(self, recipe: Recipe, tables: Tables, preparation: Preparation) -> None:
         self.recipe, self.tables, self.preparation = recipe, tables, preparation
@@ -147,6 +143,26 @@ class _Planned:
         """
         check_layout(self.recipe, plan, world)
         check_model(self.model, plan)
+
+    def check_memory(self, world: int, plan: PlanConfig, per_node: int | None = None) -> None:
+        """
+        Raises:
+            ConfigError: a rank would hold more than it has of this machine's free memory; the message says what fits.
+        """
+        cluster = this_machine(world, per_node)
+        room = MEMORY_SHARE * cluster.memory_bytes
+        held = max(self.rehearsed(plan, world), key=lambda each: each.peak)
+        if held.peak <= room:
+            return
+        try:
+            fits = describe(self.search(cluster, most=1).predictions[0].choice)
+            instead = f"Use {fits}, which is predicted to fit, or smaller batches."
+        except ConfigError:
+            instead = "No layout of them fits: use more devices, or smaller batches."
+        raise ConfigError(
+            f"a rank of this layout holds {bytes_as_text(held.peak)} ({bytes_as_text(held.weights)} of weights), and "
+            f"each of the {per_node or world} ranks here may have {bytes_as_text(room)}. {instead}"
+        )
 
     def rehearsed(self, plan: PlanConfig, world: int) -> tuple[StepBytes, ...]:
         """By rank of the pipeline, what its first holds."""

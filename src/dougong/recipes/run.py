@@ -1,7 +1,8 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, and train_recipe for the figures alone; RunResult; settle_recipe, for runs of every kind.
-Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
+Here        run_recipe, and train_recipe for the figures alone; RunResult.
+Elsewhere   the description (recipes/recipe.py); which folder and layout it may have (recipes/settle.py); every part
+            that is introduced here to the others.
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
             ranks do together what one does; the first one alone writes and speaks.
 """
@@ -21,10 +22,10 @@ from torch import Tensor
 
 import dougong
 from dougong.core.bundle import Manifest
-from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
+from dougong.core.config import parse
 from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
-from dougong.core.files import write_atomic, write_json
+from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
@@ -45,11 +46,12 @@ from dougong.engine.prepare import prepare_model
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.recipes.build import build_model, check_layout, learn_preparation
+from dougong.recipes.build import build_model, check_layout, known_preparation, learn_preparation
 from dougong.recipes.losses import backward_of, check_blend, check_objective, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.result import result_as_json
 from dougong.recipes.samples import write_samples
+from dougong.recipes.settle import SETTINGS, settle_recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.recipes.weigh import weigh_votes
 from dougong.serve.model import Model
@@ -57,7 +59,6 @@ from dougong.watch.progress import Progress
 from dougong.watch.report import write_report
 from dougong.watch.tensorboard import TensorBoard
 
-SETTINGS: Final = "run.yaml"
 JUDGED_AT_ONCE: Final = 256
 VOTES_WEIGHED: Final = 4096
 MOST_PASSES: Final = 8
@@ -128,9 +129,12 @@ def train_recipe(
         RunError: the folder holds a run already, or none to resume.
     """
     check_objective(recipe.objective, recipe.model)
-    check_layout(recipe, recipe.plan, ranks.world)
+    if recipe.plan is not None:
+        check_layout(recipe, recipe.plan, ranks.world)
     quiet = quiet or not ranks.first
-    settled = ranks.first_says(lambda: settle_recipe(recipe, folder, resume=resume).model_dump(mode="json"))
+    settled = ranks.first_says(
+        lambda: settle_recipe(recipe, folder, resume=resume, world=ranks.world).model_dump(mode="json")
+    )
     recipe = parse(Recipe, settled, where=SETTINGS)
     say = _say_nothing if quiet else _say
 
@@ -232,33 +236,13 @@ def write_evaluation(result: RunResult, views: Mapping[str, View], more: Mapping
     )
 
 
-def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
-    """The recipe that is really run: the folder's own when it is resumed, on the layout that is given now.
-
-    Raises:
-        RunError: the folder holds a run already, or none to resume.
-        ConfigError: the run in the folder is of another kind.
-    """
-    settings = folder / SETTINGS
-    if resume:
-        if not settings.is_file():
-            raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
-        values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
-        kept = parse(type(recipe), values, where=str(settings))
-        return kept.model_copy(update={"plan": recipe.plan}) if isinstance(recipe, Recipe) else kept
-    if settings.exists():
-        raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
-    write_atomic(settings, to_yaml(recipe))
-    return recipe
-
-
 def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation, tuple[str, ...]]:
     """What the columns hold, learnt once per run; and what was left out."""
-    kept = folder / "preparation"
-    if (kept / "preparation.json").exists():
-        return Preparation.load(kept), ()
+    known = known_preparation(folder)
+    if known is not None:
+        return known, ()
     preparation, notes = learn_preparation(recipe, tables)
-    preparation.save(kept)
+    preparation.save(folder / "preparation")
     return preparation, notes
 
 
@@ -276,7 +260,9 @@ def _train(
     """The model with its best weights, whole on every rank."""
     target = preparation.target
     views = tuple(_narrowed(recipe.data.views, preparation))
-    share = share_of(recipe.plan, ranks)
+    plan = recipe.plan
+    assert plan is not None  # it was settled
+    share = share_of(plan, ranks)
     loader = Loader(
         tables.train,
         preparation,
@@ -291,9 +277,9 @@ def _train(
         share=share,
     )
     costs = None
-    if recipe.plan.pipeline > 1:
+    if plan.pipeline > 1:
         costs = ranks.first_says(lambda: _block_seconds(recipe, preparation, loader))
-    layout = prepare_model(model, recipe.plan, ranks, accumulation=recipe.train.accumulation, costs=costs)
+    layout = prepare_model(model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs)
     together = layout.data_ranks
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.

@@ -85,7 +85,7 @@ def rehearse(what: Rehearsal, plan: PlanConfig, world: int, rank: int) -> StepBy
             norm=layout.norm,
             all_backward=None if pipeline is None else pipeline.backward,
         )
-        num_records = layout.mesh.data * max(1, sum(batch.num_records for batch in batches))
+        num_records = layout.mesh.share.world * max(1, sum(batch.num_records for batch in batches))
         account = Account(layout.model, parts.optimizer)
         with _numbers(mode):
             # In the first step the optimizer makes what it keeps; how much was to be done for it does not matter.
