@@ -204,7 +204,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _end_subgroups() -> None:
-    """Groups that the job has made: each keeps threads of its own, and after a hundred jobs there would be thousands."""
+    """Groups that the job has made: each keeps threads of its own, and a hundred jobs later there are thousands."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
