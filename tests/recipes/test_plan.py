@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from dougong.cli.main import main
-from dougong.core.config import parse, to_yaml
+from dougong.core.config import override, parse, to_yaml
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig, check_plan
-from dougong.recipes.plan import PlanResult, plan_recipe, read_cluster
+from dougong.recipes.build import check_layout, learn_preparation
+from dougong.recipes.plan import Planned, PlanResult, chosen_plan, plan_recipe, read_cluster
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.tables import open_tables
 
 
 def recipe_for(table: Path) -> Recipe:
@@ -36,6 +38,32 @@ def test_every_layout_that_is_found_can_be_carried_out(planned: PlanResult) -> N
     assert seconds == sorted(seconds)
     # However it is laid out, a step has the recipe's records.
     assert {round(f.seconds * f.records_per_second) for f in planned.found.predictions} == {48 * 4}
+
+
+def test_the_best_layout_is_rehearsed_and_its_weights_are_those_predicted(planned: PlanResult) -> None:
+    assert len(planned.held) == planned.best.choice.plan.pipeline
+    for held, state in zip(planned.held, planned.best.state_bytes, strict=True):
+        assert held.weights + held.gradients + held.optimizer == pytest.approx(state, rel=0.05)
+        assert held.peak > state
+
+
+def chosen(table: Path, changes: dict[str, Any] | None = None, world: int = 4) -> PlanConfig:
+    settings = [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()]
+    recipe = parse(Recipe, override(recipe_for(table).model_dump(mode="json"), settings), where="test")
+    tables = open_tables(recipe.data, seed=recipe.seed)
+    return chosen_plan(Planned(recipe, tables, learn_preparation(recipe, tables)[0]), world)
+
+
+def test_what_is_chosen_for_this_machine_can_be_trained_and_is_always_the_same(colour_table: Path) -> None:
+    plan = chosen(colour_table)
+    assert plan == chosen(colour_table)
+    check_layout(recipe_for(colour_table), plan, 4)
+    assert chosen(colour_table, world=1) == PlanConfig()
+    # All records of a batch in one place: no rank may share them out.
+    spared = chosen(colour_table, {"data.corrupt": {"spare_one": True}})
+    assert spared.tensor * spared.pipeline == 4
+    with pytest.raises(ConfigError, match=r"no layout of 4 devices can be carried out: objective.balance=mmpareto"):
+        chosen(colour_table, {"objective.balance": "mmpareto", "model.own_heads": "taught"})
 
 
 def test_the_command_prints_the_layouts_and_what_to_set(

@@ -144,16 +144,22 @@ def train(
 ) -> None:
     """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes under torchrun."""
     from dougong.cli.show import print_alignment, print_generation, print_run
-    from dougong.engine.parallel.ranks import connected_ranks
+    from dougong.engine.parallel.ranks import announced_ranks, connected_ranks
     from dougong.recipes.align import AlignResult, run_align
     from dougong.recipes.alignment import AlignRecipe
     from dougong.recipes.generate import GenerationResult, run_generation
     from dougong.recipes.generation import GenerateRecipe
     from dougong.recipes.known import read_any_recipe
+    from dougong.recipes.recipe import Recipe
     from dougong.recipes.run import RunResult, run_recipe
+    from dougong.recipes.settle import lay_out
 
     found = read_any_recipe(recipe, settings or ())
     folder = out or Path("runs") / found.name
+    announced = announced_ranks()
+    if announced is not None and announced.world > 1 and announced.rank == 0 and isinstance(found, Recipe):
+        # While the others wait for it: what is refused here never becomes a process group.
+        found = lay_out(found, folder, announced.world, per_node=announced.per_node, resume=resume)
     result: RunResult | AlignResult | GenerationResult
     with connected_ranks() as ranks:
         if ranks.world > 1 and isinstance(found, AlignRecipe | GenerateRecipe):

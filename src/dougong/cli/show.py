@@ -236,5 +236,10 @@ def print_plan(result: PlanResult) -> None:
     console = Console()
     console.print(table)
     console.print(f"{told['considered']} layouts considered. {told['reason']}", highlight=False, soft_wrap=True)
+    for place, held in enumerate(told["rehearsed"]):
+        parts = ", ".join(f"{name} {bytes_as_text(size)}" for name, size in held.items() if name != "peak")
+        console.print(
+            f"rehearsed, pipeline rank {place}: {bytes_as_text(held['peak'])} at most ({parts})", soft_wrap=True
+        )
     chosen = " ".join(f"--set {setting}" for setting in told["layouts"][0]["settings"])
     console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False, soft_wrap=True)

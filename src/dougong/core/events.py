@@ -95,10 +95,15 @@ class SamplingChanged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is whole on the disk."""
+    """A checkpoint of this step is whole on the disk; training has gone on meanwhile."""
 
     path: str
     best: bool
+    pause_seconds: float = 0.0
+    """How long training stood still for it."""
+
+    wait_seconds: float = 0.0
+    """Of these, until the checkpoint before it was on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)

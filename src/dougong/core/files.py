@@ -28,8 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
@@ -46,7 +45,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, for people to read as well."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The text of a JSON file that people may read as well."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -69,8 +73,7 @@ def finish_folder(temporary: Path, path: Path) -> None:
     """Give a folder that has been written beside `path` its name, once all of it is on the disk."""
     for file in temporary.rglob("*"):
         if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            sync_file(file)
         else:
             _sync_folder(file)
     temporary.chmod(0o755)
@@ -84,6 +87,12 @@ def finish_folder(temporary: Path, path: Path) -> None:
     else:
         temporary.rename(path)
     _sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until what was written is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

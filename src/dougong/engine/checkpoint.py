@@ -1,8 +1,9 @@
 """What a run needs to go on after a kill, in one folder that is whole or absent.
 
-Here        RunState, `save_checkpoint`, `save_pieces`, `latest_checkpoint`, `restore_checkpoint`, `load_weights`,
+Here        RunState, `save_checkpoint` and its parts, `latest_checkpoint`, `restore_checkpoint`, `load_weights`,
             `best_weights`.
-Elsewhere   when to save (engine/trainer.py); whole folders (core/files.py); weights in files (engine/weights.py).
+Elsewhere   when to save (engine/trainer.py), and doing so beside training (engine/saver.py); whole folders
+            (core/files.py); weights in files (engine/weights.py).
 Promise     a folder that is not whole and unaltered is never loaded: every file's sha256 stands in its manifest;
             nothing is ever unpickled. What a resumed run computes is what an uninterrupted one would have.
 
@@ -18,7 +19,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,14 +30,15 @@ from torch.optim import Optimizer
 
 from dougong.core.config import Config
 from dougong.core.errors import CheckpointError
-from dougong.core.files import finish_folder, inside, sha256_of, whole_folder, write_json
+from dougong.core.files import as_json, finish_folder, inside, sha256_of, sync_file, write_json
 from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
 from dougong.engine.parallel.layout import Layout
-from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, told, write_pieces
+from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, own_pieces, told
 from dougong.engine.precision import Chosen
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.sampling import SamplingState
+from dougong.engine.staging import Staging
 from dougong.engine.weights import distinct_weights, local_part, put_weights, read_weights, write_weights
 
 FORMAT = 2
@@ -99,6 +101,17 @@ class Found(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
+class Copied(NamedTuple):
+    """What one rank writes of a checkpoint, as it was at one step."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file."""
+
+    texts: dict[str, str]
+    """By file."""
+
+
 def save_checkpoint(
     folder: Path,
     state: RunState,
@@ -107,62 +120,103 @@ def save_checkpoint(
     average: WeightAverage | None = None,
     random_states: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Save under `folder` and return the checkpoint's own folder; `random_states` are all ranks', where there are
-    several."""
-    path = folder / f"step-{state.step:08d}"
-    with whole_folder(path) as temporary:
-        write_weights(temporary / MODEL, distinct_weights(model))
-        write_weights(temporary / OPTIMIZER, _optimizer_tensors(model, optimizer))
-        if average is not None:
-            write_weights(temporary / AVERAGE, average.weights())
-        write_json(temporary / STATE, state.model_dump(mode="json"))
-        for rank, kept in enumerate(random_states or (random_state(),)):
-            (temporary / _random_name(rank)).write_text(json.dumps(kept), encoding="utf-8")
-        sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"format": FORMAT, "files": sums})
-    return path
+    """Save under `folder` at once, and return the checkpoint's own folder; `random_states` are all ranks', where there
+    are several."""
+    copied = copy_whole(state, model, optimizer, average, random_states, Staging())
+    discard(folder, state.step)
+    try:
+        return publish(folder, state.step, write_copied(folder, copied))
+    except BaseException:
+        discard(folder, state.step)
+        raise
 
 
-def save_pieces(
-    folder: Path,
+def copy_whole(
     state: RunState,
-    layout: Layout,
+    model: nn.Module,
     optimizer: Optimizer,
-    average: WeightAverage | None = None,
-) -> Path:
-    """The same of a model that no rank holds whole. All ranks call this, and all can read the folder."""
+    average: WeightAverage | None,
+    random_states: Sequence[dict[str, Any]],
+    staging: Staging,
+) -> Copied:
+    """All of a checkpoint of a model that this rank holds whole."""
+    tensors = {MODEL: distinct_weights(model), OPTIMIZER: _optimizer_tensors(model, optimizer)}
+    if average is not None:
+        tensors[AVERAGE] = average.weights()
+    texts = {STATE: as_json(state.model_dump(mode="json"))}
+    for rank, kept in enumerate(random_states or (random_state(),)):
+        texts[_random_name(rank)] = json.dumps(kept)
+    return Copied(state.step, staging.copy(tensors), texts)
+
+
+def copy_pieces(
+    state: RunState, layout: Layout, optimizer: Optimizer, average: WeightAverage | None, staging: Staging
+) -> Copied:
+    """This rank's part of a checkpoint of a model that no rank holds whole. All ranks call this."""
     ranks = layout.mesh.ranks
     if layout.sharded is not None:
         layout.sharded.let_go()
-    path = folder / f"step-{state.step:08d}"
-    writing = folder / f".{path.name}.writing"
     held = _held(layout, optimizer, average)
     index = index_of(ranks.tell(told(held)))
-
-    def begin() -> None:
-        if writing.exists():
-            shutil.rmtree(writing)
-        writing.mkdir(parents=True)
-
-    ranks.first_says(begin)
-    own = {_pieces_name(ranks.rank)}
-    write_pieces(writing / _pieces_name(ranks.rank), held, index, ranks.rank)
+    texts = {}
+    if ranks.first:
+        texts = {STATE: as_json(state.model_dump(mode="json")), PIECES: as_json(index)}
     if layout.mesh.place("tensor") == layout.mesh.place("pipeline") == 0:  # those beside it draw the same numbers
-        own.add(_random_name(layout.mesh.share.rank))
-        (writing / _random_name(layout.mesh.share.rank)).write_text(json.dumps(random_state()), encoding="utf-8")
-    sums: dict[str, str] = {}
-    for each in ranks.tell({name: sha256_of(writing / name) for name in own}):
-        sums |= each
+        texts[_random_name(layout.mesh.share.rank)] = json.dumps(random_state())
+    tensors = {_pieces_name(ranks.rank): own_pieces(held, index, ranks.rank)}
+    return Copied(state.step, staging.copy(tensors), texts)
 
-    def finish() -> None:
-        write_json(writing / PIECES, index)
-        write_json(writing / STATE, state.model_dump(mode="json"))
-        sums.update({name: sha256_of(writing / name) for name in (PIECES, STATE)})
-        write_json(writing / MANIFEST, {"format": FORMAT, "files": dict(sorted(sums.items()))})
-        finish_folder(writing, path)
 
-    ranks.first_says(finish)
+def write_copied(folder: Path, copied: Copied) -> dict[str, str]:
+    """Write a rank's files beside those of the others, and return their sums. Nothing is left of them on an error.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    writing = _being_written(folder, copied.step)
+    writing.mkdir(parents=True, exist_ok=True)
+    sums = {}
+    try:
+        for name, tensors in copied.tensors.items():
+            write_weights(writing / name, tensors)
+            sums[name] = _kept(writing / name)
+        for name, text in copied.texts.items():
+            (writing / name).write_text(text, encoding="utf-8")
+            sums[name] = _kept(writing / name)
+    except BaseException:
+        # At once: where the disk is full, whoever else writes needs the room.
+        for name in (*copied.tensors, *copied.texts):
+            (writing / name).unlink(missing_ok=True)
+        raise
+    return sums
+
+
+def publish(folder: Path, step: int, sums: Mapping[str, str]) -> Path:
+    """Give the checkpoint that all ranks have written its name, from which on it counts; `sums` are of all files.
+
+    Raises:
+        OSError: what is left to write cannot be.
+    """
+    path = folder / f"step-{step:08d}"
+    writing = _being_written(folder, step)
+    write_json(writing / MANIFEST, {"format": FORMAT, "files": dict(sorted(sums.items()))})
+    finish_folder(writing, path)
     return path
+
+
+def discard(folder: Path, step: int) -> None:
+    """Delete what has been written of a checkpoint that will not be published."""
+    shutil.rmtree(_being_written(folder, step), ignore_errors=True)
+
+
+def _being_written(folder: Path, step: int) -> Path:
+    return folder / f".step-{step:08d}.writing"
+
+
+def _kept(path: Path) -> str:
+    """The sum of a file, once it is on the disk."""
+    sync_file(path)
+    return sha256_of(path)
 
 
 def _held(layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -> dict[str, Piece]:

@@ -1,8 +1,8 @@
 """The loop around the step.
 
 Here        TrainConfig, Watch, TrainResult, `train`.
-Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py);
-            showing what is announced (watch/).
+Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py,
+            engine/saver.py); showing what is announced (watch/).
 Promise     the same seed gives the same losses; a run that was killed at any moment goes on to the losses that it
             would have had, bit for bit on a CPU. Evaluating, measuring and saving leave no trace in training. On many
             ranks the losses are those of one process up to rounding, where the model draws no random numbers; the
@@ -51,8 +51,6 @@ from dougong.engine.checkpoint import (
     latest_checkpoint,
     prune_checkpoints,
     restore_checkpoint,
-    save_checkpoint,
-    save_pieces,
     set_aside,
 )
 from dougong.engine.contribution import Probe
@@ -64,8 +62,9 @@ from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.prepare import prepare_model
-from dougong.engine.random_state import random_state, random_state_kept, seed_all
+from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
+from dougong.engine.saver import Saved, Saver
 from dougong.engine.step import Backward, Loss, TrainParts, norm_alone, nothing_to_add, train_step
 from dougong.nn.block_stack import BlockStack
 
@@ -102,7 +101,7 @@ class TrainConfig(Config):
     """Steps. None: by time alone."""
 
     checkpoint_seconds: float | None = 120.0
-    """Most seconds of work that a kill can cost. None: by steps alone."""
+    """Most seconds of work that a kill can cost, and those that writing takes besides. None: by steps alone."""
 
     keep: int = 2
     """Last checkpoints that stay on the disk; the best one does besides."""
@@ -320,6 +319,7 @@ class _Run:
 
         model.train()
         optimizer = config.optimizer.build(model)
+        self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
         self.intake = Intake(
@@ -350,7 +350,14 @@ class _Run:
         )
 
     def train(self) -> TrainResult:
-        """Step until there is a reason to stop."""
+        """Step until there is a reason to stop. After an error, what was being saved is whole or absent."""
+        try:
+            return self._train()
+        except BaseException:
+            self._announce_saved(self.saver.close())
+            raise
+
+    def _train(self) -> TrainResult:
         self.announce(
             RunStarted(
                 step=self.step,
@@ -368,10 +375,14 @@ class _Run:
             if self._evaluation_due(epoch):
                 improved = self._evaluate()
                 self._move_rates()
-            interrupted, due = self.ranks.any(self.interruption.wanted, self._checkpoint_due())
+            interrupted, due, writing, failed = self.ranks.any(
+                self.interruption.wanted, self._checkpoint_due(), self.saver.busy, self.saver.failed
+            )
+            self._announce_saved(self.saver.look(writing, failed))
             reason = self._reason(interrupted)
             if improved or reason is not None or due:
                 self._save()
+        self._announce_saved(self.saver.finish())
         self.announce(
             RunFinished(
                 step=self.step,
@@ -548,20 +559,21 @@ class _Run:
             first_bad=tuple(tally.first_bad),
             sampling=None if self.sampler is None else self.sampler.state,
         )
-        checkpoints = checkpoints_of(self.folder)
-        optimizer, average = self.parts.optimizer, self.average
-        if self.layout.is_whole:
-            random_states = self.ranks.tell(random_state())
-            if self.ranks.first:
-                save_checkpoint(checkpoints, state, self.parts.model, optimizer, average, random_states)
-        else:
-            save_pieces(checkpoints, state, self.layout, optimizer, average)
+        self._announce_saved(self.saver.begin(state))
         self.last_saved = time.perf_counter()
-        if not self.ranks.first:
+
+    def _announce_saved(self, saved: Saved | None) -> None:
+        if saved is None:
             return
-        prune_checkpoints(checkpoints, self.config.keep)
-        path = checkpoints / f"step-{self.step:08d}"
-        self.announce(CheckpointSaved(step=self.step, path=str(path), best=self.best_step == self.step))
+        self.announce(
+            CheckpointSaved(
+                step=saved.state.step,
+                path=str(saved.path),
+                best=saved.state.best_step == saved.state.step,
+                pause_seconds=saved.pause_seconds,
+                wait_seconds=saved.wait_seconds,
+            )
+        )
 
     def _go_on(self, start: Checkpoint, model: BlockStack[Any, Any], optimizer: torch.optim.Optimizer) -> None:
         state = start.state

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
 from dougong.nn.split import Split, same
@@ -127,8 +128,8 @@ class Experts(nn.Module):
 
 
 def _counted(counts_E: Tensor, num_rows: int) -> list[int]:
-    """As a list; even where there are no numbers, and a model is only measured (meta)."""
-    if not counts_E.is_meta:
+    """As a list; even where there are no numbers, and a model is only measured."""
+    if not is_fake(counts_E) and not counts_E.is_meta:
         found: list[int] = counts_E.tolist()
         return found
     num = len(counts_E)

@@ -45,7 +45,7 @@ from dougong.objectives.contrastive import all_pairs_loss
 from dougong.objectives.matching import matching_loss
 from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
 from dougong.recipes.result import result_as_json
-from dougong.recipes.run import settle_recipe
+from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import cache_folder
 from dougong.serve.aligner import KIND, Aligner, vectors_of_cells
 from dougong.watch.progress import Progress

@@ -42,7 +42,7 @@ from dougong.objectives.generation import generation_loss, token_losses
 from dougong.objectives.reconstruction import reconstruction_loss
 from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.result import result_as_json
-from dougong.recipes.run import settle_recipe
+from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.serve.generator import KIND, Generator, load_generator
 from dougong.watch.gallery import write_gallery

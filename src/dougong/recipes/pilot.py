@@ -22,9 +22,10 @@ from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.model.sandwich import Sandwich
 from dougong.objectives.balance import blending_weights
+from dougong.recipes.build import build_model
 from dougong.recipes.losses import WHOLE, losses_of
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import build_model, train_recipe
+from dougong.recipes.run import train_recipe
 from dougong.recipes.tables import Tables
 
 MOST_RECORDS: Final = 2048

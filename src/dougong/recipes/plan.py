@@ -1,31 +1,44 @@
 """Which layout a recipe should have on some devices, and what it would cost.
 
-Here        plan_recipe, read_cluster, PlanResult.
-Elsewhere   formulas and search (engine/planner/); carrying a layout out (recipes/run.py).
-Promise     nothing is trained. The model is built and run once, on a real batch of the recipe's training records.
+Here        plan_recipe, chosen_plan, read_cluster, PlanResult; Planned.
+Elsewhere   formulas, search and rehearsal (engine/planner/); carrying a layout out (recipes/run.py).
+Promise     nothing is trained. The model is built and run once, on a real batch of the recipe's training records. Only
+            layouts that the engine can carry out are among those found.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
+from dougong.core.sizes import bytes_as_text
 from dougong.data.loader import Loader
-from dougong.data.position import Position
-from dougong.data.preparation import fit_preparation
-from dougong.data.target import infer_target
+from dougong.data.position import WHOLE, Position, Share
+from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
 from dougong.engine.parallel.plan import PlanConfig
-from dougong.engine.planner.cluster import KNOWN, ClusterConfig
+from dougong.engine.planner.account import StepBytes
+from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
 from dougong.engine.planner.predict import BytesConfig, Prediction
+from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import Found, SearchConfig, describe, find_layouts, reason
 from dougong.engine.planner.shape import ModelShape, measure_shape
+from dougong.engine.prepare import check_model
+from dougong.nn.batch import Batch
+from dougong.recipes.build import build_model, check_layout, learn_preparation
 from dougong.recipes.losses import losses_of
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import build_model
-from dougong.recipes.tables import open_tables
+from dougong.recipes.tables import Tables, open_tables
+
+MEMORY_SHARE: Final = 0.9
+"""Of a device's memory, that is planned with."""
 
 
 class PlanResult(NamedTuple):
@@ -35,6 +48,8 @@ class PlanResult(NamedTuple):
     cluster: ClusterConfig
     shape: ModelShape
     found: Found
+    held: tuple[StepBytes, ...]
+    """By rank of the best layout's pipeline; nothing where it could not be rehearsed."""
 
     @property
     def best(self) -> Prediction:
@@ -48,33 +63,118 @@ class PlanResult(NamedTuple):
             "considered": self.found.considered,
             "layouts": [_as_json(each) for each in self.found.predictions],
             "reason": reason(self.found),
+            "rehearsed": [each._asdict() for each in self.held],
         }
 
 
 def plan_recipe(recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = False, most: int = 10) -> PlanResult:
-    """Predict every layout of the recipe on these devices.
+    """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
     tables = open_tables(recipe.data, seed=recipe.seed)
-    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
-    preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
-    if recipe.data.modalities is not None:
-        preparation = preparation.only(recipe.data.modalities)
-    model = build_model(recipe, preparation)
-    loader = Loader(tables.train, preparation, recipe.data.loader, seed=recipe.seed, train=True)
-    arrays = next(found for _, found in loader.batches(Position()) if len(found.row_B))
-    losses = losses_of(recipe.objective, recipe.model, target.task, None)
-    shape = measure_shape(model, to_tensors(arrays), lambda output, batch: losses(output, batch).whole)
-    search = SearchConfig(
-        records=shape.num_records * recipe.train.accumulation,
-        micro_batches=recipe.train.accumulation,
-        recompute=recompute,
-        most=most,
-    )
-    sizes = BytesConfig(activation=1.0 if recipe.train.precision in ("fp32", "auto") else 0.5)
-    return PlanResult(recipe.name, cluster, shape, find_layouts(shape, cluster, search, sizes))
+    planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
+    found = planned.search(cluster, recompute=recompute, most=most)
+    held: tuple[StepBytes, ...] = ()
+    while found.predictions and not found.predictions[0].choice.recompute:
+        held = planned.rehearsed(found.predictions[0].choice.plan, cluster.devices)
+        if max(each.peak for each in held) <= MEMORY_SHARE * cluster.memory_bytes:
+            break
+        if len(found.predictions) == 1:
+            raise ConfigError(
+                f"{describe(found.predictions[0].choice)} was predicted to fit, and takes "
+                f"{max(each.peak for each in held) / 2**30:.3g} GiB. Use more devices or smaller batches."
+            )
+        found = found._replace(predictions=found.predictions[1:])
+    return PlanResult(recipe.name, cluster, planned.shape, found, held)
+
+
+def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> PlanConfig:
+    """The layout that is predicted to be fastest on so many ranks, `per_node` of them on this machine (None: all).
+
+    Raises:
+        ConfigError: none can be carried out, or none fits.
+    """
+    return planned.search(this_machine(world, per_node), most=1).predictions[0].choice.plan
+
+
+class Planned:
+    """A recipe's model with one of its batches: what can be said of a layout before it is carried out."""
+
+    def __init__(self, recipe: Recipe, tables: Tables, preparation: Preparation) -> None:
+        self.recipe, self.tables, self.preparation = recipe, tables, preparation
+        self.model = build_model(recipe, preparation)
+        self.shape = measure_shape(self.model, self.batches(WHOLE, 1)[0], self.loss)
+
+    def batches(self, share: Share, count: int) -> list[Batch]:
+        """The first ones that have records, as far as they are this share's."""
+        loader = Loader(
+            self.tables.train,
+            self.preparation,
+            self.recipe.data.loader.model_copy(update={"workers": 0}),
+            seed=self.recipe.seed,
+            train=True,
+            share=share,
+        )
+        return [to_tensors(arrays) for _, arrays in itertools.islice(loader.batches(Position()), count)]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        losses = losses_of(self.recipe.objective, self.recipe.model, self.preparation.target.task, None)
+        found = losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
+
+    def search(self, cluster: ClusterConfig, *, recompute: bool = False, most: int) -> Found:
+        accumulation, precision = self.recipe.train.accumulation, self.recipe.train.precision
+        search = SearchConfig(
+            records=round(self.shape.num_records) * accumulation,
+            micro_batches=accumulation,
+            recompute=recompute,
+            memory_share=MEMORY_SHARE,
+            most=most,
+        )
+        sizes = BytesConfig(activation=1.0 if precision in ("fp32", "auto") else 0.5)
+        return find_layouts(self.shape, cluster, search, sizes, functools.partial(self.check, cluster.devices))
+
+    def check(self, world: int, plan: PlanConfig) -> None:
+        """
+        Raises:
+            ConfigError: so many ranks cannot train this recipe so.
+        """
+        check_layout(self.recipe, plan, world)
+        check_model(self.model, plan)
+
+    def check_memory(self, world: int, plan: PlanConfig, per_node: int | None = None) -> None:
+        """
+        Raises:
+            ConfigError: a rank would hold more than it has of this machine's free memory; the message says what fits.
+        """
+        cluster = this_machine(world, per_node)
+        room = MEMORY_SHARE * cluster.memory_bytes
+        held = max(self.rehearsed(plan, world), key=lambda each: each.peak)
+        if held.peak <= room:
+            return
+        try:
+            fits = describe(self.search(cluster, most=1).predictions[0].choice)
+            instead = f"Use {fits}, which is predicted to fit, or smaller batches."
+        except ConfigError:
+            instead = "No layout of them fits: use more devices, or smaller batches."
+        raise ConfigError(
+            f"a rank of this layout holds {bytes_as_text(held.peak)} ({bytes_as_text(held.weights)} of weights), and "
+            f"each of the {per_node or world} ranks here may have {bytes_as_text(room)}. {instead}"
+        )
+
+    def rehearsed(self, plan: PlanConfig, world: int) -> tuple[StepBytes, ...]:
+        """By rank of the pipeline, what its first holds."""
+        what = Rehearsal(
+            build=lambda: build_model(self.recipe, self.preparation),
+            batches=lambda share: self.batches(share, self.recipe.train.accumulation),
+            loss=self.loss,
+            optimizer=self.recipe.train.optimizer.build,
+            precision="bf16" if self.recipe.train.precision == "bf16" else "fp32",
+        )
+        each = world // plan.pipeline
+        return tuple(rehearse(what, plan, world, place * each) for place in range(plan.pipeline))
 
 
 def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> ClusterConfig:

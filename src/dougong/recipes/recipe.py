@@ -118,8 +118,8 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
-    plan: PlanConfig = PlanConfig()
-    """How the run is laid out on the ranks that torchrun starts."""
+    plan: PlanConfig | None = PlanConfig()
+    """How the run is laid out on the ranks that are started. None: the planner chooses for as many as there are."""
 
     @model_validator(mode="after")
     def _something_to_complete(self) -> Self:

@@ -1,7 +1,8 @@
 """Carries out a recipe: records in, a run's folder out.
 
-Here        run_recipe, and train_recipe for the figures alone; RunResult; settle_recipe, for runs of every kind.
-Elsewhere   the description (recipes/recipe.py); every part that is introduced here to the others.
+Here        run_recipe, and train_recipe for the figures alone; RunResult.
+Elsewhere   the description (recipes/recipe.py); which folder and layout it may have (recipes/settle.py); every part
+            that is introduced here to the others.
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses. Many
             ranks do together what one does; the first one alone writes and speaks.
 """
@@ -21,20 +22,18 @@ from torch import Tensor
 
 import dougong
 from dougong.core.bundle import Manifest
-from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
-from dougong.core.errors import ConfigError, RunError
+from dougong.core.config import parse
+from dougong.core.errors import RunError
 from dougong.core.events import Announcer, Listener
-from dougong.core.files import write_atomic, write_json
+from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import VolumeInput
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.position import Position
-from dougong.data.preparation import TABLE_MODALITY, Preparation, fit_preparation
+from dougong.data.preparation import TABLE_MODALITY, Preparation
 from dougong.data.table import Table
-from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.contribution import Probe
@@ -42,16 +41,17 @@ from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
 from dougong.engine.parallel.mesh import share_of
 from dougong.engine.parallel.pipeline import block_seconds
-from dougong.engine.parallel.plan import check_plan
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.prepare import prepare_model
 from dougong.engine.trainer import Watch, train
 from dougong.model.sandwich import Sandwich, SandwichOutput
 from dougong.nn.batch import Batch
-from dougong.recipes.losses import backward_of, check_blend, check_objective, check_ranks, losses_of
+from dougong.recipes.build import build_model, check_layout, known_preparation, learn_preparation
+from dougong.recipes.losses import backward_of, check_blend, check_objective, losses_of
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.result import result_as_json
 from dougong.recipes.samples import write_samples
+from dougong.recipes.settle import SETTINGS, settle_recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.recipes.weigh import weigh_votes
 from dougong.serve.model import Model
@@ -59,7 +59,6 @@ from dougong.watch.progress import Progress
 from dougong.watch.report import write_report
 from dougong.watch.tensorboard import TensorBoard
 
-SETTINGS: Final = "run.yaml"
 JUDGED_AT_ONCE: Final = 256
 VOTES_WEIGHED: Final = 4096
 MOST_PASSES: Final = 8
@@ -130,15 +129,12 @@ def train_recipe(
         RunError: the folder holds a run already, or none to resume.
     """
     check_objective(recipe.objective, recipe.model)
-    shares = check_plan(recipe.plan, ranks.world, accumulation=recipe.train.accumulation)
-    check_ranks(recipe.objective, recipe.model, shares)
-    if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
-        raise ConfigError(
-            f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "
-            "Set data.corrupt.spare_one: false, or train in one process."
-        )
+    if recipe.plan is not None:
+        check_layout(recipe, recipe.plan, ranks.world)
     quiet = quiet or not ranks.first
-    settled = ranks.first_says(lambda: settle_recipe(recipe, folder, resume=resume).model_dump(mode="json"))
+    settled = ranks.first_says(
+        lambda: settle_recipe(recipe, folder, resume=resume, world=ranks.world).model_dump(mode="json")
+    )
     recipe = parse(Recipe, settled, where=SETTINGS)
     say = _say_nothing if quiet else _say
 
@@ -178,12 +174,6 @@ def train_recipe(
         train_seconds=train_seconds,
         notes=(*tables.notes, *notes),
     )
-
-
-def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
-    """The recipe's model before its first step; the same seed draws the same weights."""
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    return recipe.model.build(preparation.signature())
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
@@ -246,48 +236,14 @@ def write_evaluation(result: RunResult, views: Mapping[str, View], more: Mapping
     )
 
 
-def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
-    """The recipe that is really run: the folder's own when it is resumed, on the layout that is given now.
-
-    Raises:
-        RunError: the folder holds a run already, or none to resume.
-        ConfigError: the run in the folder is of another kind.
-    """
-    settings = folder / SETTINGS
-    if resume:
-        if not settings.is_file():
-            raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
-        values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
-        kept = parse(type(recipe), values, where=str(settings))
-        return kept.model_copy(update={"plan": recipe.plan}) if isinstance(recipe, Recipe) else kept
-    if settings.exists():
-        raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
-    write_atomic(settings, to_yaml(recipe))
-    return recipe
-
-
 def _prepare(recipe: Recipe, tables: Tables, folder: Path) -> tuple[Preparation, tuple[str, ...]]:
     """What the columns hold, learnt once per run; and what was left out."""
-    kept = folder / "preparation"
-    if (kept / "preparation.json").exists():
-        return Preparation.load(kept), ()
-    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
-    preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
-    notes: list[str] = []
-    for name, modality in list(preparation.modalities.items()):
-        if isinstance(modality.signature(), VolumeInput):
-            notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
-            del preparation.modalities[name]
-    if recipe.data.modalities is not None:
-        strange = [name for name in recipe.data.modalities if name not in preparation.modalities]
-        if strange:
-            known = ", ".join(preparation.modalities)
-            raise RunError(f"data.modalities names {strange[0]!r}, which is no modality here. Use some of {known}.")
-        preparation = preparation.only(recipe.data.modalities)
-    if not preparation.modalities:
-        raise RunError("no modality is left that has an encoder. Name other roles in data.columns.")
-    preparation.save(kept)
-    return preparation, tuple(notes)
+    known = known_preparation(folder)
+    if known is not None:
+        return known, ()
+    preparation, notes = learn_preparation(recipe, tables)
+    preparation.save(folder / "preparation")
+    return preparation, notes
 
 
 def _train(
@@ -304,7 +260,9 @@ def _train(
     """The model with its best weights, whole on every rank."""
     target = preparation.target
     views = tuple(_narrowed(recipe.data.views, preparation))
-    share = share_of(recipe.plan, ranks)
+    plan = recipe.plan
+    assert plan is not None  # it was settled
+    share = share_of(plan, ranks)
     loader = Loader(
         tables.train,
         preparation,
@@ -319,9 +277,9 @@ def _train(
         share=share,
     )
     costs = None
-    if recipe.plan.pipeline > 1:
+    if plan.pipeline > 1:
         costs = ranks.first_says(lambda: _block_seconds(recipe, preparation, loader))
-    layout = prepare_model(model, recipe.plan, ranks, accumulation=recipe.train.accumulation, costs=costs)
+    layout = prepare_model(model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs)
     together = layout.data_ranks
     metric = primary_metric(target.task)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dougong.core.errors import CheckpointError
-from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, told, write_pieces
+from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, own_pieces, told
+from dougong.engine.weights import write_weights
 
 WHOLE = torch.arange(60.0).view(6, 10)
 
@@ -16,7 +17,7 @@ def held(rows: slice, columns: slice) -> dict[str, Piece]:
 def written(folder: Path, ranks: list[dict[str, Piece]]) -> PieceReader:
     index = index_of([told(each) for each in ranks])
     for rank, each in enumerate(ranks):
-        write_pieces(folder / f"{rank}.safetensors", each, index, rank)
+        write_weights(folder / f"{rank}.safetensors", own_pieces(each, index, rank))
     return PieceReader(folder, {rank: f"{rank}.safetensors" for rank in range(len(ranks))}, index)
 
 

@@ -34,6 +34,9 @@ CHUNK_BYTES: Final = 4 * 2**20
 MEASURED_BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**26)
 """Sizes at which forms are tried; a message takes the form of the nearest below."""
 
+SURELY: Final = 0.95
+"""Of flat's time, at which another form is taken: a smaller gain may be the measurement's noise."""
+
 
 class Measured(NamedTuple):
     """What one form took for one size, in seconds, on the slowest rank."""
@@ -101,7 +104,8 @@ class Hierarchy:
             dist.all_reduce(middle, op=dist.ReduceOp.MAX, group=self.group)
             found = dict(zip(FORMS, middle.tolist(), strict=True))
             self.measured += [Measured(size, form, seconds) for form, seconds in found.items()]
-            self.choice[size] = min(FORMS, key=lambda form: found[form])
+            best = min(FORMS, key=lambda form: found[form])
+            self.choice[size] = best if found[best] < SURELY * found["flat"] else "flat"
         self._lost = {name: lost for name, lost in self._lost.items() if not name.startswith("measured")}
         return self.measured
 

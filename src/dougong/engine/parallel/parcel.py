@@ -1,6 +1,6 @@
 """A model's state, or its output, from one rank to another.
 
-Here        `pack` and `unpack` (a nested value to tensors and an outline of it), Post, which sends and receives them.
+Here        `pack`, `unpack`, `fresh` (a nested value as tensors and an outline of it); Post, which sends and receives.
 Elsewhere   what is sent when (pipeline.py).
 Promise     what arrives is what was sent, bit for bit, of any shapes, which the receiver need not know. Nothing is
             unpickled: an outline is JSON, and only the types that the model names are made of it.
@@ -73,6 +73,11 @@ def unpack(parcel: Parcel, types: Sequence[type]) -> Any:
     return value(parcel.outline)
 
 
+def fresh(parcel: Parcel) -> Parcel:
+    """The same tensors, of which no way leads back; each needs a gradient if it did."""
+    return parcel._replace(tensors=[t.detach().requires_grad_(t.requires_grad) for t in parcel.tensors])
+
+
 class Post:
     """Parcels between the ranks of a group. What one rank sends another arrives in that order."""
 
@@ -121,7 +126,7 @@ class Post:
         head = json.dumps([parcel.outline, told]).encode()
         pieces = [torch.frombuffer(bytearray(head), dtype=torch.uint8).to(self._device)]
         pieces += [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in parcel.tensors]
-        places = _places([piece.numel() for piece in pieces])
+        places = places_of([piece.numel() for piece in pieces])
         content = torch.empty(places[-1], dtype=torch.uint8, device=self._device)
         for piece, place in zip(pieces, places, strict=False):
             content[place : place + piece.numel()] = piece
@@ -131,7 +136,7 @@ class Post:
         outline, told = json.loads(content[:head_bytes].cpu().numpy().tobytes())
         kinds = [(getattr(torch, name), shape, needs) for name, shape, needs in told]
         sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape, _ in kinds]
-        places = _places([head_bytes, *sizes])
+        places = places_of([head_bytes, *sizes])
         tensors = [
             content[place : place + size].view(dtype).view(shape).requires_grad_(needs)
             for (dtype, shape, needs), size, place in zip(kinds, sizes, places[1:], strict=False)
@@ -139,7 +144,7 @@ class Post:
         return Parcel(outline, tensors)
 
 
-def _places(sizes: list[int]) -> list[int]:
+def places_of(sizes: list[int]) -> list[int]:
     """Where each of these begins, and where the last ends."""
     places = [0]
     for size in sizes:

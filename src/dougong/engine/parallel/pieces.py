@@ -1,6 +1,6 @@
 """A model that lies on several ranks, on the disk: what each rank holds, and any part of it again.
 
-Here        Piece, `write_pieces`, `index_of`, PieceReader.
+Here        Piece, `index_of`, `own_pieces`, PieceReader.
 Elsewhere   which pieces a rank holds (layout.py); whole checkpoints (engine/checkpoint.py).
 Promise     what was written from any layout is read into any other, or whole, bit for bit. Files are safetensors and
             JSON; torch's own distributed checkpoints keep a pickle beside their tensors (docs/adr/).
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dougong.core.errors import CheckpointError
 from dougong.core.files import inside
-from dougong.engine.weights import write_weights
 
 
 class Piece(NamedTuple):
@@ -60,10 +59,10 @@ def index_of(ranks: Iterable[Told]) -> dict[str, dict[str, Any]]:
     return index
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece], index: Mapping[str, Mapping[str, Any]], rank: int) -> None:
-    """Write those pieces that the index expects of this rank."""
+def own_pieces(pieces: Mapping[str, Piece], index: Mapping[str, Mapping[str, Any]], rank: int) -> dict[str, Tensor]:
+    """Those that the index expects of this rank."""
     due = {name for name, entry in index.items() if any(place["rank"] == rank for place in entry["at"])}
-    write_weights(path, {name: piece.local for name, piece in pieces.items() if name in due})
+    return {name: piece.local for name, piece in pieces.items() if name in due}
 
 
 class PieceReader:

@@ -24,7 +24,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.clock import Clock, Doing
-from dougong.engine.parallel.parcel import Parcel, Post, pack, unpack
+from dougong.engine.parallel.parcel import Parcel, Post, fresh, pack, unpack
 from dougong.engine.parallel.schedule import (
     Action,
     Kind,
@@ -124,7 +124,7 @@ def block_seconds(model: BlockStack[Any, Any], batch: Batch, repeats: int = 3) -
             outputs = [t for t in pack(state).tensors if t.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-            state = unpack(_fresh(pack(state)), model.state_types)
+            state = unpack(fresh(pack(state)), model.state_types)
             times.append(time.perf_counter() - started)
         found.append(times)
     model.zero_grad(set_to_none=True)
@@ -268,9 +268,9 @@ class Pipeline:
                 state = unpack(self.post.receive(self.place[index - 1]), self.types)
             state = self.through(self.stages[index], batch, state)
             if index + 1 < len(self.place) and self.place[index + 1] != self.rank:
-                self.post.send(_fresh(pack(state)), self.place[index + 1])
+                self.post.send(fresh(pack(state)), self.place[index + 1])
         last = self.place[-1]
-        found = self.post.spread(_fresh(pack(state)) if self.rank == last else None, last)
+        found = self.post.spread(fresh(pack(state)) if self.rank == last else None, last)
         self.post.settle()
         return unpack(found, self.types)
 
@@ -359,7 +359,7 @@ class _Step:
             tensors=[t.clone() if t.requires_grad and (t.is_leaf or t._is_view()) else t for t in made.tensors]
         )
         self.passed[index, place] = _Passed(inputs, [t for t in made.tensors if t.requires_grad])
-        self._pass_on(Action("forward", index + 1, place), _fresh(made))
+        self._pass_on(Action("forward", index + 1, place), fresh(made))
 
     def _gradients(self, index: int, outputs: list[Tensor], parcel: Parcel | None) -> list[Tensor | None]:
         if parcel is None:
@@ -400,11 +400,6 @@ def _size(block: nn.Module) -> float:
 def _is_shared(x: Tensor) -> bool:
     """Whether it cannot be detached in place: an input, a weight or a view."""
     return x.is_leaf or x._is_view()
-
-
-def _fresh(parcel: Parcel) -> Parcel:
-    """The same tensors, of which no way leads back; each needs a gradient if it did."""
-    return parcel._replace(tensors=[t.detach().requires_grad_(t.requires_grad) for t in parcel.tensors])
 
 
 def _backward_both(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:

@@ -1,6 +1,6 @@
 """The processes that train one model together, and how they agree.
 
-Here        Ranks, ALONE, `connected_ranks`.
+Here        Ranks, ALONE; `announced_ranks`, before they are connected; `connected_ranks`.
 Elsewhere   what they send of the model: tensors with gradients (gather.py), gradients (replicate.py); each one's part
             of a batch (data/position.py's Share).
 Promise     one process alone sends nothing and is asked nothing. Nothing is ever unpickled: what ranks tell each other
@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -145,6 +145,32 @@ ALONE: Final = Ranks()
 """One process that is asked nothing."""
 
 
+class Announced(NamedTuple):
+    """What this process is told that it will be."""
+
+    rank: int
+    world: int
+    per_node: int
+
+
+def announced_ranks(environment: Mapping[str, str] = os.environ) -> Announced | None:
+    """Which of `torchrun`'s ranks this process is, before any is connected; None where it started none.
+
+    Raises:
+        ConfigError: the environment names some of what is needed to connect, and lacks the rest.
+    """
+    if "WORLD_SIZE" not in environment:
+        return None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} is set and {missing[0]} is not: the ranks cannot find each other. "
+            "Start with torchrun, or unset WORLD_SIZE."
+        )
+    world = int(environment["WORLD_SIZE"])
+    return Announced(int(environment["RANK"]), world, int(environment.get("LOCAL_WORLD_SIZE", world)))
+
+
 @contextlib.contextmanager
 def connected_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """The ranks that `torchrun` started, connected inside; ALONE where it started none.
@@ -154,15 +180,9 @@ def connected_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ran
     Raises:
         ConfigError: the environment names some of what is needed to connect, and lacks the rest.
     """
-    if "WORLD_SIZE" not in environment:
+    if announced_ranks(environment) is None:
         yield ALONE
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE={environment['WORLD_SIZE']} is set and {missing[0]} is not: the ranks cannot find each other. "
-            "Start with torchrun, or unset WORLD_SIZE."
-        )
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(environment.get("LOCAL_RANK", "0")))
     dist.init_process_group()

@@ -1,6 +1,6 @@
 """The devices that a run may have, in numbers.
 
-Here        ClusterConfig, KNOWN.
+Here        ClusterConfig, KNOWN; `this_machine`.
 Elsewhere   what a model asks of them (shape.py); what a step on them costs (predict.py).
 Promise     what is published stands as published; what was fitted says on which runs (benchmarks/planner.py fits it
             anew and leaves each run out in turn).
@@ -8,8 +8,11 @@ Promise     what is published stands as published; what was fitted says on which
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Final
 
+import torch
 from pydantic import Field, model_validator
 
 from dougong.core.config import Config
@@ -91,3 +94,31 @@ KNOWN: Final[dict[str, ClusterConfig]] = {
         across_bandwidth=50e9,
     ),
 }
+
+
+def this_machine(ranks: int, per_node: int | None = None) -> ClusterConfig:
+    """What so many ranks have here, where `per_node` of them (None: all) are on this machine, and the memory that is
+    free now."""
+    per_node = per_node or ranks
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower()
+        kind = "h100" if any(each in name for each in ("h100", "h200")) else "a100-80g"
+        memory = float(torch.cuda.mem_get_info()[0])
+    else:
+        kind, memory = "cpu", free_bytes() / per_node
+    return KNOWN[kind].model_copy(update={"devices": ranks, "per_node": per_node, "memory_bytes": memory})
+
+
+def free_bytes() -> float:
+    """Memory of this machine that a process may still take; of its container, where that has less."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8")
+    except OSError:
+        return free
+    return free if limit == "max" else max(0.0, min(free, float(limit) - float(used)))

@@ -256,8 +256,8 @@ def _data_exchange(
     """Seconds of it that are not hidden."""
     common, experts = _held(parts, plan)
 
-    def ring(ranks: int, num_bytes: float, times: float) -> float:
-        """So many halves of an all-reduce."""
+    def ring(ranks: int, num_bytes: float, times: float, messages: int = 1) -> float:
+        """So many halves of an all-reduce, in so many messages each."""
         if ranks == 1:
             return 0.0
         beside = plan.tensor  # ranks of a node that are in other groups
@@ -265,7 +265,7 @@ def _data_exchange(
         spans_nodes = ranks > here
         bandwidth = cluster.across_bandwidth * min(here, ranks) if spans_nodes else cluster.inside_bandwidth
         seconds: float = times * (ranks - 1) / ranks * num_bytes / (bandwidth * cluster.link_efficiency)
-        return seconds + times * cluster.latency_seconds * math.log2(ranks)
+        return seconds + times * messages * cluster.latency_seconds * math.log2(ranks)
 
     copies = data // plan.shard
     seconds = ring(data // plan.expert, experts * sizes.gradient, 2)
@@ -273,6 +273,8 @@ def _data_exchange(
         seconds += ring(data, common * sizes.gradient, 2)
     else:
         gathers = 1 if plan.sharding == "zero2" else 2
-        seconds += ring(plan.shard, common * sizes.gradient, 1) + ring(plan.shard, common * sizes.weight, gathers)
+        blocks = len(parts)  # each is gathered, and its gradients spread, by itself
+        seconds += ring(plan.shard, common * sizes.gradient, 1, blocks)
+        seconds += ring(plan.shard, common * sizes.weight, gathers, blocks)
         seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
     return seconds * (1 - cluster.data_overlap)

@@ -8,7 +8,7 @@ Promise     what is found fits the memory, the model and the records of a step; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pydantic import Field
@@ -54,9 +54,13 @@ class Found(NamedTuple):
 
 
 def find_layouts(
-    model: ModelShape, cluster: ClusterConfig, search: SearchConfig, sizes: BytesConfig | None = None
+    model: ModelShape,
+    cluster: ClusterConfig,
+    search: SearchConfig,
+    sizes: BytesConfig | None = None,
+    check: Callable[[PlanConfig], None] | None = None,
 ) -> Found:
-    """All layouts, predicted.
+    """All layouts, predicted. `check` raises ConfigError for those that cannot be carried out.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
@@ -64,13 +68,22 @@ def find_layouts(
     fitting: list[Prediction] = []
     too_large: Prediction | None = None
     considered = 0
+    refused: ConfigError | None = None
     for choice, shape in _choices(model, cluster, search):
+        try:
+            if check is not None:
+                check(choice.plan)
+        except ConfigError as error:
+            refused = refused or error
+            continue
         considered += 1
         found = predict(shape, cluster, choice, sizes)
         if found.peak_bytes <= search.memory_share * cluster.memory_bytes:
             fitting.append(found)
         elif too_large is None or found.peak_bytes < too_large.peak_bytes:
             too_large = found
+    if not considered and refused is not None:
+        raise ConfigError(f"no layout of {cluster.devices} devices can be carried out: {refused}")
     if not considered:
         raise ConfigError(
             f"{search.records} records a step cannot be shared out to {cluster.devices} devices in micro-batches of "

@@ -1,0 +1,84 @@
+"""What a recipe's model is made of: what its columns hold, and its weights before the first step.
+
+Here        `learn_preparation`, `known_preparation`, `build_model`; `check_layout`, of what a recipe wants that needs a
+            batch in one place.
+Elsewhere   training it (recipes/run.py); laying it out on devices (recipes/plan.py).
+Promise     the same recipe and records give the same preparation and the same weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dougong.core.errors import ConfigError, RunError
+from dougong.core.seeds import derive_seed
+from dougong.core.signature import VolumeInput
+from dougong.data.preparation import Preparation, fit_preparation
+from dougong.data.target import infer_target
+from dougong.engine.parallel.plan import PlanConfig, check_plan
+from dougong.model.sandwich import Sandwich
+from dougong.recipes.losses import check_ranks
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.tables import Tables
+
+
+def learn_preparation(recipe: Recipe, tables: Tables) -> tuple[Preparation, tuple[str, ...]]:
+    """What the training columns hold; and notes of what was left out.
+
+    Raises:
+        RunError: no modality is left.
+    """
+    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
+    notes: list[str] = []
+    for name, modality in list(preparation.modalities.items()):
+        if isinstance(modality.signature(), VolumeInput):
+            notes.append(f"{name} is left out: there is no encoder yet for a {modality.signature().kind}")
+            del preparation.modalities[name]
+    if recipe.data.modalities is not None:
+        strange = [name for name in recipe.data.modalities if name not in preparation.modalities]
+        if strange:
+            known = ", ".join(preparation.modalities)
+            raise RunError(f"data.modalities names {strange[0]!r}, which is no modality here. Use some of {known}.")
+        preparation = preparation.only(recipe.data.modalities)
+    if not preparation.modalities:
+        raise RunError("no modality is left that has an encoder. Name other roles in data.columns.")
+    return preparation, tuple(notes)
+
+
+def known_preparation(folder: Path) -> Preparation | None:
+    """What a run in this folder has learnt already."""
+    kept = folder / "preparation"
+    return Preparation.load(kept) if (kept / "preparation.json").exists() else None
+
+
+def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
+    """The recipe's model before its first step; the same seed draws the same weights."""
+    torch.manual_seed(derive_seed(recipe.seed, "model"))
+    return recipe.model.build(preparation.signature())
+
+
+def check_layout(recipe: Recipe, plan: PlanConfig, world: int) -> None:
+    """
+    Raises:
+        ConfigError: so many ranks cannot train this recipe so; the message says what would work.
+    """
+    shares = check_plan(plan, world, accumulation=recipe.train.accumulation)
+    check_ranks(recipe.objective, recipe.model, shares)
+    if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
+        raise ConfigError(
+            f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "
+            "Set data.corrupt.spare_one: false, or train in one process."
+        )
+    if recipe.train.sampling is not None and world > 1:
+        raise ConfigError(
+            f"train.sampling draws for whole batches, and there are {world} ranks. "
+            "Train in one process, or use data.withhold."
+        )
+    if recipe.objective.balance != "none" and plan.tensor * plan.pipeline * plan.shard * plan.expert > 1:
+        raise ConfigError(
+            f"objective.balance={recipe.objective.balance} needs the whole model on every rank. "
+            "Use plan tensor, pipeline, shard and expert of 1, or balance: none."
+        )

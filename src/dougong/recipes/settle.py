@@ -1,0 +1,74 @@
+"""Which recipe a run's folder really carries out, and on which layout.
+
+Here        `settle_recipe`, for runs of every kind; `lay_out`, before any rank is connected.
+Elsewhere   carrying it out (recipes/run.py and its like); the planner (recipes/plan.py).
+Promise     a folder that holds a run is never taken for another; a layout that the model, the records or the memory do
+            not allow is refused before a process group is made, with what would work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
+from dougong.core.errors import RunError
+from dougong.core.files import write_atomic
+from dougong.recipes.build import known_preparation, learn_preparation
+from dougong.recipes.plan import Planned, chosen_plan
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.tables import open_tables
+
+SETTINGS: Final = "run.yaml"
+
+
+def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool, world: int = 1) -> ConfigT:
+    """The recipe that is really run: the folder's own when it is resumed, on the layout that is given now, or that the
+    planner chooses for `world` ranks where none is.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ConfigError: the run in the folder is of another kind.
+    """
+    recipe = _wanted(recipe, folder, resume=resume)
+    if isinstance(recipe, Recipe) and recipe.plan is None:
+        recipe = recipe.model_copy(update={"plan": chosen_plan(_planned(recipe, folder), world)})
+    if not resume:
+        write_atomic(folder / SETTINGS, to_yaml(recipe))
+    return recipe
+
+
+def lay_out(recipe: Recipe, folder: Path, world: int, *, per_node: int | None = None, resume: bool = False) -> Recipe:
+    """The recipe with the layout that so many ranks are to have, `per_node` of them on this machine (None: all).
+
+    Nothing is written, and no process group may exist yet.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ConfigError: the layout cannot be.
+    """
+    planned = _planned(_wanted(recipe, folder, resume=resume), folder)
+    plan = recipe.plan
+    if plan is None:
+        plan = chosen_plan(planned, world, per_node)
+    planned.check(world, plan)
+    planned.check_memory(world, plan, per_node)
+    return recipe.model_copy(update={"plan": plan})
+
+
+def _wanted(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
+    settings = folder / SETTINGS
+    if resume:
+        if not settings.is_file():
+            raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
+        values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
+        kept = parse(type(recipe), values, where=str(settings))
+        return kept.model_copy(update={"plan": recipe.plan}) if isinstance(recipe, Recipe) else kept
+    if settings.exists():
+        raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
+    return recipe
+
+
+def _planned(recipe: Recipe, folder: Path) -> Planned:
+    tables = open_tables(recipe.data, seed=recipe.seed)
+    return Planned(recipe, tables, known_preparation(folder) or learn_preparation(recipe, tables)[0])

@@ -1,0 +1,145 @@
+"""What a rank will hold, said before there are ranks, against what is counted on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from dougong.core.signature import ImageInput, Signature, Target, TextInput
+from dougong.data.position import Share
+from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import Ranks
+from dougong.engine.planner.account import Account, StepBytes
+from dougong.engine.planner.rehearse import Rehearsal, rehearse
+from dougong.engine.prepare import prepare_model
+from dougong.engine.step import TrainParts, train_step
+from dougong.model.bridge import BridgeConfig
+from dougong.model.decoder import DecoderConfig, ExpertsConfig
+from dougong.model.encoders.image import ImageEncoderConfig
+from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.sandwich import SandwichConfig
+from dougong.nn.batch import Batch, MediaBatch
+from dougong.nn.block_stack import BlockStack
+from dougong.objectives.generation import words_loss
+
+WORDS = 203
+WORLD = 4
+LAYOUTS = {
+    "copies": PlanConfig(),
+    "tensor 2 x data 2": PlanConfig(tensor=2),
+    "pipeline 2 x data 2": PlanConfig(pipeline=2),
+    "pipeline 2 zbv x data 2": PlanConfig(pipeline=2, chunks=2, schedule="zbv"),
+    "zero3 over 4": PlanConfig(shard=4),
+}
+ACCUMULATION = 4
+
+
+def build(kind: str) -> BlockStack[Any, Any]:
+    inputs: dict[str, Any] = {"words": TextInput(vocabulary_size=WORDS, max_tokens=24)}
+    if kind == "sandwich":
+        inputs["photo"] = ImageInput(height=16, width=16)
+    signature = Signature(inputs=inputs, target=Target(name="named", task="single_label", labels=("a", "b", "c")))
+    torch.manual_seed(0)
+    if kind == "decoder":
+        experts = ExpertsConfig(num=4, num_chosen=2, hidden=32)
+        return DecoderConfig(num_layers=4, num_heads=4, experts=experts).build(signature)
+    return SandwichConfig(
+        width=32,
+        bridge=BridgeConfig(num_blocks=2, num_heads=4),
+        encoders={
+            "photo": ImageEncoderConfig(width=32, num_layers=2, num_heads=4),
+            "words": TextEncoderConfig(width=32, num_layers=2, num_heads=4),
+        },
+    ).build(signature)
+
+
+def batches(kind: str, share: Share) -> list[Batch]:
+    """Micro-batches of unequal size, of which ranks have unequal parts."""
+    made = []
+    for number in range(ACCUMULATION):
+        generator = torch.Generator().manual_seed(number)
+        num_records, num_words = 25 + number, 16 + number
+        words = torch.randint(4, WORDS, (num_records, num_words), generator=generator)[share.of(num_records)]
+        index_B = torch.arange(len(words))
+        present_B = torch.ones_like(index_B).bool()
+        mask = torch.ones_like(words, dtype=torch.bool)
+        media = {"words": MediaBatch({"ids_UT": words, "mask_UT": mask}, index_B, present_B)}
+        if kind == "sandwich":
+            pixels = torch.randn(num_records, 3, 16, 16, generator=generator)[share.of(num_records)]
+            media["photo"] = MediaBatch({"pixels_UCHW": pixels}, index_B, present_B)
+        made.append(Batch(media, index_B % 3))
+    return made
+
+
+def loss_of(output: Any, batch: Batch) -> Tensor:
+    if hasattr(output, "loss_BN"):
+        return words_loss(output)
+    return torch.nn.functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
+
+
+def rehearsal(kind: str, *, unreal: bool = False) -> Rehearsal:
+    return Rehearsal(
+        build=lambda: build(kind),
+        batches=lambda share: batches(kind, share),
+        loss=loss_of,
+        optimizer=OptimizerConfig().build,
+        unreal=unreal,
+    )
+
+
+def counted(kind: str, plan: PlanConfig) -> StepBytes:
+    """On a rank, in a step of the engine."""
+    model = build(kind)
+    layout = prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=ACCUMULATION)
+    parts = TrainParts(
+        model,
+        loss_of,
+        OptimizerConfig().build(model),
+        backward=None if layout.sharded is None else layout.sharded.backward,
+        reduce=layout.reduce,
+        norm=layout.norm,
+        all_backward=None if layout.pipeline is None else layout.pipeline.backward,
+    )
+    own = batches(kind, layout.mesh.share)
+    train_step(parts, own, num_records=106)
+    account = Account(model, parts.optimizer)
+    with account:
+        train_step(parts, own, num_records=106)
+    return account.bytes
+
+
+@pytest.mark.parametrize("kind", ["decoder", "sandwich"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_holds_what_was_said_within_a_twentieth(kind: str, name: str) -> None:
+    found = run_ranks(counted, kind, LAYOUTS[name], world=WORLD)
+
+    for rank in (0, WORLD - 1):  # of the first stage and of the last
+        said = rehearse(rehearsal(kind), LAYOUTS[name], WORLD, rank)
+        for what in StepBytes._fields:
+            assert getattr(said, what) == pytest.approx(getattr(found[rank], what), rel=0.05), (rank, what)
+
+
+def test_a_rank_of_512_is_rehearsed_without_numbers() -> None:
+    plan = PlanConfig(pipeline=2)
+    said = rehearse(rehearsal("decoder", unreal=True), plan, WORLD, WORLD - 1)
+    assert said == pytest.approx(rehearse(rehearsal("decoder"), plan, WORLD, WORLD - 1), rel=0.01)
+
+    one = rehearse(rehearsal("decoder", unreal=True), PlanConfig(tensor=4, pipeline=4), 512, 511)
+    assert 0 < one.weights < said.weights / 2
+
+
+def test_a_rank_cannot_rehearse() -> None:
+    (told,) = run_ranks(rehearsed_on_a_rank, world=1)
+    assert told == "a rank cannot rehearse: it has a process group of its own"
+
+
+def rehearsed_on_a_rank() -> str:
+    with pytest.raises(RuntimeError) as found:
+        rehearse(rehearsal("sandwich"), PlanConfig(), WORLD, 0)
+    return str(found.value)
