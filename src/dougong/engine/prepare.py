@@ -21,6 +21,7 @@ from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
 from dougong.engine.parallel.shard import apply_shard
+from dougong.engine.parallel.stage_shard import apply_stage_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
 from dougong.nn.block_stack import BlockStack
 
@@ -79,10 +80,17 @@ def prepare_model(
     if tensor is not None:  # it changes what a weight is
         layout.cuts = apply_tensor(model, tensor, layout.cuts, sequence=plan.sequence)
     if mesh.devices is not None:  # last: it wraps finished blocks
-        data = mesh.group("data")
+        data, shard = mesh.group("data"), mesh.group("shard")
         assert data is not None
+        assert shard is not None
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
-        layout.sharded = apply_shard(model, mesh.devices, data, keep_gathered=plan.sharding == "zero2", ignored=ignored)
+        if layout.pipeline is None:
+            keep = plan.sharding == "zero2"
+            layout.sharded = apply_shard(model, mesh.devices, data, keep_gathered=keep, ignored=ignored)
+        else:
+            copies = mesh.group("replicate")
+            layout.sharded = apply_stage_shard(model, mesh.devices, shard, copies, ignored=ignored)
+            layout.pipeline.shard = layout.sharded
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(mesh, plan)
     return layout

@@ -147,7 +147,7 @@ def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
         model,
         loss_of,
         optimizer_of(model),
-        backward=None if layout.sharded is None else layout.sharded.backward,
+        backward=layout.backward,
         reduce=layout.reduce,
         norm=layout.norm,
         all_backward=None if layout.pipeline is None else layout.pipeline.backward,
@@ -180,6 +180,12 @@ LAYOUTS: dict[str, PlanConfig] = {
     "zero3 over 8": PlanConfig(shard=8),
     "zero2 over 8": PlanConfig(shard=8, sharding="zero2"),
     "hybrid 2x2, tensor 2": PlanConfig(shard=2, tensor=2),
+    "gpipe, zero2 over 2, tensor 2": PlanConfig(pipeline=2, schedule="gpipe", shard=2, sharding="zero2", tensor=2),
+    "1f1b, zero2 over 2, tensor 2": PlanConfig(pipeline=2, shard=2, sharding="zero2", tensor=2),
+    "interleaved, zero2 over 4": PlanConfig(pipeline=2, chunks=2, schedule="interleaved", shard=4, sharding="zero2"),
+    "zbv, hybrid 2x2": PlanConfig(pipeline=2, chunks=2, schedule="zbv", shard=2, sharding="zero2"),
+    "dualpipev, zero2 over 4": PlanConfig(pipeline=2, chunks=2, schedule="dualpipev", shard=4, sharding="zero2"),
+    "experts over 2, pipeline 2, zero2 over 4": PlanConfig(expert=2, pipeline=2, shard=4, sharding="zero2"),
     "experts over 4": PlanConfig(expert=4),
     "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2),
     "experts over 2, pipeline 2, tensor 2": PlanConfig(expert=2, pipeline=2, tensor=2),
@@ -221,3 +227,18 @@ def test_a_layout_trains_as_one_process_does(kind: str, name: str) -> None:
     for weight, value in whole.items():
         # Nothing is left that no rank holds.
         assert (value - expected_weights[weight]).abs().max() < 1e-5, weight
+
+
+def parts_known(kind: str, plan: PlanConfig) -> list[tuple[str, int, int]]:
+    """Of each part: how many weights it has here, and how many of these are the model's."""
+    model = build(kind)
+    prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=ACCUMULATION)
+    own = set(model.parameters())
+    return [(name, len(weights), len(own & set(weights))) for name, weights in model.parts().items()]
+
+
+def test_rates_by_part_find_the_weights_that_a_layout_has_put_in_place_of_others() -> None:
+    for plan in (PlanConfig(tensor=2, pipeline=2), PlanConfig(pipeline=2, shard=4, sharding="zero2")):
+        found = run_ranks(parts_known, "sandwich", plan, world=WORLD)
+        assert all(count == known for each in found for _, count, known in each)
+        assert sum(count for each in found for _, count, _ in each) > 0
