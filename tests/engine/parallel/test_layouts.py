@@ -28,6 +28,8 @@ from dougong.objectives.generation import words_loss
 WORDS = 61
 STEPS = 2
 WORLD = 8
+BLIND = "sandwich without pictures"
+"""Its picture encoder has no gradient on any rank, and must not decay."""
 
 
 def signature() -> Signature:
@@ -58,14 +60,14 @@ def build(kind: str) -> BlockStack[Any, Any]:
     ).build(signature())
 
 
-def batches(place: int, count: int) -> list[Batch]:
+def batches(kind: str, place: int, count: int) -> list[Batch]:
     """The records of a step, in micro-batches of unequal size; in one of them nobody has a picture."""
     generator = torch.Generator().manual_seed(place)
     made = []
     for number in range(count):
         num_records, num_words = 5 + number % 3, 6 + number % 4
         present_B = torch.arange(num_records) % 3 != number % 3
-        if number == 1:
+        if number == 1 or kind == BLIND:
             present_B = torch.zeros_like(present_B)
         target = torch.randint(3, (num_records,), generator=generator)
         words = torch.randint(4, WORDS, (num_records, num_words), generator=generator)
@@ -129,7 +131,7 @@ def train_alone(kind: str, accumulation: int) -> Trained:
     parts = TrainParts(model, loss_of, optimizer_of(model))
     reports = []
     for step in range(STEPS):
-        given = batches(step, accumulation)
+        given = batches(kind, step, accumulation)
         reports.append(train_step(parts, given, num_records=sum(each.num_records for each in given)))
     state = {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     return Trained([r.loss for r in reports], [r.grad_norm for r in reports], state)
@@ -154,7 +156,7 @@ def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
     )
     reports = []
     for step in range(STEPS):
-        given = batches(step, accumulation)
+        given = batches(kind, step, accumulation)
         num_records = sum(each.num_records for each in given)
         own = [shared_out(each, layout.mesh.share) for each in given]
         reports.append(train_step(parts, own, num_records=num_records))
@@ -199,6 +201,7 @@ CASES = [
     for name, plan in LAYOUTS.items()
     if kind == "decoder" or plan.expert == 1  # a sandwich has none
 ]
+CASES += [(BLIND, "zero3 over 8"), (BLIND, "1f1b, zero2 over 2, tensor 2")]
 known_alone = functools.cache(train_alone)
 
 
