@@ -194,6 +194,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "pipeline": 2},
     {"shard": 2, "tensor": 2},
     {"pipeline": 2, "chunks": 2, "schedule": "zbv"},
+    {"pipeline": 2, "shard": 2, "sharding": "zero2"},
 ]
 
 

@@ -122,7 +122,7 @@ def test_a_plan_that_the_ranks_cannot_have_is_refused(plan: dict[str, Any], worl
     [
         ({"pipeline": 2, "schedule": "zbv"}, "schedule=zbv has 2 stages on each rank, not 1"),
         ({"pipeline": 2, "chunks": 2}, "schedule=1f1b has 1 stage on each rank"),
-        ({"shard": 2, "pipeline": 2}, "shard=2 with pipeline=2 is not built"),
+        ({"shard": 2, "pipeline": 2}, "sharding=zero3 with pipeline=2 would gather a stage's weights"),
         ({"context_form": "swap"}, "context_form=swap cannot take effect. Leave it out, or set context: 2 or more"),
         ({"sequence": False}, "sequence=False cannot take effect. Leave it out, or set tensor: 2 or more"),
         ({"schedule": "gpipe"}, "schedule=gpipe cannot take effect. Leave it out, or set pipeline: 2 or more"),

@@ -22,6 +22,7 @@ from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
 from dougong.engine.parallel.shard import apply_shard
+from dougong.engine.parallel.stage_shard import apply_stage_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
@@ -90,11 +91,16 @@ def prepare_model(
     if shared is not None or (tensor is not None and sequence):
         share_tokens(model, tensor if sequence else None, shared)
     if mesh.devices is not None:  # last: it wraps finished blocks
-        copies = mesh.group("copies")
+        copies, shard = mesh.group("copies"), mesh.group("shard")
         assert copies is not None
+        assert shard is not None
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
-        keep_gathered = plan.sharding == "zero2"
-        layout.sharded = apply_shard(model, mesh.devices, copies, keep_gathered=keep_gathered, ignored=ignored)
+        if layout.pipeline is None:
+            keep = plan.sharding == "zero2"
+            layout.sharded = apply_shard(model, mesh.devices, copies, keep_gathered=keep, ignored=ignored)
+        else:
+            layout.sharded = apply_stage_shard(model, mesh.devices, shard, copies, ignored=ignored)
+            layout.pipeline.shard = layout.sharded
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
     return layout

@@ -334,8 +334,6 @@ class _Run:
             place = layout.mesh.share.rank
             seed_all(derive_seed(seed, "train", *(("rank", place) if place else ())))
             self.precision = self._choose_precision(model, loss)
-        if layout.sharded is not None:
-            backward = layout.sharded.backward
         self.parts = TrainParts(
             model,
             loss,
@@ -343,7 +341,7 @@ class _Run:
             config.max_grad_norm,
             self.precision.precision,
             self.device.type,
-            backward,
+            backward or layout.backward,
             nothing_to_add if ranks.group is None else layout.reduce,
             norm_alone if ranks.group is None else layout.norm,
             None if layout.pipeline is None else layout.pipeline.backward,

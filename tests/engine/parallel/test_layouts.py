@@ -28,6 +28,8 @@ from dougong.objectives.generation import words_loss
 WORDS = 61
 STEPS = 2
 WORLD = 8
+BLIND = "sandwich without pictures"
+"""Its picture encoder has no gradient on any rank, and must not decay."""
 
 
 def signature() -> Signature:
@@ -58,14 +60,14 @@ def build(kind: str) -> BlockStack[Any, Any]:
     ).build(signature())
 
 
-def batches(place: int, count: int) -> list[Batch]:
+def batches(kind: str, place: int, count: int) -> list[Batch]:
     """The records of a step, in micro-batches of unequal size; in one of them nobody has a picture."""
     generator = torch.Generator().manual_seed(place)
     made = []
     for number in range(count):
         num_records, num_words = 5 + number % 3, 6 + number % 4
         present_B = torch.arange(num_records) % 3 != number % 3
-        if number == 1:
+        if number == 1 or kind == BLIND:
             present_B = torch.zeros_like(present_B)
         target = torch.randint(3, (num_records,), generator=generator)
         words = torch.randint(4, WORDS, (num_records, num_words), generator=generator)
@@ -129,7 +131,7 @@ def train_alone(kind: str, accumulation: int) -> Trained:
     parts = TrainParts(model, loss_of, optimizer_of(model))
     reports = []
     for step in range(STEPS):
-        given = batches(step, accumulation)
+        given = batches(kind, step, accumulation)
         reports.append(train_step(parts, given, num_records=sum(each.num_records for each in given)))
     state = {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     return Trained([r.loss for r in reports], [r.grad_norm for r in reports], state)
@@ -147,14 +149,14 @@ def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
         model,
         loss_of,
         optimizer_of(model),
-        backward=None if layout.sharded is None else layout.sharded.backward,
+        backward=layout.backward,
         reduce=layout.reduce,
         norm=layout.norm,
         all_backward=None if layout.pipeline is None else layout.pipeline.backward,
     )
     reports = []
     for step in range(STEPS):
-        given = batches(step, accumulation)
+        given = batches(kind, step, accumulation)
         num_records = sum(each.num_records for each in given)
         own = [shared_out(each, layout.mesh.share) for each in given]
         reports.append(train_step(parts, own, num_records=num_records))
@@ -194,6 +196,16 @@ LAYOUTS: dict[str, PlanConfig] = {
     "context 2, experts over 4": PlanConfig(context=2, expert=4),
     "hybrid 4x2, copies by nodes of 4": PlanConfig(shard=2, reduction="hierarchical", per_node=4),
     "hybrid 2x4, a copy on each node": PlanConfig(shard=4, reduction="hierarchical", per_node=4),
+    "gpipe, zero2 over 2, tensor 2": PlanConfig(pipeline=2, schedule="gpipe", shard=2, sharding="zero2", tensor=2),
+    "1f1b, zero2 over 2, tensor 2": PlanConfig(pipeline=2, shard=2, sharding="zero2", tensor=2),
+    "interleaved, zero2 over 4": PlanConfig(pipeline=2, chunks=2, schedule="interleaved", shard=4, sharding="zero2"),
+    "zbv, hybrid 2x2": PlanConfig(pipeline=2, chunks=2, schedule="zbv", shard=2, sharding="zero2"),
+    "dualpipev, zero2 over 4": PlanConfig(pipeline=2, chunks=2, schedule="dualpipev", shard=4, sharding="zero2"),
+    "experts over 2, pipeline 2, zero2 over 4": PlanConfig(expert=2, pipeline=2, shard=4, sharding="zero2"),
+    "context 2, pipeline 2, zero2 over 2": PlanConfig(context=2, pipeline=2, shard=2, sharding="zero2"),
+    "1f1b, hybrid 2x2, copies by nodes of 2": PlanConfig(
+        pipeline=2, shard=2, sharding="zero2", reduction="hierarchical", per_node=2
+    ),
     "experts over 4": PlanConfig(expert=4),
     "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2),
     "experts over 2, pipeline 2, tensor 2": PlanConfig(expert=2, pipeline=2, tensor=2),
@@ -207,6 +219,7 @@ CASES = [
     for name, plan in LAYOUTS.items()
     if kind == "decoder" or plan.expert == plan.context == 1  # a sandwich has no experts, and no order of tokens
 ]
+CASES += [(BLIND, "zero3 over 8"), (BLIND, "1f1b, zero2 over 2, tensor 2")]
 known_alone = functools.cache(train_alone)
 
 
@@ -266,3 +279,18 @@ def test_a_rank_sends_its_part_alone_across_nodes() -> None:
             assert others == [rank % 4, rank % 4 + 4]
             assert norm_here == pytest.approx(norm, rel=1e-5)
             assert 0.9 * num < (2 if sharded else 1) * sent < 1.1 * num
+
+
+def parts_known(kind: str, plan: PlanConfig) -> list[tuple[str, int, int]]:
+    """Of each part: how many weights it has here, and how many of these are the model's."""
+    model = build(kind)
+    prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=ACCUMULATION)
+    own = set(model.parameters())
+    return [(name, len(weights), len(own & set(weights))) for name, weights in model.parts().items()]
+
+
+def test_rates_by_part_find_the_weights_that_a_layout_has_put_in_place_of_others() -> None:
+    for plan in (PlanConfig(tensor=2, pipeline=2), PlanConfig(pipeline=2, shard=4, sharding="zero2")):
+        found = run_ranks(parts_known, "sandwich", plan, world=WORLD)
+        assert all(count == known for each in found for _, count, known in each)
+        assert sum(count for each in found for _, count, _ in each) > 0

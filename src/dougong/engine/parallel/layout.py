@@ -27,8 +27,9 @@ from dougong.engine.parallel.pipeline import Pipeline
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.parallel.replicate import add_up, average_moves, gradients_anywhere
 from dougong.engine.parallel.shard import Sharded
+from dougong.engine.parallel.stage_shard import StageShard
 from dougong.engine.parallel.tensor import Cuts
-from dougong.engine.step import norm_alone
+from dougong.engine.step import Backward, norm_alone
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
@@ -47,7 +48,7 @@ class Layout:
     """Parameters of experts that are spread."""
 
     pipeline: Pipeline | None = None
-    sharded: Sharded | None = None
+    sharded: Sharded | StageShard | None = None
     clock: Clock = field(default_factory=Clock)
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
@@ -56,10 +57,10 @@ class Layout:
     def reduce(self, loss: Tensor, before: Sequence[Tensor]) -> Tensor:
         """The step's loss, from this rank's; gradients and buffers become those of all ranks, in place."""
         began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
+        if self.sharded is not None:
+            self.sharded.settle()  # first: from here on each rank has its parts alone
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         tensor, group = self.mesh.group("tensor"), self.mesh.group("copies")
-        if self.sharded is not None:
-            self.sharded.settle()
         # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
         partial = [named[name].grad for name in sorted(self.cuts.partial & named.keys())]
         if tensor is not None:
@@ -130,6 +131,11 @@ class Layout:
         for dim in range(local.ndim):
             local = local.narrow(dim, 0, max(0, min(local.shape[dim], whole[dim] - offset[dim])))
         return Piece(local, tuple(offset), whole)
+
+    @property
+    def backward(self) -> Backward | None:
+        """What takes a micro-batch's gradients in place of the step's own."""
+        return self.sharded.backward if isinstance(self.sharded, Sharded) else None
 
     @property
     def spread(self) -> set[str]:

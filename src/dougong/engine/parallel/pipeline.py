@@ -33,6 +33,7 @@ from dougong.engine.parallel.schedule import (
     messages,
     rank_of_stage,
 )
+from dougong.engine.parallel.stage_shard import StageShard
 from dougong.engine.precision import autocast
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
@@ -179,12 +180,20 @@ class Pipeline:
         self.device = device
         self.post = Post(group, device)
         self.clock = Clock()
+        self.shard: StageShard | None = None
+        """What has the weights between steps, where they are spread."""
+
         self._tables: dict[int, list[list[Action]]] = {}
         # What the model is called by from now on; and its parts, as far as they are here.
         model.forward = self.answer  # type: ignore[method-assign]
-        here = set(model.parameters())
-        kept = {name: [p for p in each if p in here] for name, each in parts.items()}
-        model.parts = lambda: kept  # type: ignore[method-assign]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        kept = {part: [names[p] for p in each if p in names] for part, each in parts.items()}
+
+        def parts_here() -> dict[str, list[nn.Parameter]]:
+            now = dict(model.named_parameters())  # what else is done to the model may have replaced them
+            return {part: [now[name] for name in each] for part, each in kept.items()}
+
+        model.parts = parts_here  # type: ignore[method-assign]
 
     # Cutting -------------------------------------------------------------------------------------------------
 
@@ -244,6 +253,8 @@ class Pipeline:
     def backward(self, parts: TrainParts, batches: Sequence[Batch], num_records: int) -> Tensor:
         """Add the gradients of all micro-batches to this rank's parameters, and return their loss, where it is known:
         on the rank of the last stage, 0 elsewhere."""
+        if self.shard is not None:  # until the step's gradients are settled
+            self.shard.gather()
         table = self.table(len(batches))
         step = _Step(self, parts, batches, num_records, table)
         step.run()
@@ -260,6 +271,15 @@ class Pipeline:
 
     def answer(self, batch: Batch) -> Any:
         """What the whole model says, on every rank. Without gradients through other ranks."""
+        if self.shard is None:
+            return self._answer(batch)
+        self.shard.gather()
+        try:
+            return self._answer(batch)
+        finally:
+            self.shard.let_go()
+
+    def _answer(self, batch: Batch) -> Any:
         state: Any = None
         for index, rank in enumerate(self.place):
             if rank != self.rank:

@@ -83,10 +83,10 @@ class PlanConfig(Config):
             raise ValueError(f"schedule={self.schedule} has 2 stages on each rank, not {self.chunks}. Use chunks: 2.")
         if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
             raise ValueError(f"schedule={self.schedule} has 1 stage on each rank. Use chunks: 1, or interleaved.")
-        if self.shard > 1 and self.pipeline > 1:
+        if self.shard > 1 and self.pipeline > 1 and self.sharding == "zero3":
             raise ValueError(
-                f"shard={self.shard} with pipeline={self.pipeline} is not built: stages hold their weights whole. "
-                "Use shard: 1, or pipeline: 1."
+                f"sharding=zero3 with pipeline={self.pipeline} would gather a stage's weights for every micro-batch "
+                "again. Use sharding: zero2, or pipeline: 1."
             )
         return self
 

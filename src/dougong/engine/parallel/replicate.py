@@ -1,6 +1,6 @@
 """What copies of a model on many ranks tell each other.
 
-Here        `copy_from_first`, `gradients_anywhere`, `add_up`, `average_moves`.
+Here        `copy_from_first`, `gradients_anywhere`, `add_up`, `average_moves`, `in_buckets`.
 Elsewhere   the order in which a step calls them (layout.py).
 Promise     a weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
             one that no rank has a gradient of is left alone, as by one process: an optimizer must not decay it.
@@ -10,11 +10,13 @@ Promise     a weight that some ranks have no gradient of, since their records la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 BUCKET_BYTES: Final = 25 * 2**20
 """Sent at once: enough that the number of messages does not matter, little enough to hold twice."""
@@ -23,7 +25,8 @@ BUCKET_BYTES: Final = 25 * 2**20
 @torch.no_grad()
 def copy_from_first(model: nn.Module, group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
     """Weights and buffers of the group's first rank, to all of it, in place."""
-    for bucket in _buckets([*model.parameters(), *model.buffers()], bucket_bytes):
+    everything: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for bucket in in_buckets(everything, everything, bucket_bytes):
         flat = _flat(bucket)
         dist.broadcast(flat, group_src=0, group=group)
         _put(flat, bucket)
@@ -73,7 +76,7 @@ def add_up(
 ) -> None:
     """Sum over the ranks, in place. `by` adds up one buffer, in place, which has the same name in every step; None: by
     plain collectives, all under way at once."""
-    buckets = list(_buckets(tensors, bucket_bytes))
+    buckets = list(in_buckets(tensors, tensors, bucket_bytes))
     flats = [_flat(bucket) for bucket in buckets]
     if by is not None:
         for number, (flat, bucket) in enumerate(zip(flats, buckets, strict=True)):
@@ -87,15 +90,18 @@ def add_up(
         _put(flat, bucket)
 
 
-def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
-    """In order, each of one type on one device, and of about so many bytes; one tensor is the least."""
-    held: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        bucket = held.setdefault((tensor.dtype, tensor.device), [])
-        if bucket and sum(each.nbytes for each in bucket) + tensor.nbytes > bucket_bytes:
+def in_buckets(items: Sequence[T], tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[T]]:
+    """Items in order, each bucket's tensors of one type on one device, and of about so many bytes; one is the least."""
+    held: dict[tuple[torch.dtype, torch.device], list[T]] = {}
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for item, tensor in zip(items, tensors, strict=True):
+        kind = (tensor.dtype, tensor.device)
+        bucket = held.setdefault(kind, [])
+        if bucket and sizes[kind] + tensor.nbytes > bucket_bytes:
             yield bucket
-            bucket = held[tensor.dtype, tensor.device] = []
-        bucket.append(tensor)
+            bucket = held[kind] = []
+        sizes[kind] = tensor.nbytes + (sizes[kind] if bucket else 0)
+        bucket.append(item)
     yield from (bucket for bucket in held.values() if bucket)
 
 
