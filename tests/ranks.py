@@ -194,12 +194,23 @@ def _serve(connection: Connection) -> None:
                         )
                         store = job.store
                     value = _find(job)(*job.args)
+                    _end_subgroups()
         except BaseException as error:
             failure = f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}"
         try:
             connection.send(_Answer(value, failure))
         except Exception as error:  # the answer cannot be sent
             connection.send(_Answer(None, f"returned what cannot be sent: {error}"))
+
+
+def _end_subgroups() -> None:
+    """Groups that the job has made: each keeps threads of its own, and a hundred jobs later there are thousands."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):  # torch has no other list of them
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ from dougong.engine.contribution import Probe
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.parallel.heartbeat import following
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
@@ -234,7 +235,7 @@ def train(
     found = latest_checkpoint(checkpoints_of(folder)) if ranks.first else Found(None, ())
     start = _agreed_start(found, folder, ranks, resume=resume)
     announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
-    with interruptible() as interruption:
+    with interruptible() as interruption, following(model, ranks.heartbeat):
         # Before anything on the disk changes: a run that is refused stays as it was.
         laid_out = layout or prepare_model(model, PlanConfig(), ranks, accumulation=config.accumulation)
         run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, laid_out)
@@ -372,6 +373,7 @@ class _Run:
             reason = self._reason(interrupted)
             if improved or reason is not None or due:
                 self._save()
+        self.ranks.mark("finishing")
         self.announce(
             RunFinished(
                 step=self.step,
@@ -396,8 +398,10 @@ class _Run:
     def _step(self) -> None:
         started = time.perf_counter()
         epoch = self.tally.position.epoch
+        self.ranks.mark("reading", self.step + 1)
         arrays, num_records = self.intake.take(self.config.accumulation)
         waited = time.perf_counter() - started
+        self.ranks.mark("working")
         learning_rate = self.config.optimizer.learning_rate_at(self.step, self.total_steps)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
@@ -454,6 +458,7 @@ class _Run:
     def _evaluate(self) -> bool:
         """Judge and announce; whether it is the best so far."""
         assert self.watch is not None
+        self.ranks.mark("judging")
         started = time.perf_counter()
         with random_state_kept():
             if self.average is None:
@@ -530,6 +535,7 @@ class _Run:
         return seconds is not None and time.perf_counter() - self.last_saved >= seconds
 
     def _save(self) -> None:
+        self.ranks.mark("saving")
         tally = self.tally
         state = RunState(
             step=self.step,
