@@ -35,6 +35,7 @@ from dougong.core.events import (
     RunStarted,
     SamplingChanged,
     StepDone,
+    StepSkipped,
     StepTimed,
 )
 from dougong.core.seeds import derive_seed
@@ -56,6 +57,7 @@ from dougong.engine.checkpoint import (
     set_aside,
 )
 from dougong.engine.contribution import Probe
+from dougong.engine.diagnosis import agree, diagnose
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
@@ -430,11 +432,24 @@ class _Run:
             told = self.ranks.tell([list(spent) for spent in self.layout.clock.spent])
             self.announce(StepTimed(step=self.step, ranks=told))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
-        if self.skipped_in_a_row >= self.config.max_skipped:
+        last = self.skipped_in_a_row >= self.config.max_skipped
+        if self.skipped_in_a_row == 1 or last:
+            rows = [each.row_B.tolist() for each in arrays]
+            again = last and self.layout.is_whole
+            began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
+            if not last:
+                self.announce(
+                    StepSkipped(step=self.step, ranks=began.ranks, modality=began.modality, reason=began.reason)
+                )
+                return
+            advice = (
+                "Mend the records, or leave them out."
+                if began.mend_records
+                else "Use a lower optimizer.learning_rate, a longer optimizer.warmup_ratio, or precision fp32."
+            )
             raise DougongError(
                 f"step {self.step}: the loss was {report.loss} and the gradient's norm {report.grad_norm}, and no "
-                f"step of the last {self.skipped_in_a_row} was finite. Use a lower optimizer.learning_rate, "
-                "a longer optimizer.warmup_ratio, or precision fp32."
+                f"step of the last {self.skipped_in_a_row} was finite. Looked at again: {began.reason}. {advice}"
             )
 
     def _announce_set_aside(self, tally: Tally) -> None:
