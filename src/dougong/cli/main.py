@@ -2,8 +2,8 @@
 
 Here        one thin function per command, and the exit status.
 Elsewhere   what they call (recipes/, serve/); how results look on a terminal (cli/show.py).
-Promise     0 it worked; 2 the user can mend it, said in one line on stderr; anything else is our bug, with its
-            traceback. `--help` loads no tensor library.
+Promise     0 it worked; 2 the user can mend it, said in one line on stderr; 3 a rank was lost, and --resume goes on;
+            anything else is our bug, with its traceback. `--help` loads no tensor library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from dougong.core.errors import ConfigError, DougongError
+from dougong.core.errors import ConfigError, DougongError, RankError
 
 app = typer.Typer(
     name="dougong",
@@ -139,12 +139,21 @@ def train(
     recipe: Annotated[str, Argument(help="A recipe's name or YAML file.")],
     out: Annotated[Path | None, Option(help="The run's folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the run in that folder.")] = False,
+    ranks: Annotated[int | None, Option(min=1, help="Start so many processes here that train it together.")] = None,
+    restarts: Annotated[
+        int | None, Option(min=0, help="With --ranks: times that all start again after one was lost. Default: 2.")
+    ] = None,
+    limit: Annotated[
+        float | None, Option(help="Seconds that a rank may take for any one thing before it counts as lost: 600.")
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
-) -> None:
-    """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes under torchrun."""
+) -> int:
+    """Train, judge, and write a run's folder: checkpoints, bundle, report. On many processes by --ranks or torchrun."""
     from dougong.cli.show import print_alignment, print_generation, print_run
+    from dougong.engine.parallel.heartbeat import LIMIT_SECONDS
     from dougong.engine.parallel.ranks import announced_ranks, connected_ranks
+    from dougong.engine.parallel.supervise import supervise
     from dougong.recipes.align import AlignResult, run_align
     from dougong.recipes.alignment import AlignRecipe
     from dougong.recipes.generate import GenerationResult, run_generation
@@ -152,26 +161,51 @@ def train(
     from dougong.recipes.known import read_any_recipe
     from dougong.recipes.recipe import Recipe
     from dougong.recipes.run import RunResult, run_recipe
-    from dougong.recipes.settle import lay_out
+    from dougong.recipes.settle import SETTINGS, lay_out
 
     found = read_any_recipe(recipe, settings or ())
     folder = out or Path("runs") / found.name
+    limit_seconds = LIMIT_SECONDS if limit is None else limit
+    if ranks is None and restarts is not None:
+        raise ConfigError(f"--restarts {restarts} says nothing without --ranks. Add that, or leave it out.")
+    if ranks is None and limit is not None and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(f"--limit {limit:g} says nothing of one process. Add --ranks, or leave it out.")
+    if ranks is not None:
+        held = (folder / SETTINGS).is_file()  # another run's, which is not to be gone on with unasked
+
+        def command(again: bool) -> list[str]:
+            options = [f"--set={each}" for each in settings or ()] + ["--json"] * as_json
+            goes_on = resume or (again and not held and (folder / SETTINGS).is_file())
+            options += ["--out", str(folder), "--limit", str(limit_seconds), *["--resume"] * goes_on]
+            return [sys.executable, "-m", "dougong", "train", *options, "--", recipe]
+
+        def say(line: str) -> None:
+            print(f"dougong: {line}", file=sys.stderr)
+
+        return supervise(
+            command,
+            num_ranks=ranks,
+            notes=folder / "ranks",
+            restarts=2 if restarts is None else restarts,
+            limit_seconds=limit_seconds,
+            say=say,
+        )
     announced = announced_ranks()
     if announced is not None and announced.world > 1 and announced.rank == 0 and isinstance(found, Recipe):
         # While the others wait for it: what is refused here never becomes a process group.
         found = lay_out(found, folder, announced.world, per_node=announced.per_node, resume=resume)
     result: RunResult | AlignResult | GenerationResult
-    with connected_ranks() as ranks:
-        if ranks.world > 1 and isinstance(found, AlignRecipe | GenerateRecipe):
-            raise ConfigError(f"{found.name} is pretrained in one process only. Start it without torchrun.")
+    with connected_ranks(notes=folder / "ranks", limit_seconds=limit_seconds) as connected:
+        if connected.world > 1 and isinstance(found, AlignRecipe | GenerateRecipe):
+            raise ConfigError(f"{found.name} is pretrained in one process only. Start it without --ranks or torchrun.")
         if isinstance(found, AlignRecipe):
             result = run_align(found, folder, resume=resume, quiet=as_json)
         elif isinstance(found, GenerateRecipe):
             result = run_generation(found, folder, resume=resume, quiet=as_json)
         else:
-            result = run_recipe(found, folder, resume=resume, quiet=as_json, ranks=ranks)
-    if not ranks.first:
-        return
+            result = run_recipe(found, folder, resume=resume, quiet=as_json, ranks=connected)
+    if not connected.first:
+        return 0
     if as_json:
         print(json.dumps(result.as_json()))
     elif isinstance(result, AlignResult):
@@ -180,6 +214,7 @@ def train(
         print_generation(result)
     else:
         print_run(result)
+    return 0
 
 
 @app.command()
@@ -344,13 +379,17 @@ def bench(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit 0 if it worked, 2 if the user can mend it. Anything else is our bug, with its traceback."""
+    """Exit 0 if it worked, 2 if the user can mend it, 3 if another rank was lost. Anything else is our bug, with its
+    traceback."""
     try:
         status: Any = app(args=arguments, standalone_mode=False)
     except DougongError as error:
+        lost = isinstance(error, RankError)
+        if lost and "DOUGONG_LAUNCHER" in os.environ:
+            return 3  # the launcher knows more of it, and says it once for all
         rank = os.environ.get("RANK", "0")  # of torchrun's processes, the first speaks for all that need no other name
         print(f"dougong{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
-        return 2
+        return 3 if lost else 2
     except ClickError as error:
         # Without a message, the help was printed already: nothing was asked for.
         if error.format_message():

@@ -1,7 +1,7 @@
 """The mistakes that a user can mend.
 
 Here        one class per kind of mistake; each message is one line: what was given, why it fails, what would work.
-Elsewhere   turning them into exit status 2 (the command line, above).
+Elsewhere   turning them into an exit status (the command line, above).
 Promise     whatever is not a DougongError is our bug and keeps its traceback.
 """
 
@@ -28,3 +28,7 @@ class CheckpointError(DougongError):
 
 class RunError(DougongError):
     """A run folder that is in the way, or is not one."""
+
+
+class RankError(DougongError):
+    """Another process that trains the same model is gone, or hangs. Launching the run again goes on with it."""

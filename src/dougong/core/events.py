@@ -55,6 +55,19 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepSkipped(Event):
+    """A loss or gradient was not finite, for the first time after steps that were; weights stayed as they were."""
+
+    ranks: list[int]
+    """On which it began, as far as is known."""
+
+    modality: str
+    """Empty where it was not one modality's alone."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated(Event):
     """The metrics of one split under one condition."""
 

@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,8 @@ class Collator:
         self._one_view_a_batch = one_view_a_batch
         self._cache = _Cache(cache_bytes)
 
-    def __call__(self, request: Request) -> BatchArrays:
+    def __call__(self, request: Request, note: Callable[[str], None] | None = None) -> BatchArrays:
+        """`note` is told each modality before its media are decoded."""
         names = list(self.preparation.modalities)
         keys = {name: self._keys(modality, request) for name, modality in self.preparation.modalities.items()}
         has_BM = np.array([[key is not None for key in keys[name]] for name in names], np.bool_)
@@ -149,6 +150,8 @@ class Collator:
         reasons: dict[int, tuple[str, str]] = {}
         media: dict[str, dict[Hashable, Array]] = {}
         for place, (name, modality) in enumerate(self.preparation.modalities.items()):
+            if note is not None:
+                note(name)
             media[name] = self._decode(name, modality, request, keys[name], there_BM[:, place], reasons)
         target = self._target(request, reasons)
 

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final, NamedTuple
@@ -116,16 +116,18 @@ class Loader:
         quality: bool = False,
         withheld_beside: bool = False,
         share: Share = WHOLE,
+        note: Callable[[str], None] | None = None,
     ) -> None:
-        """`train` shuffles and augments; `share` is the part of each batch that comes here; the other settings are
-        data/collate.py's. Batches and positions count as without a share, and a part may be empty.
+        """`train` shuffles and augments; `share` is the part of each batch that comes here; `note` is told what is
+        decoded in this process; the other settings are data/collate.py's. Batches and positions count as without a
+        share, and a part may be empty.
 
         Raises:
             ConfigError: `group_by`, a view or a corruption names what is not there.
             DataError: the table has no records, or lacks a column of the preparation.
         """
         self._table, self._config, self._seed, self._train = table, config, seed, train
-        self._share = share
+        self._share, self._note = share, note
         for view in views:
             strange = [name for name in (*view.keep, *view.beside) if name not in preparation.modalities]
             if strange:
@@ -276,7 +278,7 @@ class Loader:
     def _decoded(self, requests: Iterator[tuple[Position, Request]]) -> Iterator[tuple[Position, BatchArrays]]:
         if self.workers == 0:
             for after, request in requests:
-                yield after, self._collator(request)
+                yield after, self._collator(request, self._note)
             return
         # Spawned: a fork would copy the threads' locks of the tensor library.
         context = multiprocessing.get_context("spawn")

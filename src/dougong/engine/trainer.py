@@ -35,6 +35,7 @@ from dougong.core.events import (
     RunStarted,
     SamplingChanged,
     StepDone,
+    StepSkipped,
     StepTimed,
 )
 from dougong.core.seeds import derive_seed
@@ -54,9 +55,11 @@ from dougong.engine.checkpoint import (
     set_aside,
 )
 from dougong.engine.contribution import Probe
+from dougong.engine.diagnosis import agree, diagnose
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.parallel.heartbeat import following
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
@@ -233,7 +236,7 @@ def train(
     found = latest_checkpoint(checkpoints_of(folder)) if ranks.first else Found(None, ())
     start = _agreed_start(found, folder, ranks, resume=resume)
     announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
-    with interruptible() as interruption:
+    with interruptible() as interruption, following(model, ranks.heartbeat):
         # Before anything on the disk changes: a run that is refused stays as it was.
         laid_out = layout or prepare_model(model, PlanConfig(), ranks, accumulation=config.accumulation)
         run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, laid_out)
@@ -381,6 +384,7 @@ class _Run:
             if improved or reason is not None or due:
                 self._save()
         self._announce_saved(self.saver.finish())
+        self.ranks.mark("finishing")
         self.announce(
             RunFinished(
                 step=self.step,
@@ -405,8 +409,10 @@ class _Run:
     def _step(self) -> None:
         started = time.perf_counter()
         epoch = self.tally.position.epoch
+        self.ranks.mark("reading", self.step + 1)
         arrays, num_records = self.intake.take(self.config.accumulation)
         waited = time.perf_counter() - started
+        self.ranks.mark("working")
         learning_rate = self.config.optimizer.learning_rate_at(self.step, self.total_steps)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
@@ -435,11 +441,24 @@ class _Run:
             told = self.ranks.tell([list(spent) for spent in self.layout.clock.spent])
             self.announce(StepTimed(step=self.step, ranks=told))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
-        if self.skipped_in_a_row >= self.config.max_skipped:
+        last = self.skipped_in_a_row >= self.config.max_skipped
+        if self.skipped_in_a_row == 1 or last:
+            rows = [each.row_B.tolist() for each in arrays]
+            again = last and self.layout.is_whole
+            began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
+            if not last:
+                self.announce(
+                    StepSkipped(step=self.step, ranks=began.ranks, modality=began.modality, reason=began.reason)
+                )
+                return
+            advice = (
+                "Mend the records, or leave them out."
+                if began.mend_records
+                else "Use a lower optimizer.learning_rate, a longer optimizer.warmup_ratio, or precision fp32."
+            )
             raise DougongError(
                 f"step {self.step}: the loss was {report.loss} and the gradient's norm {report.grad_norm}, and no "
-                f"step of the last {self.skipped_in_a_row} was finite. Use a lower optimizer.learning_rate, "
-                "a longer optimizer.warmup_ratio, or precision fp32."
+                f"step of the last {self.skipped_in_a_row} was finite. Looked at again: {began.reason}. {advice}"
             )
 
     def _announce_set_aside(self, tally: Tally) -> None:
@@ -463,6 +482,7 @@ class _Run:
     def _evaluate(self) -> bool:
         """Judge and announce; whether it is the best so far."""
         assert self.watch is not None
+        self.ranks.mark("judging")
         started = time.perf_counter()
         with random_state_kept():
             if self.average is None:
@@ -539,6 +559,7 @@ class _Run:
         return seconds is not None and time.perf_counter() - self.last_saved >= seconds
 
     def _save(self) -> None:
+        self.ranks.mark("saving")
         tally = self.tally
         state = RunState(
             step=self.step,

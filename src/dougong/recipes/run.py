@@ -275,6 +275,7 @@ def _train(
         corrupt=_corrupt(recipe, tables, preparation),
         withheld_beside=recipe.model.completion is not None and recipe.objective.completion_weight > 0,
         share=share,
+        note=None if ranks.heartbeat is None else ranks.heartbeat.modality,
     )
     costs = None
     if plan.pipeline > 1:
@@ -379,7 +380,8 @@ def _judge(
     recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation, view: View, ranks: Ranks
 ) -> Evaluation:
     config = LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers)
-    loader = Loader(table, preparation, config, views=(view,), share=ranks.share)
+    note = None if ranks.heartbeat is None else ranks.heartbeat.modality
+    loader = Loader(table, preparation, config, views=(view,), share=ranks.share, note=note)
     return evaluate(model, loader, preparation.target, ranks=ranks)
 
 

@@ -27,6 +27,7 @@ from dougong.core.events import (
     RunStarted,
     SamplingChanged,
     StepDone,
+    StepSkipped,
 )
 
 LINE_SECONDS = 10.0
@@ -71,6 +72,8 @@ class Progress:
                 if moved:
                     told = "; ".join(f"{name} {event.reason[name]}" for name in moved)
                     self._say(f"step {event.step}: left out of training records: {told}")
+            case StepSkipped():
+                self._say(f"step {event.step} is skipped: {event.reason}")
             case CheckpointSkipped():
                 self._say(f"{event.path} is damaged and set aside: {event.reason}. An older checkpoint is used.")
             case RecordsSetAside():

@@ -2,17 +2,21 @@
 
 Here        Ranks, ALONE; `announced_ranks`, before they are connected; `connected_ranks`.
 Elsewhere   what they send of the model: tensors with gradients (gather.py), gradients (replicate.py); each one's part
-            of a batch (data/position.py's Share).
+            of a batch (data/position.py's Share); what each is doing (heartbeat.py); starting them (supervise.py).
 Promise     one process alone sends nothing and is asked nothing. Nothing is ever unpickled: what ranks tell each other
             is JSON or the bytes of tensors. A mistake that the first rank meets while the others wait is raised on all.
+            A rank that is gone, or hangs for longer than the limit, ends the others, with a line that names it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
@@ -20,19 +24,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dougong.core import errors
-from dougong.core.errors import ConfigError, DougongError
+from dougong.core.errors import ConfigError, DougongError, RankError
 from dougong.data.position import Share
 from dougong.engine.parallel.collectives import all_gather
+from dougong.engine.parallel.heartbeat import (
+    LIMIT_SECONDS,
+    PATIENCE,
+    Heartbeat,
+    Phase,
+    Watcher,
+    check_limit,
+    lost_rank,
+    watched,
+)
 
 T = TypeVar("T")
 
+LAUNCHER: Final = "DOUGONG_LAUNCHER"
+"""The environment's variable with the process that started the ranks and watches them, if it is ours."""
+
+RANK_LOST: Final = 3
+"""Exit status of a process that ended because of another rank."""
+
 
 class Ranks:
-    """The processes of a group. Every method but the properties must be called by all of them, in the same order."""
+    """The processes of a group. Every method but `mark` and the properties must be called by all of them, in the same
+    order."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, heartbeat: Heartbeat | None = None) -> None:
         """None: this process alone."""
         self.group = group
+        self.heartbeat = heartbeat
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
 
@@ -45,6 +67,11 @@ class Ranks:
     def share(self) -> Share:
         """This rank's part of every batch."""
         return Share(self.rank, self.world)
+
+    def mark(self, phase: Phase, step: int | None = None) -> None:
+        """Note what this rank begins to do, where somebody may want to know. Not an exchange."""
+        if self.heartbeat is not None:
+            self.heartbeat.mark(phase, step)
 
     def sums(self, *numbers: int) -> tuple[int, ...]:
         """Each number added up over the ranks."""
@@ -165,31 +192,106 @@ def announced_ranks(environment: Mapping[str, str] = os.environ) -> Announced | 
     if missing:
         raise ConfigError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} is set and {missing[0]} is not: the ranks cannot find each other. "
-            "Start with torchrun, or unset WORLD_SIZE."
+            "Start with --ranks or torchrun, or unset WORLD_SIZE."
         )
     world = int(environment["WORLD_SIZE"])
     return Announced(int(environment["RANK"]), world, int(environment.get("LOCAL_WORLD_SIZE", world)))
 
 
+def end_here(message: str) -> None:
+    """Say why, and end this process at once: whoever waits for a rank that hangs cannot be told otherwise."""
+    print(f"dougong: {message}", file=sys.stderr, flush=True)
+    os._exit(RANK_LOST)
+
+
 @contextlib.contextmanager
-def connected_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, connected inside; ALONE where it started none.
+def connected_ranks(
+    environment: Mapping[str, str] = os.environ,
+    *,
+    notes: Path | None = None,
+    limit_seconds: float = LIMIT_SECONDS,
+    end: Callable[[str], None] = end_here,
+) -> Iterator[Ranks]:
+    """The ranks that `torchrun` or our launcher started, connected inside; ALONE where neither did.
 
     Each kind of device has its own back end (gloo for the CPU, NCCL for CUDA), and what is sent goes by where it lies.
+    In the folder `notes`, which all can read, each notes what it is doing; then no rank waits for longer than the limit
+    for one that does nothing, but is told by `end`, which must not return.
 
     Raises:
         ConfigError: the environment names some of what is needed to connect, and lacks the rest.
+        RankError: another rank is gone.
     """
     if announced_ranks(environment) is None:
         yield ALONE
         return
+    check_limit(limit_seconds)
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    heartbeat = None if notes is None else Heartbeat(notes, rank)
+    with contextlib.ExitStack() as stack:
+        if heartbeat is not None:
+            assert notes is not None
+            watch = _watch(environment, notes, world, limit_seconds)
+            stack.enter_context(watched(heartbeat, watch, min(1.0, limit_seconds / 5), end))
+        try:
+            with _process_group(environment, limit_seconds):
+                yield Ranks(dist.group.WORLD, heartbeat)
+        except RuntimeError as error:
+            if heartbeat is None or notes is None or not _is_broken_connection(error):
+                _last_words(heartbeat, error)
+                raise
+            fault = lost_rank(notes, world, rank)
+            lost = RankError(go_on("the connection to another rank broke" if fault is None else fault.message))
+            _last_words(heartbeat, lost)
+            raise lost from None
+        except BaseException as error:
+            _last_words(heartbeat, error)
+            raise
+    if heartbeat is not None:
+        heartbeat.close()
+
+
+@contextlib.contextmanager
+def _process_group(environment: Mapping[str, str], limit_seconds: float) -> Iterator[None]:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(environment.get("LOCAL_RANK", "0")))
-    dist.init_process_group()
+    # Only where no file can be watched, since the other ranks are on machines with another disk.
+    timeout = datetime.timedelta(seconds=max(1800.0, (PATIENCE + 1) * limit_seconds))
+    dist.init_process_group(timeout=timeout)
     try:
-        yield Ranks(dist.group.WORLD)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def _watch(environment: Mapping[str, str], notes: Path, world: int, limit_seconds: float) -> Callable[[], str | None]:
+    """What a rank looks for beside its work: a launcher watches for all, and is itself watched."""
+    launcher = environment.get(LAUNCHER)
+    if launcher is not None:
+        return lambda: None if os.getppid() == int(launcher) else go_on("the process that launched the ranks is gone")
+    watcher = Watcher(notes, world, limit_seconds)
+
+    def look() -> str | None:
+        fault = watcher.look()
+        return None if fault is None else go_on(fault.message)
+
+    return look
+
+
+def go_on(message: str) -> str:
+    """With what would work."""
+    return f"{message}. Go on from the last whole checkpoint with --resume, on as many ranks as you like."
+
+
+def _last_words(heartbeat: Heartbeat | None, error: BaseException) -> None:
+    if heartbeat is not None:
+        said = str(error) if isinstance(error, DougongError) else f"{type(error).__name__}: {error}"
+        heartbeat.fail(said, lost=isinstance(error, RankError))
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeErrors that begin with the place in its source.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _mistake(kind: str) -> type[DougongError]:
