@@ -18,7 +18,7 @@ from dougong.core.errors import ConfigError
 from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.table import Table
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import SETTINGS
+from dougong.recipes.settle import SETTINGS
 from dougong.recipes.tables import open_tables
 from dougong.serve.contribution import Contribution, measure_contribution
 from dougong.serve.files import load_from

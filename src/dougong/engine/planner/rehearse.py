@@ -80,7 +80,7 @@ def rehearse(what: Rehearsal, plan: PlanConfig, world: int, rank: int) -> StepBy
             what.loss,
             what.optimizer(layout.model),
             precision=what.precision,
-            backward=None if layout.sharded is None else layout.sharded.backward,
+            backward=layout.backward,
             reduce=layout.reduce,
             norm=layout.norm,
             all_backward=None if pipeline is None else pipeline.backward,
