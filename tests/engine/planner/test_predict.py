@@ -68,6 +68,9 @@ def test_gradients_of_copies_are_exchanged_once_and_spread_weights_gathered_twic
     assert copies.seconds - one == pytest.approx(2 * 3 / 4 * 4 * 8e9 / 1e12)
     spread = predict(big, on(4), Choice(PlanConfig(shard=4), 1))
     assert spread.data_seconds == pytest.approx(3 * 3 / 4 * 4 * 8e9 / 1e12)
+    # Each micro-batch gathers and spreads anew, where copies exchange once a step.
+    assert predict(big, on(4), Choice(PlanConfig(shard=4), 5)).data_seconds == pytest.approx(5 * spread.data_seconds)
+    assert predict(big, on(4), Choice(PlanConfig(), 5)).data_seconds == copies.data_seconds
     assert spread.state_bytes[0] == 16 * 8e9 / 4 + 2 * 4 * 1e9
     # Over two nodes all devices of a node send across together.
     far = predict(big, on(16), Choice(PlanConfig(), 1))

@@ -1,6 +1,6 @@
 """Who computes what, and in which order, when a model's blocks are spread over several ranks.
 
-Here        Action, the tables of five schedules, and how long one takes (`timeline`); no tensor and no process.
+Here        Action, the tables of five schedules, and how long one takes (`timeline`, `span_times`); no tensor.
 Elsewhere   carrying a table out (pipeline.py); choosing one (engine/planner/).
 Promise     in every table each stage meets each micro-batch exactly once in each direction, and carried out in order on
             every rank nothing waits for what can never come: `timeline` of it ends.
@@ -18,6 +18,7 @@ dualpipev    two stages to a rank as a V, a forward beside each backward (DeepSe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple, get_args
@@ -209,41 +210,55 @@ def _listed(num_ranks: int, num_batches: int, cost: Cost, urgencies: Sequence[tu
 
     A rank holds the activations of no more micro-batches, counted by stage, than 1F1B's first rank: 2 * num_ranks.
     """
-    num_stages = 2 * num_ranks
+    last = 2 * num_ranks - 1
     place = rank_of_stage("zbv", num_ranks, 2)
-    ended: dict[Action, float] = {}
+    # By stage, when each micro-batch's action had ended.
+    ended: dict[Kind, list[list[float]]] = {kind: [[] for _ in place] for kind in ("forward", "input", "weight")}
     free = [0.0] * num_ranks
     held = [0] * num_ranks
     table: Table = [[] for _ in range(num_ranks)]
-    following = {(kind, stage): 0 for kind in ("forward", "input", "weight") for stage in range(num_stages)}
-    left = 3 * num_stages * num_batches
 
     def ready(kind: Kind, stage: int) -> float | None:
         """When the stage's next action of this kind may start; None while that is not known."""
-        batch = following[kind, stage]
+        batch = len(ended[kind][stage])
         if batch == num_batches:
             return None
-        needed = _needs(Action(kind, stage, batch), num_stages, cut=True)
-        if any(action not in ended for action in needed):
+        needed = []
+        if kind == "weight":
+            needed = [ended["input"][stage]]
+        elif kind == "forward" and stage:
+            needed = [ended["forward"][stage - 1]]
+        elif kind == "input":
+            needed = [ended["forward"][stage]]
+            if stage < last:
+                needed.append(ended["input"][stage + 1])
+        if any(len(done) <= batch for done in needed):
             return None
-        return max([ended[action] for action in needed], default=0.0)
+        return max([done[batch] for done in needed], default=0.0)
 
-    while left:
-        choices: list[tuple[float, int, int, int, Action]] = []
-        for rank in range(num_ranks):
-            for urgency, (kind, way) in enumerate(urgencies):
-                stage = 2 * num_ranks - 1 - rank if way else rank
-                when = ready(kind, stage)
-                if when is None or (kind == "forward" and held[rank] >= _room(stage, num_ranks)):
-                    continue
-                start = max(when, free[rank])
-                choices.append((start, urgency, rank, stage, Action(kind, stage, following[kind, stage])))
+    def best(rank: int) -> tuple[float, int, int, int, Action] | None:
+        """What this rank would do next."""
+        choices = []
+        for urgency, (kind, way) in enumerate(urgencies):
+            stage = last - rank if way else rank
+            if kind == "forward" and held[rank] >= _room(stage, num_ranks):
+                continue
+            when = ready(kind, stage)
+            if when is not None:
+                action = Action(kind, stage, len(ended[kind][stage]))
+                choices.append((max(when, free[rank]), urgency, rank, stage, action))
+        return min(choices, default=None)
+
+    next_of = [best(rank) for rank in range(num_ranks)]
+    while choices := [choice for choice in next_of if choice is not None]:
         start, _, rank, stage, action = min(choices)
-        ended[action] = free[rank] = start + cost(stage, action.kind)
-        table[place[stage]].append(action)
-        following[action.kind, stage] += 1
+        free[rank] = start + cost(stage, action.kind)
+        ended[action.kind][stage].append(free[rank])
+        table[rank].append(action)
         held[rank] += {"forward": 1, "input": 0, "weight": -1}.get(action.kind, 0)
-        left -= 1
+        # Nothing has changed for those that neither work nor wait for this stage.
+        for near in {rank, place[max(0, stage - 1)], place[min(last, stage + 1)]}:
+            next_of[near] = best(near)
     return table
 
 
@@ -252,63 +267,107 @@ def _room(stage: int, num_ranks: int) -> int:
     return 2 * num_ranks - 1 if stage < num_ranks else 2 * num_ranks
 
 
-def _needs(action: Action, num_stages: int, *, cut: bool) -> list[Action]:
-    """What must be done before; `cut`: whether the stage after cuts its backwards in two."""
-    kind, stage, batch = action
-    if kind == "forward":
-        return [Action("forward", stage - 1, batch)] if stage else []
-    if kind == "weight":
-        return [Action("input", stage, batch)]
-    own = [Action("forward", stage, batch)]
-    if stage == num_stages - 1:
-        return own
-    return [*own, Action("input" if cut else "backward", stage + 1, batch)]
+class Course(NamedTuple):
+    """A table in an order in which it can be carried out, whatever anything costs."""
+
+    actions: list[Action]
+    ranks: list[int]
+    before: list[int]
+    """What the same rank has done just before, by its place here; -1: nothing."""
+
+    needs: list[list[tuple[int, bool]]]
+    """What else must be done before, by its place here; and whether it must be sent from another rank."""
+
+
+def course_of(table: Table, place: Sequence[int]) -> Course:
+    """`place` is each stage's rank.
+
+    Raises:
+        ValueError: the ranks wait for each other forever.
+    """
+    last = len(place) - 1
+    cut = {(action.stage, action.batch) for actions in table for action in actions if action.kind == "input"}
+
+    def needed(action: Action) -> list[tuple[str, int, int]]:
+        kind, stage, batch = action
+        if kind == "forward":
+            return [("forward", stage - 1, batch)] if stage else []
+        if kind == "weight":
+            return [("input", stage, batch)]
+        own = ("forward", stage, batch)
+        if stage == last:
+            return [own]
+        return [own, ("input" if (stage + 1, batch) in cut else "backward", stage + 1, batch)]
+
+    found: dict[tuple[str, int, int], int] = {}
+    course = Course([], [], [], [])
+    done, before = [0] * len(table), [-1] * len(table)
+    # Ranks that may be able to go on: at first all, then those to which another has given something.
+    waiting = dict.fromkeys(range(len(table)))
+    while waiting:
+        rank = next(iter(waiting))
+        del waiting[rank]
+        for action in table[rank][done[rank] :]:
+            needs = needed(action)
+            if any(each not in found for each in needs):
+                break
+            course.needs.append([(found[each], place[each[1]] != rank) for each in needs])
+            course.before.append(before[rank])
+            course.ranks.append(rank)
+            before[rank] = found[action] = len(course.actions)
+            course.actions.append(action)
+            done[rank] += 1
+            for near in (action.stage - 1, action.stage + 1):
+                if 0 <= near <= last and place[near] != rank:
+                    waiting[place[near]] = None
+    if any(count < len(actions) for count, actions in zip(done, table, strict=True)):
+        stuck = next(rank for rank, actions in enumerate(table) if done[rank] < len(actions))
+        raise ValueError(f"rank {stuck} waits forever")
+    return course
+
+
+def _at_once(stage: int, to: int) -> float:
+    return 0.0
+
+
+def span_times(
+    course: Course, cost: Cost = even_cost, send_seconds: Callable[[int, int], float] = _at_once
+) -> tuple[list[float], list[float]]:
+    """When each action begins and ends, if each rank begins its next as soon as what that needs is there.
+
+    `send_seconds` is how long a stage's state, or its gradient, is on its way to another rank's stage, beside the work.
+    """
+    took = {(kind, stage): cost(stage, kind) for kind, stage in {(a.kind, a.stage) for a in course.actions}}
+    sent = functools.cache(send_seconds)
+    starts: list[float] = []
+    ends: list[float] = []
+    for action, before, needs in zip(course.actions, course.before, course.needs, strict=True):
+        start = ends[before] if before >= 0 else 0.0
+        for needed, far in needs:
+            there = ends[needed] + (sent(course.actions[needed].stage, action.stage) if far else 0.0)
+            start = max(start, there)
+        starts.append(start)
+        ends.append(start + took[action.kind, action.stage])
+    return starts, ends
 
 
 def timeline(
     table: Table,
     place: Sequence[int],
     cost: Cost = even_cost,
-    send_seconds: Callable[[int, int], float] = lambda stage, to: 0.0,
+    send_seconds: Callable[[int, int], float] = _at_once,
 ) -> list[list[Span]]:
-    """When each rank does what, if each begins its next action as soon as what that needs is there.
-
-    `place` is each stage's rank; `send_seconds` how long a stage's state, or its gradient, is on its way to another
-    rank's stage, beside the work.
+    """When each rank does what.
 
     Raises:
         ValueError: the ranks wait for each other forever.
     """
-    ended: dict[Action, float] = {}
+    course = course_of(table, place)
     spans: list[list[Span]] = [[] for _ in table]
-    left = [list(reversed(actions)) for actions in table]
-    inputs = {(action.stage, action.batch) for actions in table for action in actions if action.kind == "input"}
-    num_stages = len(place)
-    while any(left):
-        moved = False
-        for rank, waiting in enumerate(left):
-            while waiting:
-                action = waiting[-1]
-                needed = [
-                    Action("input", *other[1:]) if other.kind == "backward" and other[1:] in inputs else other
-                    for other in _needs(action, num_stages, cut=False)
-                ]
-                if any(other not in ended for other in needed):
-                    break
-                start = max(
-                    [span.end for span in spans[rank][-1:]]
-                    + [
-                        ended[other] + (send_seconds(other.stage, action.stage) if place[other.stage] != rank else 0.0)
-                        for other in needed
-                    ],
-                    default=0.0,
-                )
-                ended[action] = start + cost(action.stage, action.kind)
-                spans[rank].append(Span(action, start, ended[action]))
-                waiting.pop()
-                moved = True
-        if not moved:
-            raise ValueError(f"rank {next(r for r, w in enumerate(left) if w)} waits forever")
+    for action, rank, start, end in zip(
+        course.actions, course.ranks, *span_times(course, cost, send_seconds), strict=True
+    ):
+        spans[rank].append(Span(action, start, end))
     return spans
 
 

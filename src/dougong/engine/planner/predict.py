@@ -8,9 +8,9 @@ Promise     throughputs of published runs within 10 %, each left out when the co
 
 Time    a matrix product: flops / (tensor x peak x efficiency). Between them: bytes / memory bandwidth. Inside a layer
         tensor ranks add up: 2 (t - 1) / t x bytes / bandwidth; a backward does twice the work of a forward and the same
-        exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, or where weights are spread (d - 1) / d for
-        each gathering and each spreading. (Narayanan et al. 2021, arXiv:2104.04473; Rajbhandari et al. 2020,
-        arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
+        exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, once a step; where weights are spread
+        (d - 1) / d for each gathering and each spreading, in every micro-batch. (Narayanan et al. 2021,
+        arXiv:2104.04473; Rajbhandari et al. 2020, arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
 Memory  weights, gradients and optimizer by the parameters a rank holds, over the shards; activations by those
         micro-batches that the schedule has under way on it at once.
 """
@@ -28,7 +28,17 @@ from pydantic import Field
 from dougong.core.config import Config
 from dougong.engine.parallel.pipeline import stage_bounds
 from dougong.engine.parallel.plan import PlanConfig
-from dougong.engine.parallel.schedule import Kind, bubble, make_table, most_held, rank_of_stage, timeline
+from dougong.engine.parallel.schedule import (
+    Course,
+    Kind,
+    Schedule,
+    Table,
+    course_of,
+    make_table,
+    most_held,
+    rank_of_stage,
+    span_times,
+)
 from dougong.engine.planner.cluster import ClusterConfig
 from dougong.engine.planner.shape import BlockShape, ModelShape
 
@@ -115,7 +125,7 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
 
     here = [[n for s, where in enumerate(place) if where == rank for n in stages[s]] for rank in range(plan.pipeline)]
     of_rank = [[parts[n] for n in numbers] for numbers in here]
-    data_seconds = max(_data_exchange(each, cluster, plan, data, sizes) for each in of_rank)
+    data_seconds = max(_data_exchange(each, cluster, plan, data, choice.micro_batches, sizes) for each in of_rank)
     # The optimizer reads and writes all of its own, the weights and the gradients.
     stepped = max(common / plan.shard + experts for common, experts in (_held(each, plan) for each in of_rank))
     each_parameter = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient
@@ -218,9 +228,24 @@ def _pipeline(
         seconds, waiting, held = _pipeline(cluster, choice._replace(micro_batches=fewer), passed, place, cost)
         whole = seconds + (num - fewer) * pace
         return whole, waiting * seconds / whole, held
-    table = make_table(plan.schedule, plan.pipeline, plan.chunks, num, cost)
-    spans = timeline(table, place, cost, sent)
-    return max(row[-1].end for row in spans), bubble(spans), [most_held(actions) for actions in table]
+    if plan.schedule == "zbv":  # its order depends on what things cost
+        course, held = _carried_out(make_table("zbv", plan.pipeline, plan.chunks, num, cost), place)
+    else:
+        course, held = _known(plan.schedule, plan.pipeline, plan.chunks, num)
+    starts, ends = span_times(course, cost, sent)
+    seconds = max(ends)
+    return seconds, 1.0 - (sum(ends) - sum(starts)) / (seconds * plan.pipeline), held
+
+
+def _carried_out(table: Table, place: list[int]) -> tuple[Course, list[int]]:
+    return course_of(table, place), [most_held(actions) for actions in table]
+
+
+@functools.lru_cache(maxsize=64)
+def _known(schedule: Schedule, num_ranks: int, chunks: int, num_batches: int) -> tuple[Course, list[int]]:
+    """A schedule whose order depends on nothing else, and what each rank holds at most."""
+    table = make_table(schedule, num_ranks, chunks, num_batches)
+    return _carried_out(table, rank_of_stage(schedule, num_ranks, chunks))
 
 
 def _held(parts: list[BlockShape], plan: PlanConfig) -> tuple[float, float]:
@@ -251,7 +276,7 @@ def _activation_bytes(parts: list[BlockShape], plan: PlanConfig, recompute: bool
 
 
 def _data_exchange(
-    parts: list[BlockShape], cluster: ClusterConfig, plan: PlanConfig, data: int, sizes: BytesConfig
+    parts: list[BlockShape], cluster: ClusterConfig, plan: PlanConfig, data: int, micro_batches: int, sizes: BytesConfig
 ) -> float:
     """Seconds of it that are not hidden."""
     common, experts = _held(parts, plan)
@@ -272,9 +297,10 @@ def _data_exchange(
     if plan.shard == 1:
         seconds += ring(data, common * sizes.gradient, 2)
     else:
-        gathers = 1 if plan.sharding == "zero2" else 2
-        blocks = len(parts)  # each is gathered, and its gradients spread, by itself
-        seconds += ring(plan.shard, common * sizes.gradient, 1, blocks)
+        # Of every micro-batch, and each block by itself.
+        gathers = micro_batches * (1 if plan.sharding == "zero2" else 2)
+        blocks = len(parts)
+        seconds += ring(plan.shard, common * sizes.gradient, micro_batches, blocks)
         seconds += ring(plan.shard, common * sizes.weight, gathers, blocks)
         seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
     return seconds * (1 - cluster.data_overlap)
