@@ -377,7 +377,7 @@ def count(rank: int, store: str, folder: str, pairs: list[tuple[str, str]]) -> N
             model,
             loss_of,
             OptimizerConfig().build(model),
-            backward=None if layout.sharded is None else layout.sharded.backward,
+            backward=layout.backward,
             reduce=layout.reduce,
             norm=layout.norm,
             all_backward=None if layout.pipeline is None else layout.pipeline.backward,

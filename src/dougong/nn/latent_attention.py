@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from dougong.nn.context import Context, Seen
 from dougong.nn.rotary import Rotation, turned
@@ -111,7 +110,8 @@ class LatentAttention(nn.Module):
             end = begin + len(run)
             mask = None if seen.mask_BQS is None else seen.mask_BQS[:, None, begin:end, : run.stop]
             if mask is None and run.start:
-                mask = causal_lower_right(len(run), run.stop)
+                before_QS = torch.ones(len(run), run.stop, dtype=torch.bool, device=q_BTH.device)
+                mask = before_QS.tril(run.start)
             found.append(
                 functional.scaled_dot_product_attention(
                     q_BHQ[:, :, begin:end],

@@ -255,7 +255,7 @@ def across_nodes(sharded: bool) -> tuple[list[int], int, float]:
     model, ranks = build("decoder"), Ranks(dist.group.WORLD)
     plan = PlanConfig(shard=2 if sharded else 1, reduction="hierarchical", per_node=4)
     layout = prepare_model(model, plan, ranks)
-    hierarchy, sharding = layout.hierarchy, layout.sharded
+    hierarchy = layout.hierarchy
     assert hierarchy is not None
     plain, sent = hierarchy.all_reduce, []
 
@@ -264,9 +264,10 @@ def across_nodes(sharded: bool) -> tuple[list[int], int, float]:
         plain(x, form="scatter", **named)
 
     hierarchy.all_reduce = all_reduce  # type: ignore[method-assign]
-    backward = None if sharding is None else sharding.backward
-    parts = TrainParts(model, loss_of, optimizer_of(model), backward=backward, reduce=layout.reduce, norm=layout.norm)
-    (batch,) = batches(0, 1)
+    parts = TrainParts(
+        model, loss_of, optimizer_of(model), backward=layout.backward, reduce=layout.reduce, norm=layout.norm
+    )
+    (batch,) = batches("decoder", 0, 1)
     report = train_step(parts, [shared_out(batch, layout.mesh.share)], num_records=batch.num_records)
     return dist.get_process_group_ranks(hierarchy.across), sum(sent), report.grad_norm
 
