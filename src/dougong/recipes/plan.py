@@ -149,7 +149,7 @@ class _Planned:
         check_model(self.model, plan)
 
     def rehearsed(self, plan: PlanConfig, world: int) -> tuple[StepBytes, ...]:
-        """By rank of the pipeline, what its first holds."""
+        """By rank of the pipeline, what its last holds, that has most of the records."""
         what = Rehearsal(
             build=lambda: build_model(self.recipe, self.preparation),
             batches=lambda share: self.batches(share, self.recipe.train.accumulation),
@@ -158,7 +158,7 @@ class _Planned:
             precision="bf16" if self.recipe.train.precision == "bf16" else "fp32",
         )
         each = world // plan.pipeline
-        return tuple(rehearse(what, plan, world, place * each) for place in range(plan.pipeline))
+        return tuple(rehearse(what, plan, world, (place + 1) * each - 1) for place in range(plan.pipeline))
 
 
 def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> ClusterConfig:
