@@ -51,6 +51,10 @@ def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
     assert found.memory_bytes[0] == 16 * 2000 + 8 * 5e6 / 4
     whole = predict(MODEL, on(4), Choice(PlanConfig(tensor=4, sequence=False), 1))
     assert whole.memory_bytes[0] == 16 * 2000 + 8 * (4e6 / 4 + 1e6)
+    # What enters cut layers is put together on every rank, even where tokens are shared out.
+    entering = MODEL._replace(blocks=tuple(block._replace(entered=3e6) for block in MODEL.blocks))
+    again = predict(entering, on(4), Choice(PlanConfig(tensor=4), 1))
+    assert again.memory_bytes[0] - found.memory_bytes[0] == 8 * 3e6
 
 
 def test_a_pipeline_waits_as_its_schedule_does_and_holds_what_is_under_way() -> None:
