@@ -69,17 +69,21 @@ class PlanResult(NamedTuple):
         }
 
 
-def plan_recipe(recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = False, most: int = 10) -> PlanResult:
+def plan_recipe(
+    recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int = 10
+) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
+
+    With `recompute` or `offload`, also what the engine cannot do yet; that is not rehearsed.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
     tables = open_tables(recipe.data, seed=recipe.seed)
     planned = _Planned(recipe, tables, learn_preparation(recipe, tables)[0])
-    found = planned.search(cluster, recompute=recompute, most=most)
+    found = planned.search(cluster, recompute=recompute, offload=offload, most=most)
     held: tuple[StepBytes, ...] = ()
-    while found.predictions and not found.predictions[0].choice.recompute:
+    while found.predictions[0].choice.can_be_carried_out:
         held = planned.rehearsed(found.predictions[0].choice.plan, cluster.devices)
         if max(each.peak for each in held) <= MEMORY_SHARE * cluster.memory_bytes:
             break
@@ -128,12 +132,13 @@ class _Planned:
         found = losses(output, batch)
         return torch.stack([found.whole, *found.own.values()]).sum()
 
-    def search(self, cluster: ClusterConfig, *, recompute: bool = False, most: int) -> Found:
+    def search(self, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int) -> Found:
         accumulation, precision = self.recipe.train.accumulation, self.recipe.train.precision
         search = SearchConfig(
             records=round(self.shape.num_records) * accumulation,
             micro_batches=accumulation,
             recompute=recompute,
+            offload=offload,
             memory_share=MEMORY_SHARE,
             most=most,
         )
@@ -190,6 +195,8 @@ def _as_json(found: Prediction) -> dict[str, Any]:
         "settings": _settings(found.choice.plan),
         "micro_batches": found.choice.micro_batches,
         "recompute": found.choice.recompute,
+        "offload": found.choice.offload,
+        "can_be_carried_out": found.choice.can_be_carried_out,
         "seconds": found.seconds,
         "records_per_second": found.records_per_second,
         "work_seconds": found.work_seconds,

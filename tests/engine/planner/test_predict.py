@@ -44,6 +44,15 @@ def test_recomputing_is_one_more_forward_and_keeps_states_and_one_block() -> Non
     assert found.memory_bytes == (16 * 8000 + 10e6 + 5e6,)
 
 
+def test_an_optimizer_in_the_hosts_memory_takes_none_here_and_the_way_there_and_back() -> None:
+    big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
+    here = predict(big, on(1), Choice(PlanConfig(), 1))
+    away = predict(big, on(1, host_bandwidth=1e9), Choice(PlanConfig(), 1, offload=True))
+    assert here.state_bytes[0] - away.state_bytes[0] == 8 * 8e9
+    assert away.optimizer_seconds == pytest.approx((4 + 4) * 8e9 / 1e9)
+    assert not away.choice.can_be_carried_out
+
+
 def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
     found = predict(MODEL, on(4), Choice(PlanConfig(tensor=4), 1))
     exchange = 2 * 3 / 4 * 6e9 / 1e12
