@@ -81,7 +81,15 @@ def test_the_command_prints_the_layouts_and_what_to_set(
     assert main() == 0
     printed = capsys.readouterr().out
     assert "2 (t - 1) / t x bytes / bandwidth" in printed
+    assert "parameters x (weight + gradient + optimizer bytes)" in printed
     assert "to carry it out:" in printed
+
+
+def test_what_the_engine_cannot_do_is_predicted_and_never_chosen(colour_table: Path) -> None:
+    table = plan_recipe(recipe_for(colour_table), read_cluster("cpu", 2), offload=True, most=100)
+    kinds = {found.choice.can_be_carried_out for found in table.found.predictions}
+    assert kinds == {True, False}
+    assert table.best.choice.can_be_carried_out == bool(table.held)
 
 
 def test_what_cannot_be_is_said_in_one_line(planned: PlanResult, colour_table: Path) -> None:

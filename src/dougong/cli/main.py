@@ -224,6 +224,7 @@ def plan(
     cluster: Annotated[str, Option(help="What they are: cpu, a100-80g, h100, or a cluster's YAML file.")] = "cpu",
     memory: Annotated[str | None, Option(help="Of one device, like 80GiB. Default: what the kind has.")] = None,
     recompute: Annotated[bool, Option("--recompute", help="Activations may be made anew in the backward.")] = False,
+    offload: Annotated[bool, Option("--offload", help="The optimizer may be in the host's memory.")] = False,
     explain: Annotated[bool, Option("--explain", help="Print the formulas, with their sources.")] = False,
     settings: Settings = None,
     as_json: Json = False,
@@ -238,7 +239,7 @@ def plan(
     if explain:
         print(predict.__doc__)
     found = read_cluster(cluster, devices, None if memory is None else read_bytes(memory))
-    result = plan_recipe(read_recipe(recipe, settings or ()), found, recompute=recompute)
+    result = plan_recipe(read_recipe(recipe, settings or ()), found, recompute=recompute, offload=offload)
     if as_json:
         print(json.dumps(result.as_json()))
     else:

@@ -241,5 +241,8 @@ def print_plan(result: PlanResult) -> None:
         console.print(
             f"rehearsed, pipeline rank {place}: {bytes_as_text(held['peak'])} at most ({parts})", soft_wrap=True
         )
+    if not told["layouts"][0]["can_be_carried_out"]:
+        console.print("predicted only: the engine cannot do all of the first layout yet", soft_wrap=True)
+        return
     chosen = " ".join(f"--set {setting}" for setting in told["layouts"][0]["settings"])
     console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False, soft_wrap=True)

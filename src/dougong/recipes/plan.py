@@ -67,17 +67,21 @@ class PlanResult(NamedTuple):
         }
 
 
-def plan_recipe(recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = False, most: int = 10) -> PlanResult:
+def plan_recipe(
+    recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int = 10
+) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
+
+    With `recompute` or `offload`, also what the engine cannot do yet; that is not rehearsed.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
     tables = open_tables(recipe.data, seed=recipe.seed)
     planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
-    found = planned.search(cluster, recompute=recompute, most=most)
+    found = planned.search(cluster, recompute=recompute, offload=offload, most=most)
     held: tuple[StepBytes, ...] = ()
-    while found.predictions and not found.predictions[0].choice.recompute:
+    while found.predictions[0].choice.can_be_carried_out:
         held = planned.rehearsed(found.predictions[0].choice.plan, cluster.devices)
         if max(each.peak for each in held) <= MEMORY_SHARE * cluster.memory_bytes:
             break
@@ -124,12 +128,13 @@ class Planned:
         found = losses(output, batch)
         return torch.stack([found.whole, *found.own.values()]).sum()
 
-    def search(self, cluster: ClusterConfig, *, recompute: bool = False, most: int) -> Found:
+    def search(self, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int) -> Found:
         accumulation, precision = self.recipe.train.accumulation, self.recipe.train.precision
         search = SearchConfig(
             records=round(self.shape.num_records) * accumulation,
             micro_batches=accumulation,
             recompute=recompute,
+            offload=offload,
             memory_share=MEMORY_SHARE,
             most=most,
         )
@@ -165,7 +170,7 @@ class Planned:
         )
 
     def rehearsed(self, plan: PlanConfig, world: int) -> tuple[StepBytes, ...]:
-        """By rank of the pipeline, what its first holds."""
+        """By rank of the pipeline, what its last holds, that has most of the records."""
         what = Rehearsal(
             build=lambda: build_model(self.recipe, self.preparation),
             batches=lambda share: self.batches(share, self.recipe.train.accumulation),
@@ -174,7 +179,7 @@ class Planned:
             precision="bf16" if self.recipe.train.precision == "bf16" else "fp32",
         )
         each = world // plan.pipeline
-        return tuple(rehearse(what, plan, world, place * each) for place in range(plan.pipeline))
+        return tuple(rehearse(what, plan, world, (place + 1) * each - 1) for place in range(plan.pipeline))
 
 
 def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> ClusterConfig:
@@ -206,6 +211,8 @@ def _as_json(found: Prediction) -> dict[str, Any]:
         "settings": _settings(found.choice.plan),
         "micro_batches": found.choice.micro_batches,
         "recompute": found.choice.recompute,
+        "offload": found.choice.offload,
+        "can_be_carried_out": found.choice.can_be_carried_out,
         "seconds": found.seconds,
         "records_per_second": found.records_per_second,
         "work_seconds": found.work_seconds,

@@ -44,6 +44,15 @@ def test_recomputing_is_one_more_forward_and_keeps_states_and_one_block() -> Non
     assert found.memory_bytes == (16 * 8000 + 10e6 + 5e6,)
 
 
+def test_an_optimizer_in_the_hosts_memory_takes_none_here_and_the_way_there_and_back() -> None:
+    big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
+    here = predict(big, on(1), Choice(PlanConfig(), 1))
+    away = predict(big, on(1, host_bandwidth=1e9), Choice(PlanConfig(), 1, offload=True))
+    assert here.state_bytes[0] - away.state_bytes[0] == 8 * 8e9
+    assert away.optimizer_seconds == pytest.approx((4 + 4) * 8e9 / 1e9)
+    assert not away.choice.can_be_carried_out
+
+
 def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
     found = predict(MODEL, on(4), Choice(PlanConfig(tensor=4), 1))
     exchange = 2 * 3 / 4 * 6e9 / 1e12
@@ -51,6 +60,10 @@ def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
     assert found.memory_bytes[0] == 16 * 2000 + 8 * 5e6 / 4
     whole = predict(MODEL, on(4), Choice(PlanConfig(tensor=4, sequence=False), 1))
     assert whole.memory_bytes[0] == 16 * 2000 + 8 * (4e6 / 4 + 1e6)
+    # What enters cut layers is put together on every rank, even where tokens are shared out.
+    entering = MODEL._replace(blocks=tuple(block._replace(entered=3e6) for block in MODEL.blocks))
+    again = predict(entering, on(4), Choice(PlanConfig(tensor=4), 1))
+    assert again.memory_bytes[0] - found.memory_bytes[0] == 8 * 3e6
 
 
 def test_a_pipeline_waits_as_its_schedule_does_and_holds_what_is_under_way() -> None:

@@ -62,8 +62,8 @@ def test_a_model_without_numbers_is_measured_as_one_with_them() -> None:
     real, unreal = shape_of("cpu"), shape_of("meta")
     for ours, theirs in zip(real.parts, unreal.parts, strict=True):
         assert theirs.flops == ours.flops
-        assert theirs._replace(flops=0, kept=0, kept_whole=0, touched=0) == ours._replace(
-            flops=0, kept=0, kept_whole=0, touched=0
+        assert theirs._replace(flops=0, kept=0, kept_whole=0, entered=0, touched=0) == ours._replace(
+            flops=0, kept=0, kept_whole=0, entered=0, touched=0
         )
 
 
@@ -73,6 +73,8 @@ def test_activations_grow_with_the_records_and_are_those_that_autograd_keeps() -
         assert 1.8 < (theirs.kept + theirs.kept_whole) / (ours.kept + ours.kept_whole) < 2.2
         assert ours.kept > 0
         assert ours.kept_whole > 0
+        # What the attention's and the feed-forward's first layers are given, once each: 4 x 16 tokens of 64 numbers.
+        assert ours.entered >= 4 * 16 * 64 * 4
 
 
 def test_a_sandwich_is_measured_too() -> None:

@@ -38,6 +38,9 @@ class ClusterConfig(Config):
     across_bandwidth: float = Field(gt=0)
     """Bytes a second from one device to other nodes, one way, where every device of the node sends."""
 
+    host_bandwidth: float = Field(default=12e9, gt=0)
+    """Bytes a second between one device and the memory of its node's processor, one way."""
+
     latency_seconds: float = Field(default=10e-6, ge=0)
     """Of one message."""
 

@@ -35,6 +35,9 @@ class SearchConfig(Config):
     recompute: bool = False
     """Whether activations may be made anew in the backward."""
 
+    offload: bool = False
+    """Whether the optimizer may be in the host's memory."""
+
     memory_share: float = Field(default=0.9, gt=0, le=1)
     """Of a device's memory, that may be planned with."""
 
@@ -117,7 +120,8 @@ def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) ->
                 micro_batches = search.records // step
             for plan in _plans(model, tensor, pipeline, data, micro_batches):
                 for recompute in (False, True) if search.recompute else (False,):
-                    yield Choice(plan, micro_batches, recompute), shape
+                    for offload in (False, True) if search.offload else (False,):
+                        yield Choice(plan, micro_batches, recompute, offload), shape
 
 
 def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batches: int) -> Iterator[PlanConfig]:
@@ -166,6 +170,8 @@ def describe(choice: Choice) -> str:
     words.append("1 micro-batch" if choice.micro_batches == 1 else f"{choice.micro_batches} micro-batches")
     if choice.recompute:
         words.append("recompute")
+    if choice.offload:
+        words.append("optimizer in the host's memory")
     return ", ".join(words)
 
 

@@ -58,6 +58,10 @@ class BlockShape(NamedTuple):
     passed: float
     """Bytes of the state after it."""
 
+    entered: float = 0.0
+    """Bytes of activations that every rank of the tensor axis has, even where tokens are shared out: what layers that
+    are cut by their outputs are given."""
+
     @property
     def parameters(self) -> int:
         return self.cut + self.experts + self.whole
@@ -72,6 +76,7 @@ class BlockShape(NamedTuple):
             kept_whole=self.kept_whole * ratio,
             exchanged=self.exchanged * ratio,
             passed=self.passed * ratio,
+            entered=self.entered * ratio,
         )
 
 
@@ -138,8 +143,9 @@ def measure_shape(
                 cut=sum(p.numel() for p in own & cut),
                 experts=sum(p.numel() for p in own & experts),
                 whole=sum(p.numel() for p in own - cut - experts),
-                kept=sum(size for size, shared_out in kept if shared_out),
-                kept_whole=sum(size for size, shared_out in kept if not shared_out),
+                kept=sum(size for size, where in kept if where == "shared out"),
+                kept_whole=sum(size for size, where in kept if where == "whole"),
+                entered=sum(size for size, where in kept if where == "entering"),
                 exchanged=counted.exchanged,
                 passed=float(sum(t.nbytes for t in pack(state).tensors)) if part != model.head else 0.0,
             )
@@ -214,22 +220,25 @@ class _Counted:
 
     def __init__(self) -> None:
         self.exchanged = 0.0
-        self.kept: dict[int, tuple[float, bool]] = {}
-        """By storage: bytes, and whether tensor ranks share them out."""
+        self.kept: dict[int, tuple[float, str]] = {}
+        """By storage: bytes, and where the model was when they were kept."""
 
-        self.shared_out = False
-        """Whether the model is between columns and rows, where each rank of the tensor axis has its part."""
+        self.where = "whole"
+        """shared out: between columns and rows, where each rank of the tensor axis has its part."""
+
+    def entering(self, *_: Any) -> None:
+        self.where = "entering"
 
     def enter(self, *_: Any) -> None:
-        self.shared_out = True
+        self.where = "shared out"
 
     def leave(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        self.shared_out = False
+        self.where = "whole"
         self.exchanged += output.nbytes
 
     def keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.kept.setdefault(storage._cdata, (float(storage.nbytes()), self.shared_out))
+        self.kept.setdefault(storage._cdata, (float(storage.nbytes()), self.where))
 
 
 @contextlib.contextmanager
@@ -239,6 +248,8 @@ def _counting(modules: list[nn.Module], weights: set[int]) -> Iterator[_Counted]
     handles = []
     for module in modules:
         for _, owner, split in splits_of(module):
+            for name in split.columns:
+                handles.append(owner.get_submodule(name).register_forward_pre_hook(counted.entering))
             for name in (*split.columns, *split.shared, *split.vocabulary):
                 handles.append(owner.get_submodule(name).register_forward_hook(counted.enter))
             for name in (*split.rows, *split.summed):
