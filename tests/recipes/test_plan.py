@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
 
 from dougong.cli.main import main
 from dougong.core.config import override, parse, to_yaml
@@ -58,6 +59,7 @@ def test_what_is_chosen_for_this_machine_can_be_trained_and_is_always_the_same(c
     plan = chosen(colour_table)
     assert plan == chosen(colour_table)
     check_layout(recipe_for(colour_table), plan, 4)
+    assert run_ranks(chosen, colour_table, world=2) == [plan, plan]  # also where it is asked on ranks
     assert chosen(colour_table, world=1) == PlanConfig()
     # All records of a batch in one place: no rank may share them out.
     spared = chosen(colour_table, {"data.corrupt": {"spare_one": True}})
