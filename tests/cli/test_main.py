@@ -49,6 +49,12 @@ def test_a_table_goes_the_whole_way_by_commands(
     assert told["answered"] == 240
 
 
+def test_what_says_nothing_of_one_process_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--restarts", "--limit"):
+        assert main(["train", "vqa", option, "3"]) == 2
+        assert f"dougong: {option} 3 says nothing " in capsys.readouterr().err
+
+
 def test_people_get_tables(colour_run: Path, colour_table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(colour_run), "--contribution"]) == 0
     shown = capsys.readouterr().out

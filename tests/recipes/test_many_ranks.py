@@ -20,6 +20,7 @@ from ranks import RankFailure, run_ranks
 from torch import Tensor
 from torch.nn import functional
 
+from dougong.cli.main import main
 from dougong.core.config import parse, to_yaml
 from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Event, StepDone, read_events
@@ -268,6 +269,27 @@ def test_sparing_one_medium_is_refused_before_anything_is_written(tmp_path: Path
     with pytest.raises(ConfigError, match=r"Set data\.corrupt\.spare_one: false, or train in one process"):
         train_recipe(recipe, tmp_path / "run", ranks=ranks)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_our_launcher_trains_a_recipe_and_says_a_mistake_once(
+    colour_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(to_yaml(recipe_for(colour_table)))
+    run_small(colour_table, tmp_path / "one")
+    capfd.readouterr()
+    command = ["train", str(recipe), "--ranks", "2", "--out", str(tmp_path / "many"), "--json"]
+
+    assert main(command) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["run"] == str(tmp_path / "many")
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-4)
+    one, many = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "many"))
+    assert one == many
+
+    assert main(command) == 2
+    assert capfd.readouterr().err.count("holds a run already. Go on with it by --resume") == 1
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_without_our_launcher_ranks_end_by_themselves_and_name_the_one(kind: str
 
 def script(text: str) -> Callable[[bool], list[str]]:
     """Ranks that do this, told whether they are started again."""
-    head = "import os, signal, subprocess, sys, time\nrank, again = os.environ['RANK'], sys.argv[1] == 'True'\n"
+    head = "import os, signal, sys, time\nrank, again = os.environ['RANK'], sys.argv[1] == 'True'\n"
     return lambda again: [sys.executable, "-c", head + textwrap.dedent(text), str(again)]
 
 
@@ -110,12 +110,32 @@ def test_a_lost_rank_is_started_again_no_more_than_allowed(tmp_path: Path) -> No
         launched("os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else time.sleep(60)", tmp_path, restarts=1)
 
 
+def test_a_rank_that_cannot_even_be_ended_kindly_keeps_nobody_waiting(tmp_path: Path) -> None:
+    text = """
+    from pathlib import Path
+    from dougong.engine.parallel.heartbeat import Heartbeat
+    heartbeat = Heartbeat(Path(sys.argv[2]), int(rank))
+    heartbeat.mark('reading', 3)
+    if rank == '0': os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        time.sleep(.1)
+        heartbeat.modality('photo')
+    """
+    said: list[str] = []
+    command = lambda again: [*script(text)(again), str(tmp_path)]  # noqa: E731
+    with pytest.raises(RankError, match=r"^rank 0 of 2 has shown no sign of life for [1-9] seconds in step 3, reading"):
+        supervise(command, num_ranks=2, notes=tmp_path, restarts=0, limit_seconds=1, say=said.append)
+    assert said == []
+
+
 def test_a_mistake_is_said_once_and_never_tried_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    status, said = launched(
-        "sys.stderr.write(f'dougong (rank {rank}): no such table\\nmore of {rank}\\n'); sys.exit(2)",
-        tmp_path,
-        num_ranks=3,
-    )
+    text = f"""
+    print(f'dougong (rank {{rank}}): no such table\\nmore of {{rank}}', file=sys.stderr, flush=True)
+    open({str(tmp_path / "said")!r} + rank, 'w')
+    while not all(os.path.exists({str(tmp_path / "said")!r} + each) for each in '012'): time.sleep(.01)
+    sys.exit(2)
+    """
+    status, said = launched(text, tmp_path, num_ranks=3)
 
     assert (status, said) == (2, [])
     told = capfd.readouterr().err
@@ -169,15 +189,21 @@ def pressed(when: Path, *numbers: int) -> threading.Thread:
 
 def test_ctrl_c_is_passed_on_and_nothing_starts_again(tmp_path: Path) -> None:
     text = f"""
+    os.chdir({str(tmp_path)!r})
     seen = 0
+    def tell():
+        open(f'{{{{rank}}}}-{{{{seen}}}}', 'w')
+        if rank == '1':
+            while not os.path.exists(f'0-{{{{seen}}}}'): time.sleep(.01)
+            os.remove(f'0-{{{{seen}}}}')
+            open('ready', 'w')
     def note(*_):
         global seen
         seen += 1
         if seen == {{}}: sys.exit({{}})
-        if rank == '1': open({str(tmp_path / "ready")!r}, 'w')
+        tell()
     signal.signal(signal.SIGINT, note)
-    if rank == '0': time.sleep(.2)
-    else: open({str(tmp_path / "ready")!r}, 'w')
+    tell()
     time.sleep(30); time.sleep(30)
     """
     for presses, status in ((1, 0), (2, 130)):

@@ -92,10 +92,11 @@ def supervise(
         for launch in range(restarts + 1):
             shutil.rmtree(notes, ignore_errors=True)
             launched = _Launch(command(launch > 0), num_ranks, notes, limit_seconds, environment, noted)
+            loss = None
             try:
                 loss = launched.run()
             finally:
-                launched.end()
+                launched.end(None if loss is None else loss.rank)
                 complaints = launched.complaints()
                 shutil.rmtree(notes, ignore_errors=True)
             if loss is None:
@@ -176,7 +177,7 @@ class _Launch:
             for rank in range(num_ranks):
                 self._start(rank, command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         except BaseException:
-            self.end()
+            self.end(None)
             raise
 
     def _start(self, rank: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -269,8 +270,10 @@ class _Launch:
                     return Loss(rank, f"rank {rank} of {self.num_ranks} has not begun")
         return None
 
-    def end(self) -> None:
-        """End whoever still runs, and all that they have started."""
+    def end(self, lost: int | None) -> None:
+        """End whoever still runs, and all that they have started. One that is lost may not hear the friendly signal."""
+        if lost is not None and not self.noted.terminated and self._status(lost) is None:
+            os.kill(self.processes[lost].pid, signal.SIGKILL)
         self._signal(signal.SIGTERM)
         until = time.monotonic() + END_SECONDS
         while time.monotonic() < until and any(self._status(rank) is None for rank in range(len(self.processes))):
