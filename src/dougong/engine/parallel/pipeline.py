@@ -13,6 +13,7 @@ Cutting a backward in two is torch's.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -29,6 +30,7 @@ from dougong.engine.parallel.schedule import (
     Action,
     Kind,
     Schedule,
+    even_cost,
     make_table,
     messages,
     rank_of_stage,
@@ -79,12 +81,16 @@ class _Passed(NamedTuple):
     """Those that have one: of the state, or the loss alone."""
 
 
-def stage_bounds(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Where each stage begins, and the end: contiguous parts whose largest sum is the least, none of them empty.
+def stage_bounds(costs: Sequence[float], ranks: Sequence[int]) -> list[int]:
+    """Where each stage begins, and the end: contiguous parts, none of them empty. `ranks` says who has each stage.
+
+    Where each rank has one stage, the largest sum is the least there is. Where ranks have several, what a rank has
+    altogether is evened out from there on, as far as moving one bound at a time comes.
 
     Raises:
         ConfigError: there are fewer parts than stages.
     """
+    num_stages = len(ranks)
     if len(costs) < num_stages:
         raise ConfigError(
             f"a pipeline of {num_stages} stages needs as many blocks, and the model has {len(costs)}. "
@@ -107,7 +113,27 @@ def stage_bounds(costs: Sequence[float], num_stages: int) -> list[int]:
     bounds = [count]
     for k in range(num_stages, 0, -1):
         bounds.append(begin[k][bounds[-1]])
-    return bounds[::-1]
+    bounds.reverse()
+    return bounds if len(set(ranks)) == num_stages else _evened(bounds, sums, ranks)
+
+
+def _evened(bounds: list[int], sums: Sequence[float], ranks: Sequence[int]) -> list[int]:
+    def loads(tried: Sequence[int]) -> list[float]:
+        found = dict.fromkeys(ranks, 0.0)
+        for rank, (first, last) in zip(ranks, itertools.pairwise(tried), strict=True):
+            found[rank] += sums[last] - sums[first]
+        return sorted(found.values(), reverse=True)
+
+    least = loads(bounds)
+    moved = True
+    while moved:  # each time to something less, of which there is an end
+        moved = False
+        for place in range(1, len(bounds) - 1):
+            for bound in range(bounds[place - 1] + 1, bounds[place + 1]):
+                tried = [*bounds[:place], bound, *bounds[place + 1 :]]
+                if (found := loads(tried)) < least:
+                    bounds, least, moved = tried, found, True
+    return bounds
 
 
 def block_seconds(model: BlockStack[Any, Any], batch: Batch, repeats: int = 3) -> list[float]:
@@ -174,8 +200,8 @@ class Pipeline:
         if middle:
             middle[0] += costs[0]
             middle[-1] += costs[-1]
-        self.bounds = stage_bounds(middle, len(self.place))
-        self.stage_costs = [sum(middle[a:b]) for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        self.bounds = stage_bounds(middle, self.place)
+        self.stage_costs = [sum(middle[a:b]) for a, b in itertools.pairwise(self.bounds)]
         self.stages = self._cut(model)
         self.device = device
         self.post = Post(group, device)
@@ -264,8 +290,13 @@ class Pipeline:
     def table(self, num_batches: int) -> list[list[Action]]:
         """What every rank does for so many micro-batches."""
         if num_batches not in self._tables:
-            self._tables[num_batches] = make_table(self.schedule, self.num_ranks, self.stages_per_rank, num_batches)
+            self._tables[num_batches] = make_table(
+                self.schedule, self.num_ranks, self.stages_per_rank, num_batches, self._cost
+            )
         return self._tables[num_batches]
+
+    def _cost(self, stage: int, kind: Kind) -> float:
+        return even_cost(stage, kind) * self.stage_costs[stage]
 
     # An answer -----------------------------------------------------------------------------------------------
 

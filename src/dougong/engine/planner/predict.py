@@ -203,7 +203,8 @@ def _stages(model: ModelShape, plan: PlanConfig, costs: list[_Forward]) -> list[
     middle[0] += sum(costs[0])
     middle[-1] += sum(costs[-1])
     largest = max(middle)
-    bounds = _cut(tuple(round(each / largest, 6) for each in middle), plan.pipeline * plan.chunks)
+    ranks = rank_of_stage(plan.schedule, plan.pipeline, plan.chunks)
+    bounds = _cut(tuple(round(each / largest, 6) for each in middle), tuple(ranks))
     stages = [list(range(first + 1, last + 1)) for first, last in itertools.pairwise(bounds)]
     stages[0].insert(0, 0)
     stages[-1].append(count + 1)
@@ -211,8 +212,8 @@ def _stages(model: ModelShape, plan: PlanConfig, costs: list[_Forward]) -> list[
 
 
 @functools.cache
-def _cut(costs: tuple[float, ...], num_stages: int) -> list[int]:
-    return stage_bounds(costs, num_stages)
+def _cut(costs: tuple[float, ...], ranks: tuple[int, ...]) -> list[int]:
+    return stage_bounds(costs, ranks)
 
 
 def _pipeline(
