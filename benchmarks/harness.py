@@ -69,7 +69,8 @@ class Kept:
             for file in sorted((root / folder).rglob("*.py")):
                 digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
         digest.update(",".join(version(package) for package in PACKAGES).encode())
-        self._folder = cache_folder() / "bench" / name / digest.hexdigest()[:16]
+        self.folder = cache_folder() / "bench" / name / digest.hexdigest()[:16]
+        """Also for what a script wants to keep itself."""
 
     def get(self, key: str) -> Any:
         file = self._file(key)
@@ -79,7 +80,7 @@ class Kept:
         write_json(self._file(key), value)
 
     def _file(self, key: str) -> Path:
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str]) -> Path:

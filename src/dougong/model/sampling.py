@@ -37,7 +37,7 @@ class SamplingsConfig(Config):
     caption: SamplingConfig = SamplingConfig(temperature=0)
     """A caption is best said as it is likeliest."""
 
-    draw: SamplingConfig = SamplingConfig(guidance=2.0, top_p=0.95)
+    draw: SamplingConfig = SamplingConfig(guidance=1.5, top_p=0.95)
     """A picture is one of many that would do; guided, and without the least likely codes, more of them show what was
     asked."""
 
