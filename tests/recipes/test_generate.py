@@ -193,7 +193,7 @@ def test_recipes_of_both_kinds_are_read_by_name_and_from_yaml(tmp_path: Path) ->
     assert from_yaml(to_yaml(alone), where="x")["kind"] == "generate"
     with pytest.raises(ConfigError, match="learns to generate, not to decide"):
         read_recipe("vqa-generate")
-    with pytest.raises(ConfigError, match="guidance=2.0 needs model.condition_dropped above 0"):
+    with pytest.raises(ConfigError, match="guidance=1.5 needs model.condition_dropped above 0"):
         read_any_recipe("vqa-generate", ["model.condition_dropped=0"])
     with pytest.raises(ConfigError, match="is of kind 'paint'. Use align, generate, or leave it out"):
         read_any_recipe("vqa-generate", ["kind=paint"])
