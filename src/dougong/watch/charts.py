@@ -26,6 +26,9 @@ NUM_COLOURS: Final = 8
 WIDTH: Final = 3.5
 """Inches; narrow enough for a phone to show the text at its size."""
 
+WIDE: Final = 9.0
+"""The same of what has a hundred pieces beside each other, and little text."""
+
 ROW: Final = 0.36
 """Inches that a bar and its name take."""
 
@@ -142,12 +145,12 @@ def timeline_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[tup
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, max((end for _, spans in rows for _, end, _ in spans), default=1.0))
         axes.set_xlabel("milliseconds")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10))
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(length=0)
 
-    return _draw(name, label, 0.55 + 0.2 * len(rows), draw)
+    return _draw(name, label, 0.55 + 0.3 * len(rows), draw, WIDE)
 
 
 def key(place: int, *, line: bool) -> Markup:
@@ -177,7 +180,7 @@ def _rows(axes: Axes, names: Sequence[tuple[str, str]]) -> None:
     axes.set_axis_off()
 
 
-def _draw(name: str, label: str, height: float, draw: Callable[[Axes], None]) -> Markup:
+def _draw(name: str, label: str, height: float, draw: Callable[[Axes], None], width: float = WIDTH) -> Markup:
     settings: Any = {  # matplotlib's types want each key as a literal
         "svg.fonttype": "none",
         "svg.hashsalt": name,
@@ -195,7 +198,7 @@ def _draw(name: str, label: str, height: float, draw: Callable[[Axes], None]) ->
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # The font at hand only measures the text; the reader's own fonts draw it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
         draw(figure.add_subplot())
         figure.savefig(content, format="svg", metadata={"Date": None})
     return _to_page(content.getvalue(), name, label)
