@@ -42,7 +42,7 @@ LOCAL: Final = (2, 4)
 """Ranks of a node."""
 
 WAYS: Final = ("flat", "ours", "ours, bf16 across")
-BUDGET_SECONDS: Final = 12.0
+BUDGET_SECONDS: Final = 5.0
 """Of one size and way, at most; at least three turns."""
 
 

@@ -34,6 +34,9 @@ CHUNK_BYTES: Final = 4 * 2**20
 MEASURED_BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**26)
 """Sizes at which forms are tried; a message takes the form of the nearest below."""
 
+LONG_SECONDS: Final = 2.0
+"""That one size may cost, if it is not one turn of all forms that costs more."""
+
 SURELY: Final = 0.95
 """Of flat's time, at which another form is taken: a smaller gain may be the measurement's noise."""
 
@@ -87,8 +90,13 @@ class Hierarchy:
             return self.choice[min(self.choice)] if self.choice else "flat"
         return self.choice[max(below)]
 
-    def measure(self, sizes: Sequence[int] = MEASURED_BYTES, repeats: int = 5) -> list[Measured]:
-        """Try every form at every size, interleaved, and choose; all ranks come to the same choice."""
+    def measure(
+        self, sizes: Sequence[int] = MEASURED_BYTES, repeats: int = 5, seconds: float = LONG_SECONDS
+    ) -> list[Measured]:
+        """Try every form at every size, interleaved, and choose; all ranks come to the same choice.
+
+        A size is tried no more once it has cost so many seconds: a slow wire is not to take minutes at each start.
+        """
         device = "cpu" if dist.get_backend(self.group) == "gloo" else torch.accelerator.current_accelerator()
         self.measured = []
         for size in sizes:
@@ -96,14 +104,19 @@ class Hierarchy:
             took: dict[Form, list[float]] = {form: [] for form in FORMS}
             for turn in range(repeats + 1):
                 for form in FORMS:
-                    seconds = _timed(functools.partial(self.all_reduce, x, form=form, name="measured"))
+                    took[form].append(_timed(functools.partial(self.all_reduce, x, form=form, name="measured")))
                     x.fill_(1.0)
-                    if turn:  # the first one meets cold connections
-                        took[form].append(seconds)
+                if turn == 0 and size == sizes[0]:  # it met cold connections
+                    took = {form: [] for form in FORMS}
+                    continue
+                spent = torch.tensor(sum(map(sum, took.values())), device=device)
+                dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=self.group)
+                if spent.item() > seconds:
+                    break
             middle = torch.tensor([sorted(took[form])[len(took[form]) // 2] for form in FORMS], device=device)
             dist.all_reduce(middle, op=dist.ReduceOp.MAX, group=self.group)
             found = dict(zip(FORMS, middle.tolist(), strict=True))
-            self.measured += [Measured(size, form, seconds) for form, seconds in found.items()]
+            self.measured += [Measured(size, form, found[form]) for form in FORMS]
             best = min(FORMS, key=lambda form: found[form])
             self.choice[size] = best if found[best] < SURELY * found["flat"] else "flat"
         self._lost = {name: lost for name, lost in self._lost.items() if not name.startswith("measured")}
