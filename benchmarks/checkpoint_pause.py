@@ -18,11 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from harness import run
+from paired import quartiles
 from torch import Tensor, nn
 
 from dougong.core.events import Announcer, CheckpointSaved, Event, StepDone
@@ -148,19 +149,13 @@ def measure(quick: bool) -> list[Figure]:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
             stops += at_once(model, Path(name), saves)
 
-    def row(what: str, values: list[float], **more: Any) -> Figure:
-        low, middle, high = np.quantile(np.array(values) * 1000, (0.25, 0.5, 0.75))
-        return Figure(
-            name=what, value=float(middle), unit="ms", low=float(low), high=float(high), seeds=len(values), **more
-        )
-
     return [
-        row("pause for a checkpoint", later, baseline=statistics.median(stops) * 1000),
-        row("pause for the first checkpoint", first),
-        row("pause where it is written at once", stops),
-        row("of a pause, waiting for the one before", waits),
-        row("a step, nothing under way", free),
-        row("a step, a checkpoint under way", busy),
+        quartiles("pause for a checkpoint", later, baseline=statistics.median(stops) * 1000),
+        quartiles("pause for the first checkpoint", first),
+        quartiles("pause where it is written at once", stops),
+        quartiles("of a pause, waiting for the one before", waits),
+        quartiles("a step, nothing under way", free),
+        quartiles("a step, a checkpoint under way", busy),
     ]
 
 

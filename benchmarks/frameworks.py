@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from harness import run
+from paired import as_ranks, quartiles, ratio
 
 from dougong.core.figures import Figure
 
@@ -66,68 +66,35 @@ def measure(quick: bool) -> Iterator[Figure]:
 
 def _figures(found: dict[str, list[float]], kind: str, names: Sequence[str], world: int) -> Iterator[Figure]:
     where = "1 rank" if world == 1 else f"{world} ranks, {kind}"
-    ours = np.array(found[f"ours {kind}"])
-    there = {name: np.array(found[name]) for name in names if name in found}
+    ours = found[f"ours {kind}"]
+    there = {name: found[name] for name in names if name in found}
     best = min(there, key=lambda name: float(np.median(there[name])))
-    ratios = ours / there[best]
-    chosen = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-    low, high = np.quantile(np.median(ratios[chosen], axis=1), (0.025, 0.975))
-    yield Figure(
-        name=f"{where}: our step over the best other's ({best})",
-        value=float(np.median(ratios)),
-        unit="x",
-        asked="<= 1.02" if world == 1 else "<= 1.00",
-        low=float(low),
-        high=float(high),
-        seeds=len(ratios),
-    )
+    asked = "<= 1.02" if world == 1 else "<= 1.00"
+    yield ratio(f"{where}: our step over the best other's ({best})", ours, there[best], asked)
     for name, took in {"ours": ours, **there}.items():
-        quarter, middle, three = np.quantile(1e3 * took, (0.25, 0.5, 0.75))
-        yield Figure(
-            name=f"{where}: {name} (quartiles)",
-            value=float(middle),
-            unit="ms",
-            low=float(quarter),
-            high=float(three),
-            seeds=len(took),
-        )
+        yield quartiles(f"{where}: {name}", took)
 
 
 def run_ranks(world: int, *, rounds: int) -> dict[str, list[float]]:
     """Seconds per step of every contender, by round."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
-        result = Path(folder) / "result.json"
-        ranks = []
-        for rank in range(world):
-            environment = {
-                **os.environ,
-                **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
-                **{name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "DS_ACCELERATOR": "cpu",
-                "ACCELERATE_USE_CPU": "true",
-                "TORCHELASTIC_RUN_ID": "bench",  # by which Fabric knows that ranks are started already
-                "DOUGONG_RESULT": str(result),
-                "DOUGONG_ROUNDS": str(rounds),
-            }
-            command = [sys.executable, str(Path(__file__).resolve()), "--as-rank"]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))  # noqa: S603, our own script
-        try:
-            for process in ranks:
-                if process.wait(timeout=1800):
-                    raise RuntimeError(f"a rank ended with status {process.returncode}: see above")
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        found: dict[str, list[float]] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+    environments = [
+        {
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "DS_ACCELERATOR": "cpu",
+            "ACCELERATE_USE_CPU": "true",
+            "TORCHELASTIC_RUN_ID": "bench",  # by which Fabric knows that ranks are started already
+            "DOUGONG_ROUNDS": str(rounds),
+        }
+        for rank in range(world)
+    ]
+    found: dict[str, list[float]] = as_ranks(Path(__file__), environments)
+    return found
 
 
 # A rank --------------------------------------------------------------------------------------------------------

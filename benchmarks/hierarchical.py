@@ -22,13 +22,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from harness import run
+from paired import as_ranks
 from relay import MTU, Wire
 
 from dougong.core.errors import ConfigError
@@ -149,36 +149,20 @@ def emulated_nodes(megabits: int, delay_seconds: float) -> Iterator[None]:
 
 def run_nodes(local: int, sizes: tuple[int, ...], *, quick: bool) -> dict[str, Any]:
     """What the ranks of both nodes have measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        ranks = []
-        for rank in range(2 * local):
-            node = NODES[rank // local]
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(2 * local),
-                "LOCAL_WORLD_SIZE": str(local),
-                "MASTER_ADDR": "10.83.0.1",
-                "MASTER_PORT": "29583",
-                "GLOO_SOCKET_IFNAME": CARDS[rank // local],
-                "OMP_NUM_THREADS": "1",
-                "DOUGONG_SIZES": json.dumps(sizes),
-                "DOUGONG_RESULT": str(result),
-                "DOUGONG_BUDGET": str(1.0 if quick else BUDGET_SECONDS),
-            }
-            command = ["ip", "netns", "exec", node, sys.executable, str(Path(__file__).resolve()), "--as-rank"]
-            ranks.append(subprocess.Popen(command, env=environment))  # noqa: S603, our own script
-        try:
-            for process in ranks:
-                if process.wait(timeout=1800):
-                    raise RuntimeError(f"a rank ended with status {process.returncode}: see above")
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+    nodes = [NODES[rank // local] for rank in range(2 * local)]
+    environments = [
+        {
+            "LOCAL_WORLD_SIZE": str(local),
+            "MASTER_ADDR": "10.83.0.1",
+            "MASTER_PORT": "29583",
+            "GLOO_SOCKET_IFNAME": CARDS[NODES.index(node)],
+            "DOUGONG_SIZES": json.dumps(sizes),
+            "DOUGONG_BUDGET": str(1.0 if quick else BUDGET_SECONDS),
+        }
+        for node in nodes
+    ]
+    found: dict[str, Any] = as_ranks(Path(__file__), environments, [["ip", "netns", "exec", node] for node in nodes])
+    return found
 
 
 # A rank --------------------------------------------------------------------------------------------------------

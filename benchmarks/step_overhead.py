@@ -31,10 +31,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 import transformers
 from harness import run
+from paired import quartiles, ratio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -316,41 +316,19 @@ def measure(quick: bool) -> list[Figure]:
     bench.saving.clear()
     rounds = [one_round(bench, number) for number in range(1, num_rounds + 1)]
 
-    def ratio(name: str, over: str, beside: str, asked: str) -> Figure:
-        ratios = np.array([each[over] / each[beside] for each in rounds])
-        chosen = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-        low, high = np.quantile(np.median(ratios[chosen], axis=1), (0.025, 0.975))
-        return Figure(
-            name=name,
-            value=float(np.median(ratios)),
-            unit="x",
-            asked=asked,
-            low=float(low),
-            high=float(high),
-            seeds=len(ratios),
-        )
-
-    def milliseconds(name: str, values: Sequence[float]) -> Figure:
-        low, middle, high = np.quantile(np.array(values) * 1000, (0.25, 0.5, 0.75))
-        return Figure(
-            name=f"{name} (quartiles)",
-            value=float(middle),
-            unit="ms",
-            low=float(low),
-            high=float(high),
-            seeds=len(values),
-        )
+    def of(name: str) -> list[float]:
+        return [each[name] for each in rounds]
 
     return [
-        ratio("step over a bare PyTorch loop's, ready batches", "ours, ready", "bare", "<= 1.10"),
-        ratio("step over transformers.Trainer's, same loader", "ours", "theirs", "<= 1.00"),
-        ratio("records/s of the loader alone over the step's", "ours, ready", "alone", ">= 3"),
-        milliseconds("bare loop, ready batches", [each["bare"] for each in rounds]),
-        milliseconds("our trainer, ready batches", [each["ours, ready"] for each in rounds]),
-        milliseconds("our trainer, with the loader", [each["ours"] for each in rounds]),
-        milliseconds("transformers.Trainer, with the loader", [each["theirs"] for each in rounds]),
-        milliseconds("loader alone, a batch", [each["alone"] for each in rounds]),
-        milliseconds("a checkpoint", bench.saving),
+        ratio("step over a bare PyTorch loop's, ready batches", of("ours, ready"), of("bare"), "<= 1.10"),
+        ratio("step over transformers.Trainer's, same loader", of("ours"), of("theirs"), "<= 1.00"),
+        ratio("records/s of the loader alone over the step's", of("ours, ready"), of("alone"), ">= 3"),
+        quartiles("bare loop, ready batches", of("bare")),
+        quartiles("our trainer, ready batches", of("ours, ready")),
+        quartiles("our trainer, with the loader", of("ours")),
+        quartiles("transformers.Trainer, with the loader", of("theirs")),
+        quartiles("loader alone, a batch", of("alone")),
+        quartiles("a checkpoint", bench.saving),
     ]
 
 
