@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 from ranks import run_ranks
@@ -89,7 +90,7 @@ def test_it_learns_more_than_how_often_each_word_comes(captions: Path, run: Path
 
     figures = json.loads((run / "evaluation.json").read_text())["directions"]["all"]
 
-    assert figures["num_records"] > 30
+    assert figures["num_records"] == len(texts["test"]) > 30
     assert figures["metrics"]["loss"] < 0.8 * unigram
     assert figures["metrics"]["bits"] == pytest.approx(figures["metrics"]["loss"] / math.log(2))
     page = (run / "report.html").read_text()
@@ -201,6 +202,20 @@ def test_what_cannot_be_is_refused_before_any_rank_is_connected(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_table_of_pictures_and_texts_alone_is_enough(captions: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        table = pq.read_table(captions / f"{part}.parquet").select(["image", "caption"])
+        pq.write_table(table.rename_columns(["image", "answer"]), tmp_path / f"{part}.parquet")
+    settings = ["data.target=null", "data.columns={}", "data.unit=null", "data.allow_leak=false"]
+    recipe = small(tmp_path, *FEW, *settings)
+
+    result = run_decode(recipe, tmp_path / "run", quiet=True)
+
+    assert result.describer.network.writes == "answer"
+    assert result.evaluations["all"].num_records == result.tables.test.num_rows > 30
+    assert not result.evaluations["all"].bad
+
+
 def test_commands_judge_it_and_write(captions: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = str(run / "gallery" / "0-true.png")
     figures = json.loads((run / "evaluation.json").read_text())["directions"]["all"]["metrics"]
@@ -213,6 +228,8 @@ def test_commands_judge_it_and_write(captions: Path, run: Path, capsys: pytest.C
     assert judged["without image"]["metrics"]["loss"] > figures["loss"]
     assert main(["evaluate", str(run / "bundle"), "--data", str(captions / "train.parquet"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["all"]["num_records"] > 30
+    assert main(["check", str(run / SETTINGS), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"]["test"]["bad"] == 0
     assert main(["plan", str(run / SETTINGS), "--devices", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layouts"]
 

@@ -1,7 +1,7 @@
 """What a recipe's model is made of: what its columns hold, and its weights before the first step.
 
-Here        LaidOut, the kinds of recipe that any layout can train; `learn_preparation`, `known_preparation`,
-            `build_model`, `loss_of`; `check_layout`, of what a recipe wants that needs a batch in one place.
+Here        LaidOut, the kinds of recipe that any layout can train; `open_records`, `target_of`, `learn_preparation`,
+            `known_preparation`; `build_model`, `loss_of`; `check_layout`, of what needs a batch in one place.
 Elsewhere   training it (recipes/training.py); laying it out on devices (recipes/plan.py).
 Promise     the same recipe and records give the same preparation and the same weights.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import VolumeInput
+from dougong.core.signature import NOTHING, Target, VolumeInput
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.target import infer_target
 from dougong.engine.parallel.plan import PlanConfig, check_plan
@@ -28,11 +28,24 @@ from dougong.nn.batch import Batch
 from dougong.objectives.generation import words_loss
 from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.losses import check_ranks, losses_of
-from dougong.recipes.recipe import Recipe
-from dougong.recipes.tables import Tables
+from dougong.recipes.recipe import DataConfig, Recipe
+from dougong.recipes.tables import Announce, Tables, open_tables
 
 LaidOut: TypeAlias = Recipe | DecodeRecipe
 LaidOutT = TypeVar("LaidOutT", bound=LaidOut)
+
+
+def open_records(recipe: LaidOut, announce: Announce | None = None) -> Tables:
+    """The recipe's tables; a target is needed only where one is decided."""
+    decides = isinstance(recipe, Recipe)
+    return open_tables(recipe.data, seed=recipe.seed, announce=announce, decides=decides)
+
+
+def target_of(data: DataConfig, tables: Tables) -> Target:
+    """What the training records say of the target; NOTHING where nothing is decided."""
+    if tables.target is None:
+        return NOTHING
+    return infer_target(tables.train.column(tables.target), tables.target, data.task)
 
 
 def learn_preparation(recipe: LaidOut, tables: Tables) -> tuple[Preparation, tuple[str, ...]]:
@@ -41,7 +54,7 @@ def learn_preparation(recipe: LaidOut, tables: Tables) -> tuple[Preparation, tup
     Raises:
         RunError: no modality is left.
     """
-    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    target = target_of(recipe.data, tables)
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     notes: list[str] = []
     for name, modality in list(preparation.modalities.items()):

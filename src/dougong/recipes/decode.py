@@ -182,7 +182,7 @@ def _write_evaluation(result: DecodeResult) -> None:
 def _write_samples(result: DecodeResult) -> None:
     """Test records with what is written about them, for the page."""
     describer, preparation = result.describer, result.describer.preparation
-    network, target = describer.network, preparation.target
+    network = describer.network
     loader = Loader(result.tables.test, preparation, LoaderConfig(batch_size=SHOWN, workers=0))
     arrays = next(arrays for arrays in loader.one_pass() if len(arrays.row_B))
     batch = to_tensors(arrays)
@@ -194,8 +194,6 @@ def _write_samples(result: DecodeResult) -> None:
     samples = []
     for place, (row, said) in enumerate(zip(arrays.row_B.tolist(), written, strict=True)):
         sample: dict[str, Any] = {"row": row, "written": said}
-        if batch.target is not None and target.task == "single_label":
-            sample["label"] = target.labels[int(batch.target[place])]
         if bool(text.present_B[place]):
             sample["caption"] = describer.text(text.values["ids_UT"][text.index_B[place]])
         for name in pictures[:1]:

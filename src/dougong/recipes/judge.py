@@ -19,11 +19,10 @@ from dougong.core.errors import ConfigError
 from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.table import Table
 from dougong.engine.evaluate import Evaluation
-from dougong.recipes.build import LaidOut
+from dougong.recipes.build import LaidOut, open_records
 from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.settle import SETTINGS
-from dougong.recipes.tables import open_tables
 from dougong.serve.contribution import Contribution, measure_contribution
 from dougong.serve.describer import KIND, Describer, load_describer
 from dougong.serve.files import load_from
@@ -106,4 +105,4 @@ def _own_test_table(model: Path) -> Table:
     values = from_yaml((run / SETTINGS).read_text(encoding="utf-8"), where=SETTINGS)
     kind = DecodeRecipe if values.get("kind") == "decode" else Recipe
     recipe = cast(LaidOut, parse(kind, values, where=SETTINGS))
-    return open_tables(recipe.data, seed=recipe.seed).test
+    return open_records(recipe).test

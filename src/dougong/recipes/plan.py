@@ -29,8 +29,8 @@ from dougong.engine.planner.search import Found, SearchConfig, describe, find_la
 from dougong.engine.planner.shape import ModelShape, measure_shape
 from dougong.engine.prepare import check_model
 from dougong.nn.batch import Batch
-from dougong.recipes.build import LaidOut, build_model, check_layout, learn_preparation, loss_of
-from dougong.recipes.tables import Tables, open_tables
+from dougong.recipes.build import LaidOut, build_model, check_layout, learn_preparation, loss_of, open_records
+from dougong.recipes.tables import Tables
 
 MEMORY_SHARE: Final = 0.9
 """Of a device's memory, that is planned with."""
@@ -72,7 +72,7 @@ def plan_recipe(
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
-    tables = open_tables(recipe.data, seed=recipe.seed)
+    tables = open_records(recipe)
     planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
     found = planned.search(cluster, recompute=recompute, offload=offload, most=most)
     held: tuple[StepBytes, ...] = ()

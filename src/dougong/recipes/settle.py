@@ -14,9 +14,8 @@ from typing import Final, cast
 from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
 from dougong.core.errors import RunError
 from dougong.core.files import write_atomic
-from dougong.recipes.build import LaidOut, LaidOutT, known_preparation, learn_preparation
+from dougong.recipes.build import LaidOut, LaidOutT, known_preparation, learn_preparation, open_records
 from dougong.recipes.plan import Planned, chosen_plan
-from dougong.recipes.tables import open_tables
 
 SETTINGS: Final = "run.yaml"
 
@@ -72,5 +71,5 @@ def _wanted(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
 
 
 def _planned(recipe: LaidOut, folder: Path) -> Planned:
-    tables = open_tables(recipe.data, seed=recipe.seed)
+    tables = open_records(recipe)
     return Planned(recipe, tables, known_preparation(folder) or learn_preparation(recipe, tables)[0])

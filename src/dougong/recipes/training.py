@@ -36,10 +36,10 @@ from dougong.engine.prepare import prepare_model
 from dougong.engine.step import Backward, Loss
 from dougong.engine.trainer import Watch, train
 from dougong.nn.block_stack import BlockStack
-from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation
+from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation, open_records
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.settle import SETTINGS, settle_recipe
-from dougong.recipes.tables import Tables, open_tables
+from dougong.recipes.tables import Tables
 from dougong.watch.progress import Progress
 from dougong.watch.tensorboard import TensorBoard
 
@@ -88,7 +88,7 @@ def begin_run(
     recipe = parse(type(recipe), settled, where=SETTINGS)
 
     def open_and_prepare() -> tuple[Tables, Preparation, tuple[str, ...]]:
-        found = tables or open_tables(recipe.data, seed=recipe.seed, announce=None if quiet else _tell_progress)
+        found = tables or open_records(recipe, None if quiet else _tell_progress)
         preparation, left_out = _prepare(recipe, found, folder)
         return found, preparation, (*found.notes, *left_out)
 
