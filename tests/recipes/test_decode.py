@@ -11,8 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tokenizers import Tokenizer
 
 import dougong
 from dougong.cli.main import main
@@ -22,6 +24,8 @@ from dougong.core.events import read_events
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.table import open_table
 from dougong.engine.parallel.ranks import ALONE, Ranks
+from dougong.engine.weights import put_weights
+from dougong.model.deepseek import read_deepseek
 from dougong.model.sampling import SamplingConfig
 from dougong.recipes.decode import run_decode
 from dougong.recipes.decoding import DecodeRecipe, caption_decoder
@@ -214,6 +218,23 @@ def test_a_table_of_pictures_and_texts_alone_is_enough(captions: Path, tmp_path:
     assert result.describer.network.writes == "answer"
     assert result.evaluations["all"].num_records == result.tables.test.num_rows > 30
     assert not result.evaluations["all"].bad
+
+
+def test_one_of_words_alone_is_exported_for_others(captions: Path, run: Path, tmp_path: Path) -> None:
+    recipe = small(captions, *FEW, "data.modalities=[caption]", "model.encoders={}")
+    describer = run_decode(recipe, tmp_path / "run", quiet=True).describer
+
+    config, num_words, weights = read_deepseek(describer.export(tmp_path / "theirs"))
+
+    network = describer.network
+    assert num_words == network.words.num_embeddings
+    again = config.build(describer.preparation.signature())
+    put_weights(again, weights, where="test")
+    ids_BN = torch.tensor([[2, 5, 7, 9]])
+    assert torch.equal(again.eval().score_next(ids_BN)[0], network.score_next(ids_BN)[0])
+    assert Tokenizer.from_file(str(tmp_path / "theirs" / "tokenizer.json")).get_vocab_size() == num_words
+    with pytest.raises(ConfigError, match="the decoder reads image, for which this format has no names"):
+        load_describer(run).export(tmp_path / "none")
 
 
 def test_commands_judge_it_and_write(captions: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from dougong.core.events import Listener
 from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import ImageInput
+from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.position import Share
@@ -170,7 +171,7 @@ def _write_evaluation(result: DecodeResult) -> None:
                 "notes": list(result.notes),
             },
             "directions": {
-                name: {"metrics": found.metrics, "num_records": found.num_records}
+                name: {"metrics": found.metrics, "num_records": found.num_records, "set_aside": len(found.bad)}
                 for name, found in result.evaluations.items()
             },
             "parameters": result.num_parameters,
@@ -181,27 +182,30 @@ def _write_evaluation(result: DecodeResult) -> None:
 
 def _write_samples(result: DecodeResult) -> None:
     """Test records with what is written about them, for the page."""
-    describer, preparation = result.describer, result.describer.preparation
-    network = describer.network
-    loader = Loader(result.tables.test, preparation, LoaderConfig(batch_size=SHOWN, workers=0))
-    arrays = next(arrays for arrays in loader.one_pass() if len(arrays.row_B))
-    batch = to_tensors(arrays)
     folder = result.folder / "gallery"
     folder.mkdir(exist_ok=True)
-    written = describer.write(batch, seed=derive_seed(result.recipe.seed, "shown"))
+    preparation = result.describer.preparation
+    loader = Loader(result.tables.test, preparation, LoaderConfig(batch_size=SHOWN, workers=0))
+    arrays = next((arrays for arrays in loader.one_pass() if len(arrays.row_B)), None)
+    samples = [] if arrays is None else _samples(result.describer, arrays, folder, result.recipe.seed)
+    write_json(folder / "samples.json", samples)
+
+
+def _samples(describer: Describer, arrays: BatchArrays, folder: Path, seed: int) -> list[dict[str, Any]]:
+    batch, network = to_tensors(arrays), describer.network
     text = batch.media[network.writes]
-    pictures = [n for n in network.names if isinstance(preparation.signature().inputs[n], ImageInput)]
+    inputs = describer.preparation.signature().inputs
+    pictures = [name for name in network.names if isinstance(inputs[name], ImageInput)]
     samples = []
-    for place, (row, said) in enumerate(zip(arrays.row_B.tolist(), written, strict=True)):
-        sample: dict[str, Any] = {"row": row, "written": said}
+    for place, said in enumerate(describer.write(batch, seed=derive_seed(seed, "shown"))):
+        sample: dict[str, Any] = {"row": int(arrays.row_B[place]), "written": said}
         if bool(text.present_B[place]):
             sample["caption"] = describer.text(text.values["ids_UT"][text.index_B[place]])
         for name in pictures[:1]:
             image = batch.media[name]
             if bool(image.present_B[place]):
-                one = image.values["pixels_UCHW"][image.index_B[place]][None]
-                (picture,) = describer.pictures(name, one)
+                (picture,) = describer.pictures(name, image.values["pixels_UCHW"][image.index_B[place]][None])
                 picture.save(folder / f"{place}-true.png")
-                sample["picture"] = f"gallery/{place}-true.png"
+                sample["picture"] = f"{folder.name}/{place}-true.png"
         samples.append(sample)
-    write_json(folder / "samples.json", samples)
+    return samples

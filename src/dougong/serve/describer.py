@@ -1,6 +1,7 @@
 """A trained decoder as its user has it: what a record has, to words about it, from a bundle and back into one.
 
-Here        Describer (caption, write, evaluate, save), load_describer; load_writing, of this kind or a generator.
+Here        Describer (caption, write, evaluate, save, export), load_describer; load_writing, of this kind or a
+            generator.
 Elsewhere   a model that draws too (serve/generator.py); the bundle's files and sums (core/bundle.py); training
             (recipes/).
 Promise     the same bundle, input, settings and seed write the same; what is saved and loaded writes the same; an input
@@ -20,6 +21,7 @@ from torch import Tensor
 from dougong.core.bundle import Manifest, bundle_in, kind_of, read_bundle
 from dougong.core.config import parse
 from dougong.core.errors import BundleError, ConfigError
+from dougong.core.files import write_atomic
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import ImageInput
 from dougong.data.collate import View
@@ -31,6 +33,7 @@ from dougong.data.preparation import Preparation
 from dougong.data.table import Table, open_table
 from dougong.engine.words import WordsJudged, judge_words
 from dougong.model.decoder import Decoder, DecoderConfig
+from dougong.model.deepseek import write_deepseek
 from dougong.model.sampling import SamplingConfig
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.serve.generator import (
@@ -144,6 +147,17 @@ class Describer:
         sampling = self.sampling.model_dump_json(indent=2) + "\n"
         card = figures_card(self.manifest, *about)
         return save_bundle(folder, self.manifest, self.preparation, self.network, card, {SAMPLING: sampling})
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the folder that transformers reads as DeepseekV3ForCausalLM, and the tokenizer beside it.
+
+        Raises:
+            ConfigError: the model reads other modalities, for which that format has no names.
+        """
+        folder = Path(folder)
+        write_deepseek(self.network, folder)
+        write_atomic(folder / "tokenizer.json", self._text.tokenizer.to_str(pretty=True))
+        return folder
 
 
 def load_writing(folder: str | Path) -> Generator | Describer:
