@@ -45,12 +45,12 @@ from dougong.data.batch import BatchArrays
 from dougong.data.loader import Loader
 from dougong.data.position import Position
 from dougong.data.preparation import fit_preparation
-from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
 from dougong.engine.trainer import TrainConfig, train
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.objectives.decision import decision_loss
+from dougong.recipes.build import target_of
 from dougong.recipes.known import vqa_demo
 from dougong.recipes.tables import open_tables
 from dougong.watch.tensorboard import TensorBoard
@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, steps: int) -> None:
         recipe = vqa_demo()
         tables = open_tables(recipe.data, seed=recipe.seed)
-        target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+        target = target_of(recipe.data, tables)
         preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
         torch.manual_seed(derive_seed(recipe.seed, "model"))
         self.model: Sandwich = recipe.model.build(preparation.signature())

@@ -92,6 +92,14 @@ def test_the_target_is_the_named_one_or_one_called_so() -> None:
     assert infer_roles(rows(**columns), target=None, named={"x": "target"})["x"].reason == "named in the recipe"
 
 
+def test_where_nothing_is_decided_a_target_is_only_what_is_named_so() -> None:
+    columns = rows(x=[1.5], answer=["it is red and round"])
+    assert infer_roles(columns, target=None, named={}, decides=False)["answer"].role == "text"
+    assert infer_roles(columns, target="x", named={}, decides=False)["x"].role == "target"
+    with pytest.raises(DataError, match="leaves nothing to read: every column is ignored"):
+        infer_roles(columns, target="x", named={"answer": "ignore"}, decides=False)
+
+
 @pytest.mark.parametrize(
     ("named", "target", "message"),
     [

@@ -168,7 +168,7 @@ def test_commands_know_the_kind(run: Path, tables: Path, tmp_path: Path, capsys:
         (["data.sides={picture: [picture]}"], "name two sides or more"),
         (["data.train=a.csv"], "source 'emoji' and train 'a.csv': give exactly one of them"),
         (["data.judged={sound: [name]}"], "judged names 'sound', which is no side. Use some of picture, words"),
-        (["kind=alig"], "is of kind 'alig'. Use align, generate, or leave it out"),
+        (["kind=alig"], "is of kind 'alig'. Use align, generate, decode, or leave it out"),
         (["data.vews=3"], "has no setting 'data.vews'. Did you mean 'views'"),
     ],
 )

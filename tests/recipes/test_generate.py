@@ -195,5 +195,5 @@ def test_recipes_of_both_kinds_are_read_by_name_and_from_yaml(tmp_path: Path) ->
         read_recipe("vqa-generate")
     with pytest.raises(ConfigError, match="guidance=1.5 needs model.condition_dropped above 0"):
         read_any_recipe("vqa-generate", ["model.condition_dropped=0"])
-    with pytest.raises(ConfigError, match="is of kind 'paint'. Use align, generate, or leave it out"):
+    with pytest.raises(ConfigError, match="is of kind 'paint'. Use align, generate, decode, or leave it out"):
         read_any_recipe("vqa-generate", ["kind=paint"])

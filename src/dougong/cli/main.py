@@ -156,10 +156,12 @@ def train(
     from dougong.engine.parallel.supervise import supervise
     from dougong.recipes.align import AlignResult, run_align
     from dougong.recipes.alignment import AlignRecipe
+    from dougong.recipes.build import LaidOut
+    from dougong.recipes.decode import DecodeResult, run_decode
+    from dougong.recipes.decoding import DecodeRecipe
     from dougong.recipes.generate import GenerationResult, run_generation
     from dougong.recipes.generation import GenerateRecipe
     from dougong.recipes.known import read_any_recipe
-    from dougong.recipes.recipe import Recipe
     from dougong.recipes.run import RunResult, run_recipe
     from dougong.recipes.settle import SETTINGS, lay_out
 
@@ -191,17 +193,19 @@ def train(
             say=say,
         )
     announced = announced_ranks()
-    if announced is not None and announced.world > 1 and announced.rank == 0 and isinstance(found, Recipe):
+    if announced is not None and announced.world > 1 and announced.rank == 0 and isinstance(found, LaidOut):
         # While the others wait for it: what is refused here never becomes a process group.
         found = lay_out(found, folder, announced.world, per_node=announced.per_node, resume=resume)
-    result: RunResult | AlignResult | GenerationResult
+    result: RunResult | AlignResult | GenerationResult | DecodeResult
     with connected_ranks(notes=folder / "ranks", limit_seconds=limit_seconds) as connected:
-        if connected.world > 1 and isinstance(found, AlignRecipe | GenerateRecipe):
+        if connected.world > 1 and not isinstance(found, LaidOut):
             raise ConfigError(f"{found.name} is pretrained in one process only. Start it without --ranks or torchrun.")
         if isinstance(found, AlignRecipe):
             result = run_align(found, folder, resume=resume, quiet=as_json)
         elif isinstance(found, GenerateRecipe):
             result = run_generation(found, folder, resume=resume, quiet=as_json)
+        elif isinstance(found, DecodeRecipe):
+            result = run_decode(found, folder, resume=resume, quiet=as_json, ranks=connected)
         else:
             result = run_recipe(found, folder, resume=resume, quiet=as_json, ranks=connected)
     if not connected.first:
@@ -210,7 +214,7 @@ def train(
         print(json.dumps(result.as_json()))
     elif isinstance(result, AlignResult):
         print_alignment(result)
-    elif isinstance(result, GenerationResult):
+    elif isinstance(result, GenerationResult | DecodeResult):
         print_generation(result)
     else:
         print_run(result)
@@ -233,13 +237,13 @@ def plan(
     from dougong.cli.show import print_plan
     from dougong.core.sizes import read_bytes
     from dougong.engine.planner import predict
-    from dougong.recipes.known import read_recipe
+    from dougong.recipes.known import read_laid_out
     from dougong.recipes.plan import plan_recipe, read_cluster
 
     if explain:
         print(predict.__doc__)
     found = read_cluster(cluster, devices, None if memory is None else read_bytes(memory))
-    result = plan_recipe(read_recipe(recipe, settings or ()), found, recompute=recompute, offload=offload)
+    result = plan_recipe(read_laid_out(recipe, settings or ()), found, recompute=recompute, offload=offload)
     if as_json:
         print(json.dumps(result.as_json()))
     else:
@@ -325,19 +329,26 @@ def generate(
     """Draw what a text says, or say what a picture shows. What is not set is as the bundle says."""
     from dougong.core.config import parse
     from dougong.model.sampling import SamplingConfig
-    from dougong.serve.generator import load_generator
+    from dougong.serve.describer import Describer, load_writing
 
     if (text is None) == (image is None):
         raise ConfigError("generate needs one of --text and --image. Give --text 'a red circle', or --image x.png.")
-    generator = load_generator(model)
+    generator = load_writing(model)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "guidance": guidance}
-    usual = generator.sampling.caption if text is None else generator.sampling.draw
+    if isinstance(generator, Describer):
+        if text is not None:
+            raise ConfigError(f"{model} writes words and draws nothing. Give --image x.png in place of --text.")
+        if guidance is not None:
+            raise ConfigError(f"{model} has no --guidance: it writes from what it reads alone. Leave it out.")
+        usual = generator.sampling
+    else:
+        usual = generator.sampling.caption if text is None else generator.sampling.draw
     values = usual.model_dump() | {name: value for name, value in given.items() if value is not None}
     sampling = parse(SamplingConfig, values, where="generate")
     if image is not None:
         (caption,) = generator.caption([image], sampling=sampling, seed=seed)
         print(json.dumps({"caption": caption}) if as_json else caption)
-    elif text is not None:
+    elif text is not None and not isinstance(generator, Describer):
         (picture,) = generator.draw([text], sampling=sampling, seed=seed)
         try:
             picture.save(out)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
     from dougong.recipes.compare import Comparison
+    from dougong.recipes.decode import DecodeResult
     from dougong.recipes.generate import GenerationResult
     from dougong.recipes.plan import PlanResult
     from dougong.recipes.run import RunResult
@@ -70,13 +71,15 @@ def print_alignment(result: AlignResult) -> None:
     _print_places(result)
 
 
-def print_generation(result: GenerationResult) -> None:
+def print_generation(result: GenerationResult | DecodeResult) -> None:
     """The same of a run that learnt to write."""
-    print_figures({name: found._asdict() for name, found in result.evaluations.items()})
+    print_figures(
+        {name: {"metrics": e.metrics, "num_records": e.num_records} for name, e in result.evaluations.items()}
+    )
     _print_places(result)
 
 
-def _print_places(result: RunResult | AlignResult | GenerationResult) -> None:
+def _print_places(result: RunResult | AlignResult | GenerationResult | DecodeResult) -> None:
     """What to know of the figures, and where things are."""
     console = Console()
     for note in result.notes:

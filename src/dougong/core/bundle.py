@@ -1,6 +1,6 @@
 """The deployable artifact: a folder with a manifest that names every file and its sum.
 
-Here        Manifest, write_bundle, read_bundle.
+Here        Manifest, write_bundle, read_bundle; kind_of and bundle_in, to find out what a folder holds.
 Elsewhere   what the files hold (serve/model.py writes and reads them with a tensor library).
 Promise     a bundle appears whole or not at all; reading refuses a file that was altered, is missing,
             or that lies outside the folder; nothing in it is ever executed or unpickled.
@@ -88,6 +88,28 @@ def read_bundle(folder: Path) -> Manifest:
     Raises:
         BundleError: no bundle, another format version, or a missing, altered or strayed file.
     """
+    manifest = _manifest(folder)
+    for name, wanted in manifest.files.items():
+        _check_file(folder, name, wanted)
+    return manifest
+
+
+def kind_of(folder: Path) -> str | None:
+    """What kind of model a bundle says it holds; None of one that decides. Its files are not looked at.
+
+    Raises:
+        BundleError: no bundle, or another format version.
+    """
+    kind = _manifest(folder).model.get("kind")
+    return None if kind is None else str(kind)
+
+
+def bundle_in(folder: Path) -> Path:
+    """The folder itself, or the bundle of the run that it holds."""
+    return folder / "bundle" if not is_bundle(folder) and (folder / "bundle").is_dir() else folder
+
+
+def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}. Give the folder that a run or save() wrote.")
@@ -105,12 +127,9 @@ def read_bundle(folder: Path) -> Manifest:
             "Use the Dougong that wrote it, or write it again."
         )
     try:
-        manifest = parse(Manifest, values, where=MANIFEST)
+        return parse(Manifest, values, where=MANIFEST)
     except ConfigError as error:
         raise BundleError(f"{folder}: {error}. Take the bundle from its source again.") from None
-    for name, wanted in manifest.files.items():
-        _check_file(folder, name, wanted)
-    return manifest
 
 
 def _check_file(folder: Path, name: str, wanted: FileSum) -> None:

@@ -1,13 +1,13 @@
 """What a model must know of its data, and a caller of its model: the shapes of inputs and the target.
 
-Here        one input class per kind of modality, Target, Signature.
+Here        one input class per kind of modality, Target (NOTHING where nothing is decided), Signature.
 Elsewhere   making it from a table (data/preparation.py); building a model for it (model/sandwich.py).
 Promise     it is plain data: the same JSON in a run, in a bundle and in a server.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,6 +100,10 @@ class Target(Config):
     @property
     def num_outputs(self) -> int:
         return len(self.labels) if self.task != "regression" else 1
+
+
+NOTHING: Final = Target(name="(nothing is decided)", task="regression")
+"""Of a model that decides nothing: no column is called so, and none is read."""
 
 
 class Signature(Config):

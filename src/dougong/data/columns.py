@@ -31,8 +31,12 @@ class ColumnRole(NamedTuple):
     reason: str
 
 
-def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -> dict[str, ColumnRole]:
+def infer_roles(
+    table: Table, *, target: str | None, named: Mapping[str, str], decides: bool = True
+) -> dict[str, ColumnRole]:
     """A role for each column. `named` gives roles by column name, `target` the column to predict.
+
+    Where nothing is decided, a target is a column that is named so and read by nobody; there need not be one.
 
     Raises:
         ConfigError: a named column or role does not exist.
@@ -46,7 +50,7 @@ def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -
             raise ConfigError(f"column {column!r}: {role!r} is not a role. Use one of {', '.join(ROLES)}.")
         if column == target and role != "target":
             raise ConfigError(f"column {column!r} is named as target and as {role}: it can be one of them.")
-    target = _find_target(names, target, named, table)
+    target = _find_target(names, target, named, table, decides=decides)
     sample = table.head(LOOKED_AT)
     roles: dict[str, ColumnRole] = {}
     for name in names:
@@ -57,17 +61,21 @@ def infer_roles(table: Table, *, target: str | None, named: Mapping[str, str]) -
         else:
             roles[name] = infer_role(sample.column(name), name)
     if all(found.role in ("ignore", "target") for found in roles.values()):
+        what = f"nothing to predict {target!r} from: every other column" if decides else "nothing to read: every column"
         raise DataError(
-            f"{table.path.name} leaves nothing to predict {target!r} from: every other column is ignored. "
-            "Name a role, for example columns: {review: text}."
+            f"{table.path.name} leaves {what} is ignored. Name a role, for example columns: {{review: text}}."
         )
     return roles
 
 
-def _find_target(names: list[str], target: str | None, named: Mapping[str, str], table: Table) -> str:
+def _find_target(
+    names: list[str], target: str | None, named: Mapping[str, str], table: Table, *, decides: bool
+) -> str | None:
     chosen = list(dict.fromkeys([*([target] if target is not None else []), *_named_targets(named)]))
     if len(chosen) > 1:
         raise ConfigError(f"{', '.join(chosen)} are all named as target: a model here has one.")
+    if not chosen and not decides:
+        return None
     if not chosen:
         chosen = [name for name in names if name.lower() in TARGET_NAMES and name not in named][:1]
     if not chosen or chosen[0] not in names:

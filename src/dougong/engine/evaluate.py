@@ -1,6 +1,6 @@
 """Judges a model on a split.
 
-Here        Evaluation, `evaluate`; `evaluating`, the mode that it judges in.
+Here        Evaluation, `evaluate`; `evaluating`, the mode that it judges in; `all_told`, of bad records.
 Elsewhere   the figures (engine/metrics.py); comparing conditions and drawing them (recipes/, watch/).
 Promise     the model is left as it was, each module in the mode it had; every record that the loader gives is in
             the result with its row number, and those it set aside are listed. Ranks that share the records out all get
@@ -165,7 +165,7 @@ def evaluate(
             probability_BC=None if probability_BC is None else _array(probability_BC, np.float32),
             target_B=target_B.cpu().numpy() if 0 < num_judged == num_records else None,
             gate=dict(zip(names, gate_M, strict=True)) if gate_M else {},
-            bad=tuple(BadRecord(*record) for _, *record in sorted(_all_told(ranks, bad), key=lambda told: told[0])),
+            bad=all_told(ranks, bad),
             seconds=time.perf_counter() - started,
             **each,
         )
@@ -175,8 +175,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _all_told(ranks: Ranks, bad: list[tuple[int, BadRecord]]) -> list[list[Any]]:
-    return [record for told in ranks.tell([[number, *record] for number, record in bad]) for record in told]
+def all_told(ranks: Ranks, bad: list[tuple[int, BadRecord]]) -> tuple[BadRecord, ...]:
+    """Those of all ranks, each with the number of its batch, in the order in which one process meets them."""
+    told = [record for said in ranks.tell([[number, *record] for number, record in bad]) for record in said]
+    return tuple(BadRecord(*record) for _, *record in sorted(told, key=lambda record: record[0]))
 
 
 def _beside(x: Tensor, order_B: Tensor) -> npt.NDArray[np.float32] | None:

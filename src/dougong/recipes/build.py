@@ -1,36 +1,60 @@
 """What a recipe's model is made of: what its columns hold, and its weights before the first step.
 
-Here        `learn_preparation`, `known_preparation`, `build_model`; `check_layout`, of what a recipe wants that needs a
-            batch in one place.
-Elsewhere   training it (recipes/run.py); laying it out on devices (recipes/plan.py).
+Here        LaidOut, the kinds of recipe that any layout can train; `open_records`, `target_of`, `learn_preparation`,
+            `known_preparation`; `build_model`, `loss_of`; `check_layout`, of what needs a batch in one place.
+Elsewhere   training it (recipes/training.py); laying it out on devices (recipes/plan.py).
 Promise     the same recipe and records give the same preparation and the same weights.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import VolumeInput
+from dougong.core.signature import NOTHING, Target, VolumeInput
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.target import infer_target
 from dougong.engine.parallel.plan import PlanConfig, check_plan
+from dougong.engine.step import Loss
+from dougong.model.decoder import Decoder
 from dougong.model.sandwich import Sandwich
-from dougong.recipes.losses import check_ranks
-from dougong.recipes.recipe import Recipe
-from dougong.recipes.tables import Tables
+from dougong.nn.batch import Batch
+from dougong.objectives.generation import words_loss
+from dougong.recipes.decoding import DecodeRecipe
+from dougong.recipes.losses import check_ranks, losses_of
+from dougong.recipes.recipe import DataConfig, Recipe
+from dougong.recipes.tables import Announce, Tables, open_tables
+
+LaidOut: TypeAlias = Recipe | DecodeRecipe
+LaidOutT = TypeVar("LaidOutT", bound=LaidOut)
 
 
-def learn_preparation(recipe: Recipe, tables: Tables) -> tuple[Preparation, tuple[str, ...]]:
+def open_records(recipe: LaidOut, announce: Announce | None = None) -> Tables:
+    """The recipe's tables; a target is needed only where one is decided."""
+    decides = isinstance(recipe, Recipe)
+    return open_tables(recipe.data, seed=recipe.seed, announce=announce, decides=decides)
+
+
+def target_of(data: DataConfig, tables: Tables) -> Target:
+    """What the training records say of the target; NOTHING where nothing is decided."""
+    if tables.target is None:
+        return NOTHING
+    return infer_target(tables.train.column(tables.target), tables.target, data.task)
+
+
+def learn_preparation(recipe: LaidOut, tables: Tables) -> tuple[Preparation, tuple[str, ...]]:
     """What the training columns hold; and notes of what was left out.
 
     Raises:
         RunError: no modality is left.
     """
-    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    target = target_of(recipe.data, tables)
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     notes: list[str] = []
     for name, modality in list(preparation.modalities.items()):
@@ -54,24 +78,47 @@ def known_preparation(folder: Path) -> Preparation | None:
     return Preparation.load(kept) if (kept / "preparation.json").exists() else None
 
 
-def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich:
+@overload
+def build_model(recipe: Recipe, preparation: Preparation) -> Sandwich: ...
+@overload
+def build_model(recipe: DecodeRecipe, preparation: Preparation) -> Decoder: ...
+def build_model(recipe: LaidOut, preparation: Preparation) -> Sandwich | Decoder:
     """The recipe's model before its first step; the same seed draws the same weights."""
     torch.manual_seed(derive_seed(recipe.seed, "model"))
     return recipe.model.build(preparation.signature())
 
 
-def check_layout(recipe: Recipe, plan: PlanConfig, world: int) -> None:
+def loss_of(recipe: LaidOut, preparation: Preparation, group: dist.ProcessGroup | None) -> Loss:
+    """What the recipe minimises; `group` is of the ranks that share out each batch."""
+    if isinstance(recipe, DecodeRecipe):
+        weight = recipe.objective.further_weight
+        return lambda output, batch: words_loss(output, further_weight=weight)
+    losses = losses_of(recipe.objective, recipe.model, preparation.target.task, group)
+
+    def loss(output: Any, batch: Batch) -> Tensor:
+        found = losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
+
+    return loss
+
+
+def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
     """
     Raises:
         ConfigError: so many ranks cannot train this recipe so; the message says what would work.
     """
     shares = check_plan(plan, world, accumulation=recipe.train.accumulation)
-    check_ranks(recipe.objective, recipe.model, shares)
     if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
         raise ConfigError(
             f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "
             "Set data.corrupt.spare_one: false, or train in one process."
         )
+    if isinstance(recipe, Recipe):
+        _check_decision(recipe, plan, world, shares)
+
+
+def _check_decision(recipe: Recipe, plan: PlanConfig, world: int, shares: int) -> None:
+    check_ranks(recipe.objective, recipe.model, shares)
     if recipe.train.sampling is not None and world > 1:
         raise ConfigError(
             f"train.sampling draws for whole batches, and there are {world} ranks. "

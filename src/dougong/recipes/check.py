@@ -26,9 +26,10 @@ from dougong.data.leak import MEDIA, Leak
 from dougong.data.pairs import PairLoader
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.table import Table
-from dougong.data.target import infer_target
 from dougong.recipes.align import fit_sides, open_align_tables, side_role
 from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
+from dougong.recipes.build import target_of
+from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Tables, open_tables
@@ -104,8 +105,9 @@ def check_recipe_or_table(
     if isinstance(recipe, AlignRecipe):
         return _check_alignment(what, recipe)
     # What leaks is told here; only a run refuses it.
-    tables = open_tables(recipe.data.model_copy(update={"allow_leak": True}), seed=recipe.seed)
-    found = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    data = recipe.data.model_copy(update={"allow_leak": True})
+    tables = open_tables(data, seed=recipe.seed, decides=not isinstance(recipe, DecodeRecipe))
+    found = target_of(data, tables)
     preparation = fit_preparation(tables.train, tables.roles, found, recipe.data.preparation)
     parts = {"train": tables.train, "validation": tables.validation}
     if not tables.test_is_validation:

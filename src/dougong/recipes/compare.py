@@ -121,6 +121,7 @@ def _altered(recipe: Recipe, *, modalities: tuple[str, ...] | None, fusion: str)
 
 def _majority(tables: Tables, recipe: Recipe) -> Row:
     """Always the commonest training answer."""
+    assert tables.target is not None  # a recipe that decides has one
     best, _ = Counter(tables.train.column(tables.target).to_pylist()).most_common(1)[0]
     accuracy = float(np.mean([answer == best for answer in tables.test.column(tables.target).to_pylist()]))
     return Row("majority", dict.fromkeys(recipe.data.conditions, accuracy), 0, 0.0)

@@ -8,18 +8,15 @@ Promise     a run folder is never overwritten; one that was stopped goes on with
 
 from __future__ import annotations
 
-import math
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-import dougong
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Listener
@@ -30,20 +27,23 @@ from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.modality.text import TextModality
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.table import Table
-from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.evaluate import evaluating
 from dougong.engine.trainer import Watch, train
+from dougong.engine.words import WordsJudged, WordSums
 from dougong.model.vq import Coded, PictureTokenizer
 from dougong.model.writer import Writer, WriterOutput
 from dougong.nn.batch import Batch
 from dougong.objectives.contrastive import contrastive_loss
 from dougong.objectives.generation import generation_loss, token_losses
 from dougong.objectives.reconstruction import reconstruction_loss
+from dougong.recipes.build import target_of
 from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.result import result_as_json
 from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import Tables, open_tables
+from dougong.recipes.training import provenance
 from dougong.serve.generator import KIND, Generator, load_generator
 from dougong.watch.gallery import write_gallery
 from dougong.watch.progress import Progress
@@ -57,20 +57,13 @@ SHOWN: Final = 24
 """Test records in the report."""
 
 
-class Judged(NamedTuple):
-    """One direction on some records; what engine/trainer.py asks of an evaluation."""
-
-    metrics: dict[str, float]
-    num_records: int
-
-
 @dataclass(frozen=True)
 class GenerationResult:
     """A finished run."""
 
     folder: Path
     generator: Generator
-    evaluations: dict[str, Judged]
+    evaluations: dict[str, WordsJudged]
     """On the test records, by direction."""
 
     tables: Tables
@@ -128,34 +121,17 @@ def run_generation(
 
 def judge_writer(
     model: Writer, table: Table, preparation: Preparation, *, batch_size: int = JUDGED_AT_ONCE
-) -> dict[str, Judged]:
+) -> dict[str, WordsJudged]:
     """By direction, of what is written given the truth before it: `loss` (nats a token), `bits` (the same in bits), and
     `token_accuracy` (how often the likeliest token is the true one), means over all tokens of the table."""
-    model.eval()
-    nats = dict.fromkeys(model.config.directions, 0.0)
-    right, tokens, records = (dict.fromkeys(model.config.directions, 0) for _ in range(3))
-    for batch in batches_of(table, preparation, batch_size):
-        with torch.inference_mode():
-            output = model(batch)
-        for direction, written in output.written.items():
-            loss_RN = token_losses(written.score_RNV, written.target_RN)
-            right_RN = written.score_RNV.argmax(dim=-1) == written.target_RN
-            nats[direction] += float(loss_RN[written.due_RN].double().sum())
-            right[direction] += int(right_RN[written.due_RN].sum())
-            tokens[direction] += int(written.due_RN.sum())
-            records[direction] += int(written.due_RN.any(dim=1).sum())
-    return {
-        direction: Judged(
-            {
-                "loss": nats[direction] / tokens[direction],
-                "bits": nats[direction] / tokens[direction] / math.log(2),
-                "token_accuracy": right[direction] / tokens[direction],
-            },
-            records[direction],
-        )
-        for direction in model.config.directions
-        if tokens[direction]
-    }
+    sums = {direction: WordSums() for direction in model.config.directions}
+    with torch.inference_mode(), evaluating(model):
+        for batch in batches_of(table, preparation, batch_size):
+            for direction, written in model(batch).written.items():
+                loss_RN = token_losses(written.score_RNV, written.target_RN)
+                sums[direction].add(written.score_RNV, written.target_RN, loss_RN, written.due_RN)
+    judged = {direction: found.judged() for direction, found in sums.items()}
+    return {direction: found for direction, found in judged.items() if found.metrics}
 
 
 def captions_that_name(generator: Generator, table: Table, *, seed: int = 0) -> float:
@@ -196,7 +172,7 @@ def prepare_records(recipe: GenerateRecipe, tables: Tables) -> Preparation:
     if recipe.tokenizer.take is not None:
         # Codes mean something only for pixels that are normalised as the tokenizer's were.
         return load_generator(recipe.tokenizer.take).preparation
-    target = infer_target(tables.train.column(tables.target), tables.target, recipe.data.task)
+    target = target_of(recipe.data, tables)
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     return preparation if recipe.data.modalities is None else preparation.only(recipe.data.modalities)
 
@@ -315,22 +291,14 @@ def _generator(
     model: Writer,
     preparation: Preparation,
     tables: Tables,
-    evaluations: dict[str, Judged],
+    evaluations: dict[str, WordsJudged],
     notes: tuple[str, ...],
 ) -> Generator:
     manifest = Manifest(
         name=recipe.name,
         signature=preparation.signature(),
         model={"kind": KIND, **model.config.model_dump(mode="json")},
-        provenance={
-            "dougong": dougong.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "seed": recipe.seed,
-            "trained on": f"{tables.train.path.name}, {tables.train.num_rows} records",
-            "judged on": f"{tables.test.path.name}, {tables.test.num_rows} records",
-            "notes": list(notes),
-        },
+        provenance=provenance(recipe.seed, tables, notes),
         metrics={name: found.metrics for name, found in evaluations.items()},
     )
     return Generator(model, preparation, manifest, recipe.sampling)
@@ -345,7 +313,10 @@ def _write_evaluation(result: GenerationResult) -> None:
                 "rows": {part: getattr(result.tables, part).num_rows for part in ("train", "validation", "test")},
                 "notes": list(result.notes),
             },
-            "directions": {name: found._asdict() for name, found in result.evaluations.items()},
+            "directions": {
+                name: {"metrics": found.metrics, "num_records": found.num_records}
+                for name, found in result.evaluations.items()
+            },
             "parameters": result.num_parameters,
             "seconds": round(result.train_seconds, 1),
         },

@@ -93,21 +93,26 @@ def pretrain_joint() -> GenerateRecipe:
     return _captions("pretrain-joint", "Contrastive and generative learning of one model at once.", align=True)
 
 
+def caption_records(*, batch_size: int) -> DataConfig:
+    """easy-VQA's pictures with captions; none on two sides of a split."""
+    return DataConfig(
+        source="captions",
+        target="named",
+        columns={"colour": "ignore", "shape": "ignore", "image_id": "ignore"},
+        unit="image_id",
+        validation_share=0.05,
+        # A moved or mirrored picture keeps its caption, and is another picture to draw.
+        # At half their size a code of 4 pixels still tells corners from curves, and all costs a quarter.
+        preparation=PreparationConfig(image_size=32, image_augment=ImageAugment(flip=True, shift_pixels=3)),
+        loader=LoaderConfig(batch_size=batch_size),
+    )
+
+
 def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
     return GenerateRecipe(
         name=name,
         about=about,
-        data=DataConfig(
-            source="captions",
-            target="named",
-            columns={"colour": "ignore", "shape": "ignore", "image_id": "ignore"},
-            unit="image_id",
-            validation_share=0.05,
-            # A moved or mirrored picture keeps its caption, and is another picture to draw.
-            # At half their size a code of 4 pixels still tells corners from curves, and all costs a quarter.
-            preparation=PreparationConfig(image_size=32, image_augment=ImageAugment(flip=True, shift_pixels=3)),
-            loader=LoaderConfig(batch_size=64),
-        ),
+        data=caption_records(batch_size=64),
         tokenizer=TokenizerStage(
             train=TrainConfig(
                 steps=5400,

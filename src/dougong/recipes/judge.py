@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from dougong.core.bundle import bundle_in, is_bundle, kind_of
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
 from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.table import Table
+from dougong.engine.evaluate import Evaluation
+from dougong.recipes.build import LaidOut, open_records
+from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.settle import SETTINGS
-from dougong.recipes.tables import open_tables
 from dougong.serve.contribution import Contribution, measure_contribution
+from dougong.serve.describer import KIND, Describer, load_describer
 from dougong.serve.files import load_from
 from dougong.serve.model import Model
 
@@ -33,9 +37,9 @@ def judge(
     Raises:
         ConfigError: there is no table to judge on, or `missing` or `corrupt` names what is not there.
     """
-    loaded = load_from(model)
-    names = list(loaded.preparation.modalities)
-    check_modalities(missing, loaded)
+    loaded = _load(model)
+    names = list(loaded.network.names if isinstance(loaded, Describer) else loaded.preparation.modalities)
+    check_modalities(missing, names)
     check_corruptions(corrupt, loaded.preparation.modalities)
     spared = [one.modality for one in corrupt if one.modality in missing]
     if spared:
@@ -55,18 +59,22 @@ def judge(
             "metrics": found.metrics,
             "num_records": found.num_records,
             "set_aside": len(found.bad),
-            "gate": found.gate,
+            "gate": found.gate if isinstance(found, Evaluation) else {},
         }
     return figures
 
 
-def check_modalities(missing: Sequence[str], model: Model) -> None:
+def _load(model: Path) -> Model | Describer:
+    found = bundle_in(model)
+    return load_describer(found) if is_bundle(found) and kind_of(found) == KIND else load_from(model)
+
+
+def check_modalities(missing: Sequence[str], names: Sequence[str]) -> None:
     """Refuse names to withhold that are none.
 
     Raises:
         ConfigError: which, and what would work.
     """
-    names = list(model.preparation.modalities)
     strange = [name for name in missing if name not in names]
     if strange:
         raise ConfigError(f"--missing {strange[0]!r} is no modality of this model. Use some of {', '.join(names)}.")
@@ -94,5 +102,7 @@ def _own_test_table(model: Path) -> Table:
     run = model if (model / SETTINGS).exists() else model.parent
     if not (run / SETTINGS).exists():
         raise ConfigError(f"{model} is a bundle without its run: name a table to judge on, with --data.")
-    recipe = parse(Recipe, from_yaml((run / SETTINGS).read_text(encoding="utf-8"), where=SETTINGS), where=SETTINGS)
-    return open_tables(recipe.data, seed=recipe.seed).test
+    values = from_yaml((run / SETTINGS).read_text(encoding="utf-8"), where=SETTINGS)
+    kind = DecodeRecipe if values.get("kind") == "decode" else Recipe
+    recipe = cast(LaidOut, parse(kind, values, where=SETTINGS))
+    return open_records(recipe).test

@@ -2,8 +2,8 @@
 
 Here        vqa, vqa-demo, digits, uci-views, seen-and-spoken, xor; KNOWN and KINDS; reading a recipe by its name
             or from YAML.
-Elsewhere   what a recipe may say (recipes/recipe.py; recipes/alignment.py and recipes/generation.py, with their own
-            named ones).
+Elsewhere   what a recipe may say (recipes/recipe.py; recipes/alignment.py, recipes/generation.py and
+            recipes/decoding.py, with their own named ones).
 Promise     each trains as it stands: `dougong train NAME`.
 """
 
@@ -28,6 +28,8 @@ from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sandwich import SandwichConfig
 from dougong.recipes.alignment import AlignRecipe, emoji_retrieval
+from dougong.recipes.build import LaidOut
+from dougong.recipes.decoding import DecodeRecipe, caption_decoder
 from dougong.recipes.generation import GenerateRecipe, pretrain_joint, vqa_generate
 from dougong.recipes.recipe import DataConfig, Recipe
 
@@ -215,7 +217,7 @@ def _vqa(name: str, about: str, *, steps: int) -> Recipe:
     )
 
 
-AnyRecipe: TypeAlias = Recipe | AlignRecipe | GenerateRecipe
+AnyRecipe: TypeAlias = LaidOut | AlignRecipe | GenerateRecipe
 
 KNOWN: Final[dict[str, Callable[[], AnyRecipe]]] = {
     "vqa-demo": vqa_demo,
@@ -227,9 +229,10 @@ KNOWN: Final[dict[str, Callable[[], AnyRecipe]]] = {
     "emoji-retrieval": emoji_retrieval,
     "vqa-generate": vqa_generate,
     "pretrain-joint": pretrain_joint,
+    "caption-decoder": caption_decoder,
 }
 
-KINDS: Final[dict[str, type[Config]]] = {"align": AlignRecipe, "generate": GenerateRecipe}
+KINDS: Final[dict[str, type[Config]]] = {"align": AlignRecipe, "generate": GenerateRecipe, "decode": DecodeRecipe}
 """By the `kind` that stands in a recipe; one without is a Recipe."""
 
 
@@ -242,6 +245,18 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     recipe = read_any_recipe(name, settings)
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe {name} learns to {recipe.kind}, not to decide. Carry it out with: dougong train.")
+    return recipe
+
+
+def read_laid_out(name: str, settings: Sequence[str] = ()) -> LaidOut:
+    """The same of a kind that can be laid out on many devices.
+
+    Raises:
+        ConfigError: there is no such recipe or file, it is of another kind, or a setting is wrong.
+    """
+    recipe = read_any_recipe(name, settings)
+    if not isinstance(recipe, LaidOut):
+        raise ConfigError(f"recipe {name} learns to {recipe.kind}, in one process only: there is nothing to plan.")
     return recipe
 
 

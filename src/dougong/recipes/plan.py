@@ -13,9 +13,6 @@ import itertools
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import torch
-from torch import Tensor
-
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
 from dougong.core.sizes import bytes_as_text
@@ -32,10 +29,8 @@ from dougong.engine.planner.search import Found, SearchConfig, describe, find_la
 from dougong.engine.planner.shape import ModelShape, measure_shape
 from dougong.engine.prepare import check_model
 from dougong.nn.batch import Batch
-from dougong.recipes.build import build_model, check_layout, learn_preparation
-from dougong.recipes.losses import losses_of
-from dougong.recipes.recipe import Recipe
-from dougong.recipes.tables import Tables, open_tables
+from dougong.recipes.build import LaidOut, build_model, check_layout, learn_preparation, loss_of, open_records
+from dougong.recipes.tables import Tables
 
 MEMORY_SHARE: Final = 0.9
 """Of a device's memory, that is planned with."""
@@ -68,7 +63,7 @@ class PlanResult(NamedTuple):
 
 
 def plan_recipe(
-    recipe: Recipe, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int = 10
+    recipe: LaidOut, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int = 10
 ) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
 
@@ -77,7 +72,7 @@ def plan_recipe(
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
-    tables = open_tables(recipe.data, seed=recipe.seed)
+    tables = open_records(recipe)
     planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
     found = planned.search(cluster, recompute=recompute, offload=offload, most=most)
     held: tuple[StepBytes, ...] = ()
@@ -106,9 +101,10 @@ def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> Pl
 class Planned:
     """A recipe's model with one of its batches: what can be said of a layout before it is carried out."""
 
-    def __init__(self, recipe: Recipe, tables: Tables, preparation: Preparation) -> None:
+    def __init__(self, recipe: LaidOut, tables: Tables, preparation: Preparation) -> None:
         self.recipe, self.tables, self.preparation = recipe, tables, preparation
         self.model = build_model(recipe, preparation)
+        self.loss = loss_of(recipe, preparation, None)
         self.shape = measure_shape(self.model, self.batches(WHOLE, 1)[0], self.loss)
 
     def batches(self, share: Share, count: int) -> list[Batch]:
@@ -122,11 +118,6 @@ class Planned:
             share=share,
         )
         return [to_tensors(arrays) for _, arrays in itertools.islice(loader.batches(Position()), count)]
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        losses = losses_of(self.recipe.objective, self.recipe.model, self.preparation.target.task, None)
-        found = losses(output, batch)
-        return torch.stack([found.whole, *found.own.values()]).sum()
 
     def search(self, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int) -> Found:
         accumulation, precision = self.recipe.train.accumulation, self.recipe.train.precision

@@ -45,7 +45,7 @@ def sweep(
         ConfigError: there is no table, `missing` names no modality, or the baseline answers another question.
     """
     loaded = load_from(model)
-    check_modalities(missing, loaded)
+    check_modalities(missing, list(loaded.preparation.modalities))
     where = table_to_judge_on(model, table)
     metric = primary_metric(loaded.preparation.target.task)
     kept = [name for name in loaded.preparation.modalities if name not in missing]

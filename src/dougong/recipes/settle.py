@@ -9,15 +9,13 @@ Promise     a folder that holds a run is never taken for another; a layout that 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
 from dougong.core.errors import RunError
 from dougong.core.files import write_atomic
-from dougong.recipes.build import known_preparation, learn_preparation
+from dougong.recipes.build import LaidOut, LaidOutT, known_preparation, learn_preparation, open_records
 from dougong.recipes.plan import Planned, chosen_plan
-from dougong.recipes.recipe import Recipe
-from dougong.recipes.tables import open_tables
 
 SETTINGS: Final = "run.yaml"
 
@@ -31,14 +29,17 @@ def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool, world: int = 1
         ConfigError: the run in the folder is of another kind.
     """
     recipe = _wanted(recipe, folder, resume=resume)
-    if isinstance(recipe, Recipe) and recipe.plan is None:
-        recipe = recipe.model_copy(update={"plan": chosen_plan(_planned(recipe, folder), world)})
+    if isinstance(recipe, LaidOut) and recipe.plan is None:
+        plan = chosen_plan(_planned(recipe, folder), world)
+        recipe = cast(ConfigT, recipe.model_copy(update={"plan": plan}))
     if not resume:
         write_atomic(folder / SETTINGS, to_yaml(recipe))
     return recipe
 
 
-def lay_out(recipe: Recipe, folder: Path, world: int, *, per_node: int | None = None, resume: bool = False) -> Recipe:
+def lay_out(
+    recipe: LaidOutT, folder: Path, world: int, *, per_node: int | None = None, resume: bool = False
+) -> LaidOutT:
     """The recipe with the layout that so many ranks are to have, `per_node` of them on this machine (None: all).
 
     Nothing is written, and no process group may exist yet.
@@ -53,7 +54,7 @@ def lay_out(recipe: Recipe, folder: Path, world: int, *, per_node: int | None = 
         plan = chosen_plan(planned, world, per_node)
     planned.check(world, plan)
     planned.check_memory(world, plan, per_node)
-    return recipe.model_copy(update={"plan": plan})
+    return cast(LaidOutT, recipe.model_copy(update={"plan": plan}))
 
 
 def _wanted(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
@@ -63,12 +64,12 @@ def _wanted(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
             raise RunError(f"{folder} has no {SETTINGS}: there is no run to resume. Start it without --resume.")
         values = from_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
         kept = parse(type(recipe), values, where=str(settings))
-        return kept.model_copy(update={"plan": recipe.plan}) if isinstance(recipe, Recipe) else kept
+        return kept.model_copy(update={"plan": recipe.plan}) if isinstance(recipe, LaidOut) else kept
     if settings.exists():
         raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
     return recipe
 
 
-def _planned(recipe: Recipe, folder: Path) -> Planned:
-    tables = open_tables(recipe.data, seed=recipe.seed)
+def _planned(recipe: LaidOut, folder: Path) -> Planned:
+    tables = open_records(recipe)
     return Planned(recipe, tables, known_preparation(folder) or learn_preparation(recipe, tables)[0])

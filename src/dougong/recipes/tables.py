@@ -41,7 +41,9 @@ class Tables(NamedTuple):
     test: Table
     test_is_validation: bool
     roles: dict[str, ColumnRole]
-    target: str
+    target: str | None
+    """None where nothing is decided."""
+
     unit: str | None
     """The column whose values are never on two sides of a split: what is resampled whole in an interval."""
 
@@ -58,8 +60,10 @@ def cache_folder() -> Path:
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dougong"
 
 
-def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None) -> Tables:
+def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None, decides: bool = True) -> Tables:
     """Open, infer the columns' roles, and hold out what is missing of validation and test.
+
+    Where nothing is decided, there need be no target, and one that is named is read by nobody.
 
     Raises:
         ConfigError: no training table is named.
@@ -68,8 +72,9 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     train_path, validation_path, test_path, notes = _locate(data, announce, seed=seed)
     train, joined = _open(train_path, data)
     notes = (*notes, *joined)
-    roles = infer_roles(train, target=data.target, named=data.columns)
-    target = next(name for name, found in roles.items() if found.role == "target")
+    roles = infer_roles(train, target=data.target, named=data.columns, decides=decides)
+    unread = ("ignore",) if decides else ("ignore", "target")
+    target = next(name for name, found in roles.items() if found.role == "target") if decides else None
     unit = data.unit or _shared_medium(train, roles)
     given = {"train": train}
     for part, path in (("validation", validation_path), ("test", test_path)):
@@ -91,7 +96,7 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
             "no test table was given: the figures are of the validation records, which chose the checkpoint",
         )
     for other in (validation, test):
-        missing = [name for name, found in roles.items() if found.role != "ignore" and name not in other.schema.names]
+        missing = [name for name, found in roles.items() if found.role not in unread and name not in other.schema.names]
         if missing:
             raise ConfigError(f"{other.path.name} lacks the column {missing[0]!r} of {train.path.name}.")
     return Tables(train, validation, test, test_path is None, roles, target, unit, notes, leaks)

@@ -19,15 +19,14 @@ import torch
 
 from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import parse
-from dougong.core.errors import BundleError, CheckpointError, ConfigError
+from dougong.core.errors import BundleError, ConfigError
 from dougong.data.collate import Collator, Request
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, cells_of
 from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import evaluating
-from dougong.engine.weights import put_weights, read_weights
 from dougong.model.dual import Dual, DualConfig
-from dougong.serve.saving import WEIGHTS, save_bundle
+from dougong.serve.saving import load_network, save_bundle
 
 KIND: Final = "align"
 BATCH_SIZE: Final = 128
@@ -126,19 +125,11 @@ def load_aligner(folder: str | Path) -> Aligner:
     manifest = read_bundle(folder)
     if manifest.provenance.get("kind") != KIND:
         raise BundleError(f"{folder} is a bundle of another kind of model: load it with dougong.load.")
-    needed = [WEIGHTS, "preparation.json"]
-    unknown = [name for name in needed if name not in manifest.files]
-    if unknown:
-        raise BundleError(f"{folder} does not list its file {unknown[0]!r}. Take the bundle from its source again.")
-    preparation = Preparation.load(folder)
-    try:
-        network = parse(DualConfig, manifest.model, where="the bundle's model").build(manifest.signature)
-        put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
-    except (ConfigError, CheckpointError) as error:
-        first = str(error).splitlines()[0]
-        raise BundleError(
-            f"{folder}: its weights do not fit its model ({first}). Take it from its source again."
-        ) from None
+
+    def build() -> Dual:
+        return parse(DualConfig, manifest.model, where="the bundle's model").build(manifest.signature)
+
+    preparation, network = load_network(folder, manifest, build)
     return Aligner(network.eval(), preparation, manifest)
 
 

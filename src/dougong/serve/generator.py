@@ -19,20 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dougong.core.bundle import Manifest, read_bundle
+from dougong.core.bundle import Manifest, bundle_in, read_bundle
 from dougong.core.config import parse
-from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataError
+from dougong.core.errors import BundleError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.collate import Collator, Request
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.text import TextModality
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
-from dougong.engine.weights import put_weights, read_weights
 from dougong.model.sampling import SamplingConfig, SamplingsConfig
 from dougong.model.writer import Direction, Writer, WriterConfig
 from dougong.nn.batch import Batch
-from dougong.serve.saving import WEIGHTS, save_bundle
+from dougong.serve.saving import load_network, load_settings, save_bundle
 
 KIND: Final = "writer"
 SAMPLING: Final = "sampling.json"
@@ -68,9 +67,7 @@ class Generator:
             ConfigError: the model has not learnt it.
             DataError: a picture cannot be read.
         """
-        captions: list[str] = self._written(
-            "caption", [_picture_bytes(picture) for picture in pictures], sampling, seed
-        )
+        captions: list[str] = self._written("caption", [picture_bytes(picture) for picture in pictures], sampling, seed)
         return captions
 
     def draw(self, texts: Sequence[str], *, sampling: SamplingConfig | None = None, seed: int = 0) -> list[Image.Image]:
@@ -97,10 +94,7 @@ class Generator:
 
     def pictures(self, pixels_UCHW: Tensor) -> list[Image.Image]:
         """Normalised pixels as pictures."""
-        config = self._image.config
-        scale, mean = (np.array(figures, np.float32)[:, None, None] for figures in (config.scale, config.mean))
-        shown_UCHW = (pixels_UCHW.float().cpu().numpy() * scale + mean).clip(0, 1) * 255
-        return [Image.fromarray(each) for each in shown_UCHW.round().astype(np.uint8).transpose(0, 2, 3, 1)]
+        return pictures_of(self._image, pixels_UCHW)
 
     def save(self, folder: str | Path) -> Path:
         """Write a bundle; an older bundle at that place is replaced at once and whole.
@@ -109,28 +103,21 @@ class Generator:
             BundleError: the folder holds something else.
         """
         sampling = self.sampling.model_dump_json(indent=2) + "\n"
-        card = _card(self.manifest)
+        directions = f"{' and '.join(self.manifest.signature.inputs)}: {', '.join(self.network.config.directions)}"
+        card = figures_card(
+            self.manifest,
+            f"Writes between {directions}.",
+            'Use it with `dougong generate FOLDER --text "..." --out x.png` or `--image x.png`.',
+        )
         return save_bundle(folder, self.manifest, self.preparation, self.network, card, {SAMPLING: sampling})
 
     def _written(self, direction: Direction, cells: Sequence[Any], sampling: SamplingConfig | None, seed: int) -> Any:
         found: list[Any] = []
         for start in range(0, len(cells), AT_ONCE):
-            batch = self._batch(self.network.given[direction], list(cells[start : start + AT_ONCE]), start)
+            name, part = self.network.given[direction], list(cells[start : start + AT_ONCE])
+            batch = batch_of_cells(self.preparation, name, part, start, self._device)
             found += self.write(batch, direction, sampling=sampling, seed=derive_seed(seed, "inputs", start))
         return found
-
-    def _batch(self, name: str, cells: list[Any], start: int) -> Batch:
-        modality = self.preparation.modalities[name]
-        missing = [place for place, cell in enumerate(cells) if modality.key((cell,)) is None]
-        if missing:
-            raise DataError(f"input {start + missing[0]} is empty: there is nothing to write about.")
-        columns = {column: [None] * len(cells) for column in self.preparation.columns}
-        rows = np.arange(start, start + len(cells))
-        collator = Collator(self.preparation, Path("."), seed=0)
-        arrays = collator(Request(rows, {**columns, modality.columns[0]: cells}, (0, 0)))
-        if arrays.bad:
-            raise DataError(f"input {arrays.bad[0].row} {arrays.bad[0].reason}.")
-        return to_tensors(arrays, self._device)
 
 
 def load_generator(folder: str | Path) -> Generator:
@@ -139,33 +126,51 @@ def load_generator(folder: str | Path) -> Generator:
     Raises:
         BundleError: it is not a whole, unaltered bundle of a writer.
     """
-    folder = Path(folder)
-    if (folder / "bundle").is_dir():
-        folder = folder / "bundle"
+    folder = bundle_in(Path(folder))
     manifest = read_bundle(folder)
     if manifest.model.get("kind") != KIND:
         raise BundleError(f"{folder} holds a model that decides, not one that writes. Ask it with: dougong predict.")
-    needed = [WEIGHTS, SAMPLING, "preparation.json"]
-    unknown = [name for name in needed if name not in manifest.files]
-    if unknown:
-        raise BundleError(f"{folder} does not list its file {unknown[0]!r}. Take the bundle from its source again.")
-    preparation = Preparation.load(folder)
-    if preparation.signature() != manifest.signature:
-        raise BundleError(f"{folder}: its preparation makes other inputs than its signature says. Save it again.")
-    try:
-        settings = {key: value for key, value in manifest.model.items() if key != "kind"}
-        network = parse(WriterConfig, settings, where="the bundle's model").build(manifest.signature)
-        put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
-        sampling = parse(SamplingsConfig, json.loads((folder / SAMPLING).read_text(encoding="utf-8")), where=SAMPLING)
-    except (ConfigError, CheckpointError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise BundleError(
-            f"{folder}: its weights do not fit its model ({first}). Take it from its source again."
-        ) from None
-    return Generator(network, preparation, manifest, sampling)
+    settings = {key: value for key, value in manifest.model.items() if key != "kind"}
+
+    def build() -> Writer:
+        return parse(WriterConfig, settings, where="the bundle's model").build(manifest.signature)
+
+    preparation, network = load_network(folder, manifest, build, (SAMPLING,))
+    return Generator(network, preparation, manifest, load_settings(folder, SAMPLING, SamplingsConfig))
 
 
-def _picture_bytes(picture: Picture) -> bytes:
+def batch_of_cells(preparation: Preparation, name: str, cells: list[Any], start: int, device: torch.device) -> Batch:
+    """Records that have one modality alone; `start` is the number of the first.
+
+    Raises:
+        DataError: a cell is empty or cannot be read.
+    """
+    modality = preparation.modalities[name]
+    missing = [place for place, cell in enumerate(cells) if modality.key((cell,)) is None]
+    if missing:
+        raise DataError(f"input {start + missing[0]} is empty: there is nothing to write about.")
+    columns = {column: [None] * len(cells) for column in preparation.columns}
+    rows = np.arange(start, start + len(cells))
+    collator = Collator(preparation, Path("."), seed=0)
+    arrays = collator(Request(rows, {**columns, modality.columns[0]: cells}, (0, 0)))
+    if arrays.bad:
+        raise DataError(f"input {arrays.bad[0].row} {arrays.bad[0].reason}.")
+    return to_tensors(arrays, device)
+
+
+def pictures_of(image: ImageModality, pixels_UCHW: Tensor) -> list[Image.Image]:
+    """Normalised pixels as pictures."""
+    scale, mean = (np.array(figures, np.float32)[:, None, None] for figures in (image.config.scale, image.config.mean))
+    shown_UCHW = (pixels_UCHW.float().cpu().numpy() * scale + mean).clip(0, 1) * 255
+    return [Image.fromarray(each) for each in shown_UCHW.round().astype(np.uint8).transpose(0, 2, 3, 1)]
+
+
+def picture_bytes(picture: Picture) -> bytes:
+    """A picture as a table would hold it.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     if isinstance(picture, Image.Image):
         content = io.BytesIO()
         picture.save(content, format="PNG")
@@ -178,14 +183,14 @@ def _picture_bytes(picture: Picture) -> bytes:
         raise DataError(f"{picture} cannot be read ({error.strerror}). Name a picture's file.") from None
 
 
-def _card(manifest: Manifest) -> str:
+def figures_card(manifest: Manifest, what: str, use: str) -> str:
     """What the model is, and its measured figures, for people."""
     lines = [
         f"# {manifest.name}",
         "",
-        f"Writes between {' and '.join(manifest.signature.inputs)}: {', '.join(manifest.model.get('directions', []))}.",
+        what,
         "",
-        'Use it with `dougong generate FOLDER --text "..." --out x.png` or `dougong generate FOLDER --image x.png`.',
+        use,
         "",
         "## Measured",
         "",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import Config, parse
-from dougong.core.errors import BundleError, CheckpointError, ConfigError, DataError
+from dougong.core.errors import BundleError, ConfigError, DataError
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
 from dougong.data.corruption import Corruption
@@ -31,10 +31,9 @@ from dougong.data.preparation import Preparation
 from dougong.data.table import Table, open_table
 from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import Evaluation, evaluate
-from dougong.engine.weights import put_weights, read_weights
 from dougong.model.sandwich import Sandwich, SandwichConfig, SandwichOutput
 from dougong.objectives.decision import decision_probabilities
-from dougong.serve.saving import WEIGHTS, save_bundle
+from dougong.serve.saving import load_network, save_bundle
 
 BATCH_SIZE: Final = 64
 
@@ -251,22 +250,11 @@ def load(folder: str | Path) -> Model:
     manifest = read_bundle(folder)
     if "kind" in manifest.model:
         raise BundleError(f"{folder} holds a {manifest.model['kind']}, not a model that decides. See dougong --help.")
-    # Only files that the manifest vouches for are read.
-    needed = [WEIGHTS, "preparation.json"]
-    unknown = [name for name in needed if name not in manifest.files]
-    if unknown:
-        raise BundleError(f"{folder} does not list its file {unknown[0]!r}. Take the bundle from its source again.")
-    preparation = Preparation.load(folder)
-    if preparation.signature() != manifest.signature:
-        raise BundleError(f"{folder}: its preparation makes other inputs than its signature says. Save it again.")
-    try:
-        network = parse(SandwichConfig, manifest.model, where="the bundle's model").build(manifest.signature)
-        put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
-    except (ConfigError, CheckpointError) as error:
-        first = str(error).splitlines()[0]
-        raise BundleError(
-            f"{folder}: its weights do not fit its model ({first}). Take it from its source again."
-        ) from None
+
+    def build() -> Sandwich:
+        return parse(SandwichConfig, manifest.model, where="the bundle's model").build(manifest.signature)
+
+    preparation, network = load_network(folder, manifest, build)
     return Model(network, preparation, manifest)
 
 

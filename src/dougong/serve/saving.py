@@ -1,25 +1,31 @@
-"""A network of any kind and what feeds it, written as a bundle.
+"""A network of any kind and what feeds it, written as a bundle and read from one.
 
-Here        `save_bundle`; the names of the files that every bundle has.
-Elsewhere   manifest and sums (core/bundle.py); reading a bundle back, by its kind (model.py, aligner.py, generator.py).
-Promise     an older bundle at that place is replaced at once and whole, or stays.
+Here        `save_bundle`, `load_network`, `load_settings`; the names of the files that every bundle has.
+Elsewhere   manifest and sums (core/bundle.py); what each kind of bundle is used for (model.py, aligner.py,
+            generator.py, describer.py).
+Promise     an older bundle at that place is replaced at once and whole, or stays. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from torch import nn
 
 from dougong.core.bundle import Manifest, write_bundle
+from dougong.core.config import ConfigT, parse
+from dougong.core.errors import BundleError, CheckpointError, ConfigError
 from dougong.core.files import write_atomic
 from dougong.data.preparation import Preparation
-from dougong.engine.weights import distinct_weights, write_weights
+from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
 
 WEIGHTS: Final = "model.safetensors"
 CARD: Final = "README.md"
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 def save_bundle(
@@ -42,3 +48,42 @@ def save_bundle(
         for name, text in {CARD: card, **(more or {})}.items():
             write_atomic(building / name, text)
     return folder
+
+
+def load_network(
+    folder: Path, manifest: Manifest, build: Callable[[], NetworkT], more: Sequence[str] = ()
+) -> tuple[Preparation, NetworkT]:
+    """What `save_bundle` wrote, after its sums were checked (`read_bundle`). `more` files must be there too.
+
+    Raises:
+        BundleError: a file is not listed, or its parts do not fit each other.
+    """
+    unknown = [name for name in (WEIGHTS, *more, "preparation.json") if name not in manifest.files]
+    if unknown:
+        raise BundleError(f"{folder} does not list its file {unknown[0]!r}. Take the bundle from its source again.")
+    preparation = Preparation.load(folder)
+    if preparation.signature() != manifest.signature:
+        raise BundleError(f"{folder}: its preparation makes other inputs than its signature says. Save it again.")
+    try:
+        network = build()
+        put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
+    except (ConfigError, CheckpointError) as error:
+        raise _unfitting(folder, "weights", error) from None
+    return preparation, network
+
+
+def load_settings(folder: Path, file: str, kind: type[ConfigT]) -> ConfigT:
+    """Settings that stand in a bundle's file of their own.
+
+    Raises:
+        BundleError: they are none of that kind.
+    """
+    try:
+        return parse(kind, json.loads((folder / file).read_text(encoding="utf-8")), where=file)
+    except (ConfigError, ValueError) as error:
+        raise _unfitting(folder, file, error) from None
+
+
+def _unfitting(folder: Path, what: str, error: Exception) -> BundleError:
+    first = str(error).splitlines()[0]
+    return BundleError(f"{folder}: its {what} do not fit its model ({first}). Take it from its source again.")

@@ -1,8 +1,8 @@
 """What a writer wrote, beside the truth, as one page.
 
 Here        write_gallery: the figures, curves, captions and pictures of a run's folder as report.html.
-Elsewhere   what the folder holds (recipes/generate.py); drawing curves (watch/charts.py); a page about decisions
-            (watch/report.py); how this page looks (watch/gallery.html).
+Elsewhere   what the folder holds (recipes/generate.py, recipes/decode.py); drawing curves (watch/charts.py); a page
+            about decisions (watch/report.py); how this page looks (watch/gallery.html).
 Promise     the page refers to nothing outside itself and runs no script; what comes from data is shown as text, never
             read as markup; no file outside the run's folder is read.
 """
@@ -48,6 +48,7 @@ def write_gallery(run: Path) -> Path:
         name=settings.get("name") or run.resolve().name,
         about=settings.get("about") or "",
         data=evaluation["data"],
+        by="direction" if settings.get("kind") == "generate" else "condition",
         directions=evaluation["directions"],
         metrics=list(dict.fromkeys(name for found in evaluation["directions"].values() for name in found["metrics"])),
         curves=_curves(events),
