@@ -213,6 +213,7 @@ class Watcher:
         now = time.monotonic()
         signs = {rank: sign for rank in range(self.world) if (sign := read_sign(self.folder, rank)) is not None}
         self.met |= signs.keys()
+        ended = next(((rank, sign.said) for rank, sign in signs.items() if sign.state == "lost" and sign.said), None)
         signs = {rank: sign for rank, sign in signs.items() if sign.state == "running"}
         over: dict[int, float] = {}
         stuck: dict[int, float] = {}
@@ -229,6 +230,8 @@ class Watcher:
         if stuck:
             rank = max(stuck, key=lambda each: stuck[each])
             return Fault(rank, _hangs(rank, self.world, signs[rank], stuck[rank]))
+        if ended is not None:  # the others wait for one that has ended itself already, and said why
+            return Fault(*ended)
         absent = next((rank for rank in range(self.world) if rank not in self.met), None)
         if absent is not None:
             return Fault(absent, f"rank {absent} of {self.world} has not begun, and the others wait for it")

@@ -279,8 +279,12 @@ def _watch(environment: Mapping[str, str], notes: Path, world: int, limit_second
 
 
 def go_on(message: str) -> str:
-    """With what would work."""
-    return f"{message}. Go on from the last whole checkpoint with --resume, on as many ranks as you like."
+    """With what would work, if that is not said already."""
+    return (
+        message
+        if "--resume" in message
+        else f"{message}. Go on from the last whole checkpoint with --resume, on as many ranks as you like."
+    )
 
 
 def _last_words(heartbeat: Heartbeat | None, error: BaseException) -> None:
