@@ -49,6 +49,8 @@ class BlockStack(nn.Module, ABC, Generic[StateT, OutputT]):
     may hold it for all of these blocks has a `context` (nn/context.py), as its layers have, and uses no weights but on
     `context.own` afterwards."""
 
+    # Not abstract, these three: a model that names no token_blocks is never asked, and need not answer.
+
     def tokens(self, state: StateT) -> tuple[Tensor, Tensor]:
         """The tokens (B, T, D) that `token_blocks` work on, and their mask (B, T)."""
         raise NotImplementedError(f"{type(self).__name__} names token_blocks and must say what their tokens are")
