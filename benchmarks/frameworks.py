@@ -15,8 +15,9 @@ fused AdamW; DeepSpeed its own way of it. Where a framework says nothing about t
 - all spread (ZeRO-3): FSDP2 around each block; Fabric around FSDP2; DeepSpeed 3. `accelerate` is not among them: on a
   CPU its FSDP2 plugin silently trains copies.
 
-Our trainer runs as it does for users: events file, agreement on stopping at each step, records counted. What is not
-installed is left out and said (`pip install accelerate lightning-fabric deepspeed`).
+Batches come as arrays, as from a loader's processes, and every contender makes tensors of them in its step. Our trainer
+runs as it does for users: events file, agreement on stopping at each step, records counted. What is not installed is
+left out and said (`pip install accelerate lightning-fabric deepspeed`).
 """
 
 from __future__ import annotations
@@ -262,13 +263,12 @@ def _adam(parameters: Any) -> Any:
 def _timed(batches: Sequence[Any], step: Callable[[Any], Any]) -> Turn:
     from dougong.engine.batches import to_tensors
 
-    tensors = [to_tensors(each) for each in batches]
     losses = []
     began = 0.0
-    for number, batch in enumerate(tensors):
+    for number, arrays in enumerate(batches):
         if number == UNTIMED:
             began = time.perf_counter()
-        losses.append(float(step(batch)))
+        losses.append(float(step(to_tensors(arrays))))
     return Turn((time.perf_counter() - began) / STEPS, losses)
 
 

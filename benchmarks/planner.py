@@ -325,7 +325,8 @@ LAYOUTS: Final = {
     "tensor 2, data 2": PlanConfig(tensor=2),
     "pipeline 2 1f1b, data 2": PlanConfig(pipeline=2),
     "pipeline 2 zbv, data 2": PlanConfig(pipeline=2, chunks=2, schedule="zbv"),
-    "zero3 over 4": PlanConfig(shard=4),
+    "zero3 over 4": PlanConfig(shard=4, gathered_bytes=0),
+    "zero3 over 4, all gathered together": PlanConfig(shard=4),
 }
 
 
@@ -379,8 +380,7 @@ def count(rank: int, store: str, folder: str, pairs: list[tuple[str, str]]) -> N
             OptimizerConfig().build(model),
             backward=layout.backward,
             reduce=layout.reduce,
-            norm=layout.norm,
-            all_backward=None if layout.pipeline is None else layout.pipeline.backward,
+            all_backward=layout.all_backward,
         )
         own = batches(kind, layout.mesh.share)
         account = Account(model, parts.optimizer)

@@ -1,6 +1,6 @@
 """What comes in from the loader, and what is told of records that were set aside.
 
-Here        Tally, Intake.
+Here        Tally, Intake, Ahead.
 Elsewhere   deciding that a record is bad (data/); saving the tally (engine/checkpoint.py).
 Promise     a step gets only batches that hold records, on some rank at least; a record counts as bad once, however
             often it is met; where too many are bad, training refuses to go on. Every rank counts what all have met.
@@ -9,7 +9,7 @@ Promise     a step gets only batches that hold records, on some rank at least; a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +45,25 @@ class Taken(NamedTuple):
 
     num_records: int
     """Of all ranks."""
+
+
+class Ahead(NamedTuple):
+    """Batches that this rank has read its share of, and no rank has told the others of."""
+
+    read: list[tuple[Position, BatchArrays]]
+
+    def counts(self) -> list[int]:
+        """Three numbers of each: records, distinct rows with bad ones included, and bad columns."""
+        # A record may stand in a batch under several views, and be bad in several columns.
+        return [
+            count
+            for _, arrays in self.read
+            for count in (
+                len(arrays.row_B),
+                len({*arrays.row_B.tolist(), *(record.row for record in arrays.bad)}),
+                len(arrays.bad),
+            )
+        ]
 
 
 class _Met(NamedTuple):
@@ -88,7 +107,9 @@ class Intake:
         taken: list[BatchArrays] = []
         num_records = num_empty = 0
         while len(taken) < count:
-            met = self._ahead.popleft() if self._ahead else self._read()
+            if not self._ahead:
+                self._meet_next()
+            met = self._ahead.popleft()
             self._note(met)
             if met.num_records:
                 taken.append(met.arrays)
@@ -103,10 +124,25 @@ class Intake:
     def peek(self) -> BatchArrays | None:
         """The batch that `take` will give first, still to be taken; None where an epoch has none."""
         while len(self._ahead) < self._loader.batches_per_epoch:
-            self._ahead.append(self._read())
+            self._meet_next()
             if self._ahead[-1].num_records:
                 return self._ahead[-1].arrays
         return None
+
+    def read_ahead(self, count: int) -> Ahead:
+        """Wait for the batches of the next `take` as far as they have not been met. What they count must be added up
+        over the ranks, together with what else is to be agreed on, and told by `meet`."""
+        if self._batches is None:
+            self._batches = self._loader.batches(self.tally.position)
+        return Ahead([next(self._batches) for _ in range(count - len(self._ahead))])
+
+    def meet(self, ahead: Ahead, sums: Sequence[int]) -> None:
+        """`sums` are `ahead.counts()`, added up over the ranks."""
+        for number, (position, arrays) in enumerate(ahead.read):
+            num_records, num_rows, num_bad = sums[3 * number : 3 * number + 3]
+            told = self._ranks.tell([list(record) for record in arrays.bad]) if num_bad else []
+            bad = [BadRecord(*record) for part in told for record in part]
+            self._ahead.append(_Met(position, arrays, num_records, num_rows, bad))
 
     def close(self) -> None:
         """Let the loader end its work."""
@@ -115,15 +151,9 @@ class Intake:
             close()
         self._batches = None
 
-    def _read(self) -> _Met:
-        if self._batches is None:
-            self._batches = self._loader.batches(self.tally.position)
-        position, arrays = next(self._batches)
-        # A record may stand in a batch under several views, and be bad in several columns.
-        num_rows = len({*arrays.row_B.tolist(), *(record.row for record in arrays.bad)})
-        num_records, num_rows, num_bad = self._ranks.sums(len(arrays.row_B), num_rows, len(arrays.bad))
-        told = self._ranks.tell([list(record) for record in arrays.bad]) if num_bad else []
-        return _Met(position, arrays, num_records, num_rows, [BadRecord(*record) for part in told for record in part])
+    def _meet_next(self) -> None:
+        ahead = self.read_ahead(len(self._ahead) + 1)
+        self.meet(ahead, self._ranks.sums(*ahead.counts()))
 
     def _note(self, met: _Met) -> None:
         tally, before, position = self.tally, self.tally.position, met.position

@@ -21,8 +21,8 @@ from dougong.engine.parallel.pipeline import apply_pipeline
 from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
-from dougong.engine.parallel.shard import apply_shard
-from dougong.engine.parallel.stage_shard import apply_stage_shard
+from dougong.engine.parallel.shard import apply_shard, units_of
+from dougong.engine.parallel.step_shard import apply_step_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
@@ -91,16 +91,16 @@ def prepare_model(
     if shared is not None or (tensor is not None and sequence):
         share_tokens(model, tensor if sequence else None, shared)
     if mesh.devices is not None:  # last: it wraps finished blocks
-        copies, shard = mesh.group("copies"), mesh.group("shard")
-        assert copies is not None
+        shard = mesh.group("shard")
         assert shard is not None
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
-        if layout.pipeline is None:
-            keep = plan.sharding == "zero2"
-            layout.sharded = apply_shard(model, mesh.devices, copies, keep_gathered=keep, ignored=ignored)
+        sizes = [sum(p.nbytes for p in block.parameters() if p not in ignored) for block in model.blocks]
+        units = units_of(sizes, plan.gathered_bytes)
+        if layout.pipeline is not None or len(units) < 2:
+            layout.sharded = apply_step_shard(model, shard, ignored=ignored)
         else:
-            layout.sharded = apply_stage_shard(model, mesh.devices, shard, copies, ignored=ignored)
-            layout.pipeline.shard = layout.sharded
+            keep = plan.sharding == "zero2"
+            layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=keep, ignored=ignored)
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
     return layout

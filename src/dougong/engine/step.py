@@ -26,22 +26,28 @@ from dougong.nn.block_stack import BlockStack
 Loss = Callable[[Any, Batch], Tensor]
 """From a model's output and its batch to a scalar: the sum over the batch's records."""
 
-Reduce = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""From this rank's loss, and what the buffers were before the step, to the loss of all ranks; gradients and buffers
-become those of all ranks in place."""
+
+class Reduced(NamedTuple):
+    """Of all ranks."""
+
+    loss: Tensor
+    grad_norm: Tensor
 
 
-def nothing_to_add(loss: Tensor, before: Sequence[Tensor]) -> Tensor:
-    """What one process alone reduces by."""
-    return loss
+class Moved(NamedTuple):
+    """A buffer, and a copy of what it was before the step."""
+
+    buffer: Tensor
+    before: Tensor
 
 
-Norm = Callable[[Sequence[Tensor]], Tensor]
-"""From this rank's gradients to the norm of the whole model's."""
+Reduce = Callable[[Tensor, Sequence[Moved]], Reduced]
+"""From this rank's loss and buffers to loss and gradient norm of all ranks; gradients and buffers become those of all
+ranks in place."""
 
 
-def norm_alone(gradients: Sequence[Tensor]) -> Tensor:
-    """What one process alone has. `clip_grad_norm_` would also write every gradient, each time."""
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Of them all. `clip_grad_norm_` would also write every gradient, each time."""
     if not gradients:
         return torch.zeros(())
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
@@ -70,8 +76,9 @@ class TrainParts:
     backward: Backward | None = None
     """None: plain_backward."""
 
-    reduce: Reduce = nothing_to_add
-    norm: Norm = norm_alone
+    reduce: Reduce | None = None
+    """None: there are no other ranks."""
+
     all_backward: AllBackward | None = None
     """None: one micro-batch after the other."""
 
@@ -96,18 +103,22 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     share of a batch is empty has an empty one here: the loss may hold exchanges that wait for it.
     """
     parts.optimizer.zero_grad(set_to_none=True)
-    buffers = list(parts.model.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    total = parts.reduce((parts.all_backward or one_by_one)(parts, batches, num_records), before)
-    gradients = _gradients(parts.optimizer)
+    moved = [Moved(buffer, buffer.clone()) for buffer in parts.model.buffers()]
+    total = (parts.all_backward or one_by_one)(parts, batches, num_records)
+    if parts.reduce is not None:
+        reduced = parts.reduce(total, moved)
+        gradients = _gradients(parts.optimizer)
+    else:
+        gradients = _gradients(parts.optimizer)
+        reduced = Reduced(total, norm_of(gradients))
 
     # The one wait for the device: whether to step at all depends on both numbers.
-    loss, grad_norm = torch.stack([total, parts.norm(gradients).to(total)]).tolist()
+    loss, grad_norm = torch.stack([reduced.loss, reduced.grad_norm.to(reduced.loss)]).tolist()
 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         parts.optimizer.zero_grad(set_to_none=True)
-        for buffer, kept in zip(buffers, before, strict=True):
-            buffer.copy_(kept)  # a running mean that met a NaN would never lose it
+        for buffer, before in moved:
+            buffer.copy_(before)  # a running mean that met a NaN would never lose it
         return StepReport(loss, grad_norm, skipped=True)
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         torch._foreach_mul_([local_part(gradient) for gradient in gradients], parts.max_grad_norm / grad_norm)

@@ -68,7 +68,7 @@ from dougong.engine.prepare import prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
 from dougong.engine.saver import Saved, Saver
-from dougong.engine.step import Backward, Loss, TrainParts, norm_alone, nothing_to_add, train_step
+from dougong.engine.step import Backward, Loss, TrainParts, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -301,6 +301,9 @@ class _Run:
         self.best_step: int | None = None
         self.evaluations_without_gain = 0
         self.skipped_in_a_row = 0
+        self.waited = 0.0
+        """Seconds for the next step's batches, so far."""
+
         self.tally = Tally()
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
         if backward is not None and not layout.is_whole:
@@ -345,9 +348,8 @@ class _Run:
             self.precision.precision,
             self.device.type,
             backward or layout.backward,
-            nothing_to_add if ranks.group is None else layout.reduce,
-            norm_alone if ranks.group is None else layout.norm,
-            None if layout.pipeline is None else layout.pipeline.backward,
+            None if ranks.group is None else layout.reduce,
+            layout.all_backward,
         )
 
     def train(self) -> TrainResult:
@@ -368,21 +370,20 @@ class _Run:
                 resumed=self.resumed,
             )
         )
-        reason = self._reason(*self.ranks.any(self.interruption.wanted))
-        while reason is None:
+        stepped = improved = False
+        while True:
+            interrupted, due = self._agree()
+            reason = self._reason(interrupted)
+            if stepped and (improved or due or reason is not None):
+                self._save()
+            if reason is not None:
+                break
             epoch = self.tally.position.epoch
             self._step()
-            improved = False
+            stepped, improved = True, False
             if self._evaluation_due(epoch):
                 improved = self._evaluate()
                 self._move_rates()
-            interrupted, due, writing, failed = self.ranks.any(
-                self.interruption.wanted, self._checkpoint_due(), self.saver.busy, self.saver.failed
-            )
-            self._announce_saved(self.saver.look(writing, failed))
-            reason = self._reason(interrupted)
-            if improved or reason is not None or due:
-                self._save()
         self._announce_saved(self.saver.finish())
         self.ranks.mark("finishing")
         self.announce(
@@ -404,14 +405,33 @@ class _Run:
             return "early"
         return "interrupted" if interrupted else None
 
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether some rank wants to stop, and whether some rank's clock says that a checkpoint is due.
+
+        What the ranks have read for the next step rides along: every exchange is a wait for the slowest rank.
+        """
+        started = time.perf_counter()
+        self.ranks.mark("reading", self.step + 1)
+        over = self._reason(interrupted=False) is not None
+        ahead = self.intake.read_ahead(0 if over else self.config.accumulation)
+        self.waited = time.perf_counter() - started
+        flags = (self.interruption.wanted, self._checkpoint_due(), self.saver.busy, self.saver.failed)
+        sums = self.ranks.sums(*map(int, flags), *ahead.counts())
+        interrupted, due, writing, failed = (count > 0 for count in sums[: len(flags)])
+        # Ranks of a pipeline, a context or a tensor group have all counted the same records.
+        alike = self.ranks.world // self.layout.mesh.share.world
+        self.intake.meet(ahead, [count // alike for count in sums[len(flags) :]])
+        self._announce_saved(self.saver.look(writing, failed))
+        return interrupted, due
+
     # A step --------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        started = time.perf_counter()
+        started = time.perf_counter() - self.waited
         epoch = self.tally.position.epoch
-        self.ranks.mark("reading", self.step + 1)
+        taking = time.perf_counter()
         arrays, num_records = self.intake.take(self.config.accumulation)
-        waited = time.perf_counter() - started
+        waited = self.waited + time.perf_counter() - taking
         self.ranks.mark("working")
         learning_rate = self.config.optimizer.learning_rate_at(self.step, self.total_steps)
         for group in self.parts.optimizer.param_groups:

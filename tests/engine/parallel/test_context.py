@@ -15,6 +15,7 @@ from dougong.engine.parallel.context import Form, SharedContext, check_context
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.prepare import prepare_model
+from dougong.engine.step import Moved
 from dougong.model.decoder import Decoder, DecoderConfig, DecoderOutput
 from dougong.model.sandwich import SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
@@ -65,8 +66,8 @@ def answered(form: Form, lengths: list[int], training: bool) -> tuple[DecoderOut
     output = model(batch(lengths))
     loss = words_loss(output)
     loss.backward()  # type: ignore[no-untyped-call]
-    layout.reduce(loss.detach(), list(model.buffers()))
-    return _detached(output), layout.norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    reduced = layout.reduce(loss.detach(), [Moved(buffer, buffer.clone()) for buffer in model.buffers()])
+    return _detached(output), reduced.grad_norm.item()
 
 
 def _detached(output: DecoderOutput) -> DecoderOutput:

@@ -151,8 +151,7 @@ def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
         optimizer_of(model),
         backward=layout.backward,
         reduce=layout.reduce,
-        norm=layout.norm,
-        all_backward=None if layout.pipeline is None else layout.pipeline.backward,
+        all_backward=layout.all_backward,
     )
     reports = []
     for step in range(STEPS):
@@ -179,9 +178,12 @@ LAYOUTS: dict[str, PlanConfig] = {
     "2x2x2 interleaved": PlanConfig(tensor=2, pipeline=2, chunks=2, schedule="interleaved"),
     "2x2x2 zbv": PlanConfig(tensor=2, pipeline=2, chunks=2, schedule="zbv"),
     "2x2x2 dualpipev": PlanConfig(tensor=2, pipeline=2, chunks=2, schedule="dualpipev"),
-    "zero3 over 8": PlanConfig(shard=8),
-    "zero2 over 8": PlanConfig(shard=8, sharding="zero2"),
-    "hybrid 2x2, tensor 2": PlanConfig(shard=2, tensor=2),
+    "zero3 over 8": PlanConfig(shard=8, gathered_bytes=0),
+    "zero3 over 8, all gathered together": PlanConfig(shard=8),
+    "zero3 over 8, a few together": PlanConfig(shard=8, gathered_bytes=100_000),
+    "zero2 over 8": PlanConfig(shard=8, sharding="zero2", gathered_bytes=0),
+    "zero2 over 8, a few together": PlanConfig(shard=8, sharding="zero2", gathered_bytes=100_000),
+    "hybrid 2x2, tensor 2": PlanConfig(shard=2, tensor=2, gathered_bytes=0),
     "context 8": PlanConfig(context=8),
     "context 4, data 2": PlanConfig(context=4),
     "context 4, data 2, heads for tokens": PlanConfig(context=4, context_form="swap"),
@@ -207,7 +209,7 @@ LAYOUTS: dict[str, PlanConfig] = {
         pipeline=2, shard=2, sharding="zero2", reduction="hierarchical", per_node=2
     ),
     "experts over 4": PlanConfig(expert=4),
-    "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2),
+    "experts over 2, zero3 over 4, tensor 2": PlanConfig(expert=2, shard=4, tensor=2, gathered_bytes=0),
     "experts over 2, pipeline 2, tensor 2": PlanConfig(expert=2, pipeline=2, tensor=2),
 }
 ACCUMULATION = 4
@@ -219,7 +221,12 @@ CASES = [
     for name, plan in LAYOUTS.items()
     if kind == "decoder" or plan.expert == plan.context == 1  # a sandwich has no experts, and no order of tokens
 ]
-CASES += [(BLIND, "zero3 over 8"), (BLIND, "1f1b, zero2 over 2, tensor 2")]
+CASES += [
+    (BLIND, "8x1x1"),
+    (BLIND, "zero3 over 8"),
+    (BLIND, "zero3 over 8, a few together"),
+    (BLIND, "1f1b, zero2 over 2, tensor 2"),
+]
 known_alone = functools.cache(train_alone)
 
 
@@ -265,7 +272,12 @@ def across_nodes(sharded: bool) -> tuple[list[int], int, float]:
 
     hierarchy.all_reduce = all_reduce  # type: ignore[method-assign]
     parts = TrainParts(
-        model, loss_of, optimizer_of(model), backward=layout.backward, reduce=layout.reduce, norm=layout.norm
+        model,
+        loss_of,
+        optimizer_of(model),
+        backward=layout.backward,
+        reduce=layout.reduce,
+        all_backward=layout.all_backward,
     )
     (batch,) = batches("decoder", 0, 1)
     report = train_step(parts, [shared_out(batch, layout.mesh.share)], num_records=batch.num_records)

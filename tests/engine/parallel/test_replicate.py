@@ -13,7 +13,7 @@ from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import add_up, copy_from_first
 from dougong.engine.prepare import prepare_model
-from dougong.engine.step import Reduce, StepReport, TrainParts, nothing_to_add, train_step
+from dougong.engine.step import Reduce, StepReport, TrainParts, train_step
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
 
@@ -73,7 +73,7 @@ def stepped(patterns: list[str]) -> tuple[dict[str, Tensor], list[StepReport], l
     group = dist.group.WORLD if dist.is_initialized() else None
     share = Share() if group is None else Share(dist.get_rank(), dist.get_world_size())
     model = TwoSides(seed=share.rank)  # replication makes them the same
-    reduce = nothing_to_add if group is None else replicated(model)
+    reduce = None if group is None else replicated(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = TrainParts(model, summed, AdamW(parameters, lr=0.1, weight_decay=0.5), reduce=reduce)
     reports = [
@@ -122,7 +122,7 @@ def running_means() -> tuple[Tensor, Tensor]:
     """What the ranks' buffers would be by themselves, and what they are together."""
     share = Share(dist.get_rank(), dist.get_world_size())
     alone, together = TwoSides(), TwoSides()
-    for model, reduce in ((alone, nothing_to_add), (together, replicated(together))):
+    for model, reduce in ((alone, None), (together, replicated(together))):
         parts = TrainParts(model, summed, AdamW([model.left.weight]), reduce=reduce)
         train_step(parts, [batch_of("bbbb", share)], num_records=4)
     return alone.mean, together.mean

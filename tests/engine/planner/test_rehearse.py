@@ -35,8 +35,9 @@ LAYOUTS = {
     "tensor 2 x data 2": PlanConfig(tensor=2),
     "pipeline 2 x data 2": PlanConfig(pipeline=2),
     "pipeline 2 zbv x data 2": PlanConfig(pipeline=2, chunks=2, schedule="zbv"),
-    "zero3 over 4": PlanConfig(shard=4),
-    "hybrid 2 x 2": PlanConfig(shard=2),
+    "zero3 over 4": PlanConfig(shard=4, gathered_bytes=0),
+    "zero3 over 4, all gathered together": PlanConfig(shard=4),
+    "hybrid 2 x 2": PlanConfig(shard=2, gathered_bytes=0),
     "context 2 x data 2": PlanConfig(context=2),
     "context 4, heads for tokens": PlanConfig(context=4, context_form="swap"),
 }
@@ -104,10 +105,9 @@ def counted(kind: str, plan: PlanConfig) -> StepBytes:
         model,
         loss_of,
         OptimizerConfig().build(model),
-        backward=None if layout.sharded is None else layout.sharded.backward,
+        backward=layout.backward,
         reduce=layout.reduce,
-        norm=layout.norm,
-        all_backward=None if layout.pipeline is None else layout.pipeline.backward,
+        all_backward=layout.all_backward,
     )
     own = batches(kind, layout.mesh.share)
     train_step(parts, own, num_records=106)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from dougong.engine.parallel.clock import Clock
 from dougong.engine.parallel.hierarchical import Hierarchy
@@ -25,13 +24,22 @@ from dougong.engine.parallel.mesh import Mesh
 from dougong.engine.parallel.pieces import Piece
 from dougong.engine.parallel.pipeline import Pipeline
 from dougong.engine.parallel.ranks import ALONE, Ranks
-from dougong.engine.parallel.replicate import add_up, average_moves, gradients_anywhere
+from dougong.engine.parallel.replicate import add_up, add_up_gradients, agree, average_moves, gradients_anywhere
 from dougong.engine.parallel.shard import Sharded
-from dougong.engine.parallel.stage_shard import StageShard
+from dougong.engine.parallel.step_shard import StepShard
 from dougong.engine.parallel.tensor import Cuts
-from dougong.engine.step import Backward, norm_alone
+from dougong.engine.step import AllBackward, Backward, Moved, Reduced, norm_of, one_by_one
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
+
+
+class _Agreed(NamedTuple):
+    """By all ranks that begin with the same weights."""
+
+    loss: Tensor
+    norm: Tensor | None
+    present: list[bool]
+    """Of what is copied: whether some rank has a gradient of it."""
 
 
 @dataclass
@@ -48,60 +56,93 @@ class Layout:
     """Parameters of experts that are spread."""
 
     pipeline: Pipeline | None = None
-    sharded: Sharded | StageShard | None = None
+    sharded: Sharded | StepShard | None = None
     clock: Clock = field(default_factory=Clock)
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
 
     @torch.no_grad()
-    def reduce(self, loss: Tensor, before: Sequence[Tensor]) -> Tensor:
-        """The step's loss, from this rank's; gradients and buffers become those of all ranks, in place."""
+    def reduce(self, loss: Tensor, moved: Sequence[Moved]) -> Reduced:
+        """The step's loss and the gradients' norm, from this rank's; gradients and buffers become those of all ranks,
+        in place. As few exchanges as there can be: each is a wait for the slowest rank."""
         began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
-        if self.sharded is not None:
-            self.sharded.settle()  # first: from here on each rank has its parts alone
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        tensor, group = self.mesh.group("tensor"), self.mesh.group("copies")
-        # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
-        partial = [named[name].grad for name in sorted(self.cuts.partial & named.keys())]
-        if tensor is not None:
-            add_up([local_part(gradient) for gradient in partial if gradient is not None], tensor)
-        spread = self.spread
+        group, alike = self.mesh.group("copies"), self.mesh.group("expert copies")
+        agreed = None
         if group is not None:
-            copied = [named[name] for name in named if name not in spread and name not in self.experts]
-            # Ranks of a context have all made the loss of the same records.
-            gradients, loss = gradients_anywhere(copied, group, loss / self.mesh.plan.context)
-            # Over ranks with other parts of the weights, the sharder has added up.
-            gradients += [local_part(g) for name in named if name in spread and (g := named[name].grad) is not None]
-            copies = self.mesh.group("replicate")
-            if copies is not None:
-                add_up(gradients, copies, by=None if self.hierarchy is None else self._by_hierarchy)
-            average_moves(list(self.model.buffers()), before, group)
-        alike = self.mesh.group("expert copies")
+            loss = loss / self.mesh.plan.context  # ranks of a context have all made the loss of the same records
+            if self.sharded is not None or self.hierarchy is not None:
+                agreed = self._agree(loss, group)
+                loss = agreed.loss
+        trained = self._trained()
+        tensor = self.mesh.group("tensor")
+        if tensor is not None:
+            # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
+            partial = [trained[name].grad for name in sorted(self.cuts.partial & trained.keys())]
+            add_up([local_part(gradient) for gradient in partial if gradient is not None], tensor)
+        if agreed is not None:
+            self._add_up_copies(trained, agreed.present)
+        elif group is not None:
+            loss = add_up_gradients(self._copied(trained), group, loss)
+        if group is not None:
+            average_moves(moved, group)
         if self.experts and alike is not None:
-            add_up(gradients_anywhere([named[name] for name in named if name in self.experts], alike, loss)[0], alike)
-        if self.pipeline is not None:  # the last stage alone has it
-            loss = loss.clone()
-            dist.all_reduce(loss, group=self.mesh.group("pipeline"))
+            add_up_gradients([trained[name] for name in trained if name in self.experts], alike, loss)
+        norm = None if agreed is None else agreed.norm
+        if norm is None:
+            loss, norm = self._norm(loss, trained)
         self.clock.note("exchange", began)
-        return loss
+        return Reduced(loss, norm)
 
-    @torch.no_grad()
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Of all parts of all gradients, each counted once."""
+    def _agree(self, loss: Tensor, group: dist.ProcessGroup) -> _Agreed:
+        """On what has a gradient, before it is added up: where others than copies have done so already, or what goes
+        between nodes is rounded. The norm comes along where nothing is left to be added up."""
+        trained = self._trained()  # what is gathered now goes when it is settled
+        present = [parameter.grad is not None for parameter in self._copied(trained)]
+        numbers = [loss]
+        if isinstance(self.sharded, Sharded) and self.mesh.sizes["shard"] == self.mesh.ranks.world and not self.experts:
+            gradients = [local_part(p.grad) for p in trained.values() if p.grad is not None]
+            numbers.append(norm_of(gradients).to(loss).square())
+        spread = [] if self.sharded is None else self.sharded.present()
+        anywhere, sums = agree([*present, *spread], torch.stack(numbers), group)
+        if self.sharded is not None:
+            self.sharded.settle(anywhere[len(present) :])
+        return _Agreed(sums[0], sums[1].sqrt() if len(numbers) == 2 else None, anywhere[: len(present)])
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _copied(self, trained: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+        """What all ranks that begin with the same weights hold the same of."""
+        apart = self.spread | self.experts
+        return [p for name, p in trained.items() if name not in apart]
+
+    def _add_up_copies(self, trained: dict[str, nn.Parameter], present: Sequence[bool]) -> None:
+        gradients = gradients_anywhere(self._copied(trained), present)
+        # Over ranks with other parts of the weights, the sharder has added up.
+        spread = self.spread
+        gradients += [local_part(g) for name, p in trained.items() if name in spread and (g := p.grad) is not None]
+        copies = self.mesh.group("replicate")
+        if copies is not None:
+            add_up(gradients, copies, by=None if self.hierarchy is None else self._by_hierarchy)
+
+    def _norm(self, loss: Tensor, trained: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """The loss, which in a pipeline the last stage alone has; and of all parts of all gradients, each counted
+        once."""
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         if self.is_whole:
-            return norm_alone(gradients)
-        names = {id(p.grad): name for name, p in self.model.named_parameters() if p.grad is not None}
-        here = self.mesh.ranks.world // self.mesh.sizes["pipeline"]
+            return loss, norm_of(list(gradients.values()))
+        here, spread = self.mesh.ranks.world // self.mesh.sizes["pipeline"], self.spread
         by_copies: dict[int, list[Tensor]] = {}
-        for gradient in gradients:
-            parts = math.prod(cut.parts for cut in self.cuts.pieces.get(names[id(gradient)], ()))
-            if isinstance(gradient, DTensor):
+        for name, gradient in gradients.items():
+            parts = math.prod(cut.parts for cut in self.cuts.pieces.get(name, ()))
+            if name in spread:
                 parts *= self.mesh.sizes["shard"]
             by_copies.setdefault(here // parts, []).append(local_part(gradient))
-        squares = [
-            torch.stack(torch._foreach_norm(parts)).square().sum() / copies for copies, parts in by_copies.items()
-        ]
-        return self._sum(torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)).sqrt()
+        squares = [norm_of(parts).square() / copies for copies, parts in by_copies.items()]
+        square = torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
+        numbers = torch.stack([loss.to(square) / here, square])
+        dist.all_reduce(numbers, group=self.mesh.ranks.group)
+        return loss if self.pipeline is None else numbers[0], numbers[1].sqrt()
 
     @property
     def is_whole(self) -> bool:
@@ -138,6 +179,12 @@ class Layout:
         return self.sharded.backward if isinstance(self.sharded, Sharded) else None
 
     @property
+    def all_backward(self) -> AllBackward | None:
+        """The same of all micro-batches."""
+        work = None if self.pipeline is None else self.pipeline.backward
+        return self.sharded.around(work or one_by_one) if isinstance(self.sharded, StepShard) else work
+
+    @property
     def spread(self) -> set[str]:
         """Parameters of which each rank has a part of the rows."""
         return set() if self.sharded is None else set(self.sharded.names)
@@ -156,9 +203,3 @@ class Layout:
     def _by_hierarchy(self, flat: Tensor, name: str) -> None:
         assert self.hierarchy is not None
         self.hierarchy.all_reduce(flat, name=name)
-
-    def _sum(self, number: Tensor) -> Tensor:
-        number = number.detach().clone()
-        if self.mesh.ranks.group is not None:
-            dist.all_reduce(number, group=self.mesh.ranks.group)
-        return number

@@ -35,7 +35,6 @@ from dougong.engine.parallel.schedule import (
     messages,
     rank_of_stage,
 )
-from dougong.engine.parallel.stage_shard import StageShard
 from dougong.engine.precision import autocast
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
@@ -206,9 +205,6 @@ class Pipeline:
         self.device = device
         self.post = Post(group, device)
         self.clock = Clock()
-        self.shard: StageShard | None = None
-        """What has the weights between steps, where they are spread."""
-
         self._tables: dict[int, list[list[Action]]] = {}
         # What the model is called by from now on; and its parts, as far as they are here.
         model.forward = self.answer  # type: ignore[method-assign]
@@ -279,8 +275,6 @@ class Pipeline:
     def backward(self, parts: TrainParts, batches: Sequence[Batch], num_records: int) -> Tensor:
         """Add the gradients of all micro-batches to this rank's parameters, and return their loss, where it is known:
         on the rank of the last stage, 0 elsewhere."""
-        if self.shard is not None:  # until the step's gradients are settled
-            self.shard.gather()
         table = self.table(len(batches))
         step = _Step(self, parts, batches, num_records, table)
         step.run()
@@ -302,15 +296,6 @@ class Pipeline:
 
     def answer(self, batch: Batch) -> Any:
         """What the whole model says, on every rank. Without gradients through other ranks."""
-        if self.shard is None:
-            return self._answer(batch)
-        self.shard.gather()
-        try:
-            return self._answer(batch)
-        finally:
-            self.shard.let_go()
-
-    def _answer(self, batch: Batch) -> Any:
         state: Any = None
         for index, rank in enumerate(self.place):
             if rank != self.rank:

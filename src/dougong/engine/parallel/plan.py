@@ -8,7 +8,7 @@ Promise     a layout that cannot be, and a setting that cannot take effect, are 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.context import Form
 from dougong.engine.parallel.schedule import V_SHAPED, Schedule, check_schedule
+
+GATHERED_BYTES: Final = 25 * 2**20
 
 
 class PlanConfig(Config):
@@ -50,7 +52,12 @@ class PlanConfig(Config):
     What is left of them holds copies (hybrid sharding)."""
 
     sharding: Literal["zero2", "zero3"] = "zero3"
-    """zero2: gathered weights stay until the step's end. zero3: they go after each block, and are gathered again."""
+    """zero2: gathered weights stay until their backward. zero3: they go after their forward, and are gathered again.
+    Of a model that is gathered in one piece, all are for the whole step, whichever it is."""
+
+    gathered_bytes: int = Field(default=GATHERED_BYTES, ge=0)
+    """Blocks next to each other are gathered together until they are so many bytes: fewer messages, for memory. 0: each
+    block by itself."""
 
     expert: int = Field(default=1, gt=0)
     """Ranks, of those that share out records and tokens, over which routed experts are spread."""
@@ -73,6 +80,7 @@ class PlanConfig(Config):
             ("chunks", self.pipeline > 1, "pipeline: 2 or more"),
             ("schedule", self.pipeline > 1, "pipeline: 2 or more"),
             ("sharding", self.shard > 1, "shard: 2 or more"),
+            ("gathered_bytes", self.shard > 1 and self.pipeline == 1, "shard: 2 or more, and pipeline: 1"),
             ("wire", self.reduction == "hierarchical", "reduction: hierarchical"),
             ("per_node", self.reduction == "hierarchical", "reduction: hierarchical"),
         ):

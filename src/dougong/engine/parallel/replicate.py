@@ -1,6 +1,7 @@
 """What copies of a model on many ranks tell each other.
 
-Here        `copy_from_first`, `gradients_anywhere`, `add_up`, `average_moves`, `in_buckets`.
+Here        `copy_from_first`, `add_up_gradients`; of what others add up too, `agree`, `gradients_anywhere`, `add_up`;
+            `average_moves`, `in_buckets`.
 Elsewhere   the order in which a step calls them (layout.py).
 Promise     a weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
             one that no rank has a gradient of is left alone, as by one process: an optimizer must not decay it.
@@ -15,6 +16,8 @@ from typing import Final, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from dougong.engine.step import Moved
 
 T = TypeVar("T")
 
@@ -32,39 +35,61 @@ def copy_from_first(model: nn.Module, group: dist.ProcessGroup, bucket_bytes: in
         _put(flat, bucket)
 
 
-def gradients_anywhere(
-    parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, loss: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of what has one on some rank, zeros where it is another; and the sum of the ranks' losses.
+def add_up_gradients(
+    parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, loss: Tensor, bucket_bytes: int = BUCKET_BYTES
+) -> Tensor:
+    """Gradients become the sums over the ranks, in place; returned is the sum of the losses.
 
-    Agreed on by one exchange that looks the same everywhere, on which the loss rides along: ranks that each sent what
-    they happened to have would wait for each other forever.
+    Whose gradients there are, and the loss, ride along: what a rank lacks it sends as zeros, so that ranks that each
+    have others do not wait for each other forever, nor agree in an exchange of its own, which for a small model costs
+    as much as the gradients do.
     """
-    told = loss.new_tensor([float(each.grad is not None) for each in parameters] + [0.0])
-    told[-1] = loss
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    told = _told([each.grad is not None for each in parameters], loss[None])
+    add_up([*gradients, told], group, bucket_bytes)
+    present, numbers = _heard(told, len(parameters))
+    for parameter, gradient, there in zip(parameters, gradients, present, strict=True):
+        parameter.grad = gradient if there else None
+    return numbers[0]
+
+
+def agree(present: Sequence[bool], numbers: Tensor, group: dist.ProcessGroup) -> tuple[list[bool], Tensor]:
+    """For each flag, whether it is up on some rank; and the sums of the numbers (N). One exchange, which looks the same
+    everywhere."""
+    told = _told(present, numbers)
     dist.all_reduce(told, group=group)
-    *counts, total = told.unbind()
+    return _heard(told, len(present))
+
+
+def _told(present: Sequence[bool], numbers: Tensor) -> Tensor:
+    return torch.cat([numbers.new_tensor([float(there) for there in present]), numbers])
+
+
+def _heard(told: Tensor, count: int) -> tuple[list[bool], Tensor]:
+    return [number > 0 for number in told[:count].tolist()], told[count:]
+
+
+def gradients_anywhere(parameters: Sequence[nn.Parameter], present: Sequence[bool]) -> list[Tensor]:
+    """Gradients of what has one on some rank, zeros where it is another."""
     found = []
-    for parameter, count in zip(parameters, torch.stack(counts).tolist() if counts else [], strict=True):
-        if count:
+    for parameter, there in zip(parameters, present, strict=True):
+        if there:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             found.append(parameter.grad)
-    return found, total
+    return found
 
 
-def average_moves(
-    buffers: Sequence[Tensor], before: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES
-) -> None:
+def average_moves(moved: Sequence[Moved], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
     """Move floating-point buffers by what the ranks moved theirs on average, in place.
 
     Moves, not values: a buffer that no rank moved stays exactly as it was.
     """
-    pairs = [(now, then) for now, then in zip(buffers, before, strict=True) if now.is_floating_point()]
-    moves = [now - then for now, then in pairs]
+    floating = [(now, then) for now, then in moved if now.is_floating_point()]
+    moves = [now - then for now, then in floating]
     add_up(moves, group, bucket_bytes)
     world = dist.get_world_size(group)
-    for (now, then), move in zip(pairs, moves, strict=True):
+    for (now, then), move in zip(floating, moves, strict=True):
         now.copy_(then + move / world)
 
 

@@ -1,25 +1,25 @@
-"""Weights, gradients and optimizer spread over ranks, each block's gathered when it is its turn (ZeRO).
+"""Weights, gradients and optimizer spread over ranks, a few blocks' gathered when it is their turn (ZeRO).
 
-Here        `apply_shard`, Sharded.
+Here        `apply_shard`, Sharded, `units_of`.
 Elsewhere   gathering and spreading itself is torch's FSDP2; adding up over copies, once a step (layout.py).
 Promise     a step gives every rank its part of the gradients that one process with all records would have, within
             rounding; ranks may hold any number of records, also none, and any modality may be absent on any of them: no
             rank waits for another in vain. A weight that no rank has a gradient of gets none.
 
 FSDP2 (Zhao et al. 2023, arXiv:2304.11277) takes for granted that every rank does the same work. Here a rank without
-pictures has no gradient of the picture encoder, and its backward may come to blocks in another order. So each block is
-held between two joints that a scalar runs through besides the state: all of a block's gradients have arrived before
-the block before it begins, on every rank; and gradients that a rank lacks are filled up with zeros, and told.
+pictures has no gradient of the picture encoder, and its backward may come to blocks in another order. So each unit, of
+blocks that are gathered together, is held between two joints that a scalar runs through besides the state: all of a
+unit's gradients have arrived before the unit before it begins, on every rank; and gradients that a rank lacks are
+filled up with zeros, and told.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
@@ -47,12 +47,12 @@ class Sharded:
         self,
         model: BlockStack[Any, Any],
         mesh: DeviceMesh,
-        group: dist.ProcessGroup,
+        units: Sequence[range],
         *,
         keep_gathered: bool,
         ignored: set[nn.Parameter],
     ) -> None:
-        self.model, self.group = model, group
+        self.model = model
         self.names = [name for name, parameter in model.named_parameters() if parameter not in ignored]
         self._known = set(self.names)
         self._seen: set[str] = set()
@@ -62,9 +62,12 @@ class Sharded:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         owned = {name for place, _ in enumerate(model.blocks) for name in self._names_of(place)}
         self._others = [name for name in self.names if name not in owned]
-        for place, block in enumerate(model.blocks):
-            block.forward = self._joined(place, block.forward)
-            fully_shard(block, mesh=mesh, reshard_after_forward=not keep_gathered, ignored_params=ignored)
+        for unit in units:
+            for place in unit:
+                block = model.blocks[place]
+                block.forward = self._joined(unit, place, block.forward)
+            together = [model.blocks[place] for place in unit]
+            fully_shard(together, mesh=mesh, reshard_after_forward=not keep_gathered, ignored_params=ignored)
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -86,7 +89,7 @@ class Sharded:
         self._anchor = anchored.anchor
         return self.model.head(anchored.state)
 
-    def _joined(self, place: int, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _joined(self, unit: range, place: int, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
         types = (*self.model.state_types, _Anchored)
 
         def joint(anchored: _Anchored, then: Callable[[], None] | None) -> _Anchored:
@@ -103,14 +106,17 @@ class Sharded:
                 return forward(state)
             if not torch.is_grad_enabled():
                 return state._replace(state=forward(state.state))
-            state = joint(state, lambda: self._fill(place))
-            return joint(state._replace(state=forward(state.state)), None)
+            if place == unit[0]:
+                state = joint(state, lambda: self._fill(unit))
+            state = state._replace(state=forward(state.state))
+            return joint(state, None) if place == unit[-1] else state
 
         return anchored_forward
 
-    def _fill(self, place: int) -> None:
-        """All of this block's gradients have been made that will be."""
-        self._fill_up({f"blocks.{place}.{name}": p for name, p in self.model.blocks[place].named_parameters()})
+    def _fill(self, unit: range) -> None:
+        """All of these blocks' gradients have been made that will be."""
+        for place in unit:
+            self._fill_up({f"blocks.{place}.{name}": p for name, p in self.model.blocks[place].named_parameters()})
 
     def _fill_rest(self) -> None:
         parameters = dict(self.model.named_parameters())
@@ -144,16 +150,15 @@ class Sharded:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    @torch.no_grad()
-    def settle(self) -> None:
+    def present(self) -> list[bool]:
+        """By name: whether this rank had a gradient of it in this step."""
+        return [name in self._seen for name in self.names]
+
+    def settle(self, anywhere: Sequence[bool]) -> None:
         """After the last micro-batch: weights that no rank had a gradient of have none."""
-        told = torch.tensor([float(name in self._seen) for name in self.names])
-        device = next(self.model.parameters()).device
-        told = told.to(device)
-        dist.all_reduce(told, group=self.group)
         parameters = dict(self.model.named_parameters())
-        for name, count in zip(self.names, told.tolist(), strict=True):
-            if not count:
+        for name, there in zip(self.names, anywhere, strict=True):
+            if not there:
                 parameters[name].grad = None
         self._seen.clear()
 
@@ -161,17 +166,29 @@ class Sharded:
 def apply_shard(
     model: BlockStack[Any, Any],
     mesh: DeviceMesh,
-    group: dist.ProcessGroup,
+    units: Sequence[range],
     *,
     keep_gathered: bool = False,
     ignored: set[nn.Parameter] | None = None,
 ) -> Sharded:
     """Spread the model over the mesh, in place; over its copies gradients are still to be added up.
 
-    `group` are all ranks that begin with the same weights: those of the mesh and of its copies. With `keep_gathered`
-    weights stay gathered from forward to backward. `ignored` parameters are left as they are.
+    `units` are blocks that are gathered together (`units_of`), all blocks in order. With `keep_gathered` weights stay
+    gathered from forward to backward. `ignored` parameters are left as they are.
     """
-    return Sharded(model, mesh, group, keep_gathered=keep_gathered, ignored=ignored or set())
+    return Sharded(model, mesh, units, keep_gathered=keep_gathered, ignored=ignored or set())
+
+
+def units_of(sizes: Sequence[float], unit_bytes: float) -> list[range]:
+    """Blocks of these bytes that are gathered together: neighbours, until they are enough. A message costs something by
+    itself, so that there should be few small ones; what is large already gains nothing by it."""
+    units, first, held = [], 0, 0.0
+    for place, size in enumerate(sizes):
+        held += size
+        if held >= unit_bytes or place + 1 == len(sizes):
+            units.append(range(first, place + 1))
+            first, held = place + 1, 0.0
+    return units
 
 
 class _Joint(torch.autograd.Function):

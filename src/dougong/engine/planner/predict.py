@@ -12,12 +12,12 @@ Time    a matrix product: flops / (tensor x peak x efficiency). Between them: by
         (d - 1) / d for each gathering and each spreading, in every micro-batch. (Narayanan et al. 2021,
         arXiv:2104.04473; Rajbhandari et al. 2020, arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
 Memory  parameters x (weight + gradient + optimizer bytes) / shards, and where they are spread the weights gathered:
-        zero3 one block's at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are shared out) and
-        what enters cut layers, of as many micro-batches as a rank has under way at once (1F1B: pipeline - its place);
-        with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020; Korthikanti et al.
-        2022, arXiv:2205.05198.) These leave out what lies between two operations and what is on its way: where it
-        matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded: no optimizer
-        bytes, and (gradient + weight bytes) / host bandwidth a step. (Ren et al. 2021, arXiv:2101.06840.)
+        zero3 one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
+        shared out) and what enters cut layers, of as many micro-batches as a rank has under way at once (1F1B:
+        pipeline - its place); with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020;
+        Korthikanti et al. 2022, arXiv:2205.05198.) These leave out what lies between two operations and what is on its
+        way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded:
+        no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step. (Ren et al. 2021, arXiv:2101.06840.)
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from dougong.engine.parallel.schedule import (
     rank_of_stage,
     span_times,
 )
+from dougong.engine.parallel.shard import units_of
 from dougong.engine.planner.cluster import ClusterConfig
 from dougong.engine.planner.shape import BlockShape, ModelShape
 
@@ -279,10 +280,19 @@ def _state_bytes(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) 
     each = sizes.weight + sizes.gradient + sizes.optimizer
     if plan.shard == 1:
         return each * (common + experts)
+    units = _units(parts, plan, sizes)
+    # zero2 keeps all gathered from forward to backward, zero3 one unit at a time, and its gradient.
+    gathered = sum(units) if plan.sharding == "zero2" else max(units)
+    return each * (common / plan.shard + experts) + sizes.weight * gathered + sizes.gradient * max(units)
+
+
+def _units(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> list[float]:
+    """Parameters that are gathered at a time; all of them once for a step, where that is one unit."""
     blocks = [part.cut / plan.tensor + part.whole for part in parts]
-    # zero2 keeps all gathered from forward to backward, zero3 one block at a time, and its gradient.
-    gathered = sum(blocks) if plan.sharding == "zero2" else max(blocks)
-    return each * (common / plan.shard + experts) + sizes.weight * gathered + sizes.gradient * max(blocks)
+    if plan.pipeline > 1:
+        return [sum(blocks)]
+    units = units_of([sizes.weight * block for block in blocks], plan.gathered_bytes)
+    return [sum(blocks[place] for place in unit) for unit in units]
 
 
 def _activation_bytes(parts: list[BlockShape], plan: PlanConfig, recompute: bool, sizes: BytesConfig) -> float:
@@ -316,10 +326,11 @@ def _data_exchange(
     if plan.shard == 1:
         seconds += ring(data, common * sizes.gradient, 2)
     else:
-        # Of every micro-batch, and each block by itself.
-        gathers = micro_batches * (1 if plan.sharding == "zero2" else 2)
-        blocks = len(parts)
-        seconds += ring(plan.shard, common * sizes.gradient, micro_batches, blocks)
-        seconds += ring(plan.shard, common * sizes.weight, gathers, blocks)
+        # Of every micro-batch, and each unit by itself; one alone is gathered for the whole step.
+        units = len(_units(parts, plan, sizes))
+        times = micro_batches if units > 1 else 1
+        gathers = times * (2 if units > 1 and plan.sharding == "zero3" else 1)
+        seconds += ring(plan.shard, common * sizes.gradient, times, units)
+        seconds += ring(plan.shard, common * sizes.weight, gathers, units)
         seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
     return seconds * (1 - cluster.data_overlap)

@@ -82,8 +82,7 @@ def rehearse(what: Rehearsal, plan: PlanConfig, world: int, rank: int) -> StepBy
             precision=what.precision,
             backward=layout.backward,
             reduce=layout.reduce,
-            norm=layout.norm,
-            all_backward=None if pipeline is None else pipeline.backward,
+            all_backward=layout.all_backward,
         )
         num_records = layout.mesh.share.world * max(1, sum(batch.num_records for batch in batches))
         account = Account(layout.model, parts.optimizer)
@@ -113,7 +112,7 @@ class _Left(NamedTuple):
 
 def _walk(what: Rehearsal, plan: PlanConfig, world: int, rank: int, mode: FakeTensorMode | None) -> list[list[_Left]]:
     """After every block, of every micro-batch of this rank's share."""
-    flat = plan.model_copy(update={"pipeline": 1, "chunks": 1, "schedule": "1f1b"})
+    flat = plan.model_copy(update={"pipeline": 1, "chunks": 1, "schedule": "1f1b", "shard": 1, "sharding": "zero3"})
     fewer = world // plan.pipeline
     with _alone(fewer, rank % fewer) as ranks:
         layout = _laid_out(what, flat, ranks, mode)
