@@ -68,12 +68,13 @@ class Layout:
         began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
         group, alike = self.mesh.group("copies"), self.mesh.group("expert copies")
         agreed = None
+        trained = self._trained()
         if group is not None:
             loss = loss / self.mesh.plan.context  # ranks of a context have all made the loss of the same records
             if self.sharded is not None or self.hierarchy is not None:
-                agreed = self._agree(loss, group)
+                agreed = self._agree(loss, trained, group)
                 loss = agreed.loss
-        trained = self._trained()
+                trained = self._trained()  # what was gathered is gone
         tensor = self.mesh.group("tensor")
         if tensor is not None:
             # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
@@ -93,10 +94,9 @@ class Layout:
         self.clock.note("exchange", began)
         return Reduced(loss, norm)
 
-    def _agree(self, loss: Tensor, group: dist.ProcessGroup) -> _Agreed:
+    def _agree(self, loss: Tensor, trained: dict[str, nn.Parameter], group: dist.ProcessGroup) -> _Agreed:
         """On what has a gradient, before it is added up: where others than copies have done so already, or what goes
         between nodes is rounded. The norm comes along where nothing is left to be added up."""
-        trained = self._trained()  # what is gathered now goes when it is settled
         present = [parameter.grad is not None for parameter in self._copied(trained)]
         numbers = [loss]
         if isinstance(self.sharded, Sharded) and self.mesh.sizes["shard"] == self.mesh.ranks.world and not self.experts:
