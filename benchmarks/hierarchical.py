@@ -2,7 +2,8 @@
 
 Here        the nodes, what each rank measures, and what is made of it (claim 1 of docs/claims.md).
 Elsewhere   the forms (engine/parallel/hierarchical.py); options and the written result (harness.py).
-Promise     both ways run interleaved in the same processes; a figure is a median, of the slowest rank.
+Promise     all ways run in turns in the same processes, in an order that goes round; a time is the slowest rank's, a
+            figure the median of the turns' ratios with a bootstrapped 95 % interval.
 
 The nodes are emulated on one machine: two network namespaces with a wire between them whose rate is limited (tbf) both
 ways; ranks of a node speak through its loopback. Delay is the machine's own, but for the wire that is said to have one,
@@ -19,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness import run
-from paired import as_ranks
+from paired import as_ranks, quartiles, ratio
 from relay import MTU, Wire
 
 from dougong.core.errors import ConfigError
@@ -44,6 +44,8 @@ LOCAL: Final = (2, 4)
 WAYS: Final = ("flat", "ours", "ours, bf16 across")
 BUDGET_SECONDS: Final = 5.0
 """Of one size and way, at most; at least three turns."""
+
+MOST_TURNS: Final = 200
 
 
 def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
@@ -62,33 +64,32 @@ def _figures(where: str, local: int, found: dict[str, Any], *, rate_bound: bool)
     for size, took in found["sizes"].items():
         flat = took["flat"]
         name = f"{where}, {_text(int(size))}"
-        yield Figure(name=f"{name}: flat", value=1e3 * flat, unit="ms")
-        yield Figure(
-            name=f"{name}: ours ({found['forms'][size]}) over flat", value=took["ours"] / flat, unit="", asked="<= 1.05"
-        )
+        yield quartiles(f"{name}: flat", flat)
+        yield ratio(f"{name}: ours ({found['forms'][size]}) over flat", took["ours"], flat, "<= 1.05")
         form = found["bf16 forms"][size]
-        yield Figure(name=f"{name}: bf16 ({form}) over flat", value=took["ours, bf16 across"] / flat, unit="")
+        yield ratio(f"{name}: bf16 ({form}) over flat", took["ours, bf16 across"], flat, None)
     largest = max(found["sizes"], key=int)
     took = found["sizes"][largest]
     if rate_bound:
+        whole = ratio("", took["ours"], took["flat"], None).value
         yield Figure(
             name=f"{where}: ours over flat at {_text(int(largest))}, over the theoretical ratio {theory:.3f}",
-            value=took["ours"] / took["flat"] / theory,
+            value=whole / theory,
             unit="",
             asked="<= 1.10",
         )
-    yield Figure(
-        name=f"{where}: bf16 across over flat at {_text(int(largest))}",
-        value=took["ours, bf16 across"] / took["flat"],
-        unit="",
-        asked="<= 0.40" if rate_bound else None,
+    yield ratio(
+        f"{where}: bf16 across over flat at {_text(int(largest))}",
+        took["ours, bf16 across"],
+        took["flat"],
+        "<= 0.40" if rate_bound else None,
     )
     yield Figure(name=f"{where}: bf16's error, of the sum's spread", value=found["error"], unit="")
     step = found["step"]
-    yield Figure(name=f"{where}: step of a replicated model, flat", value=1e3 * step["flat"], unit="ms")
+    yield quartiles(f"{where}: step of a replicated model, flat", step["flat"])
     for way, asked in (("ours", "<= 0.80"), ("ours, bf16 across", "<= 0.42")):
         asked_here = asked if local == 4 and where.endswith("200-Mbit") else None
-        yield Figure(name=f"{where}: step, {way} over flat", value=step[way] / step["flat"], unit="", asked=asked_here)
+        yield ratio(f"{where}: step, {way} over flat", step[way], step["flat"], asked_here)
 
 
 def _text(count: int) -> str:
@@ -120,7 +121,9 @@ def emulated_nodes(megabits: int, delay_seconds: float) -> Iterator[None]:
         raise ConfigError("this benchmark needs ip and tc. Install iproute2.")
     with contextlib.ExitStack() as stack:
         for node in NODES:
-            stack.callback(subprocess.run, ["ip", "netns", "del", node], capture_output=True)
+            gone = ["ip", "netns", "del", node]
+            subprocess.run(gone, capture_output=True)  # noqa: S603, what a run that was killed has left
+            stack.callback(subprocess.run, gone, capture_output=True)
             ip("netns", "add", node)
         if delay_seconds:
             try:
@@ -212,28 +215,30 @@ def as_rank() -> None:
     dist.destroy_process_group()
 
 
-def _interleaved(ways: dict[str, Callable[[], None]], budget: float) -> dict[str, float]:
-    """Median seconds of each way, of the slowest rank."""
+def _interleaved(ways: dict[str, Callable[[], None]], budget: float) -> dict[str, list[float]]:
+    """Seconds of each way, of the slowest rank, by turn."""
     import torch
     import torch.distributed as dist
 
-    took: dict[str, list[float]] = {way: [] for way in ways}
+    names = list(ways)
+    took: dict[str, list[float]] = {way: [] for way in names}
     turns = 0
     while True:
-        for way, work in ways.items():
+        first = turns % len(names)
+        for way in [*names[first:], *names[:first]]:
             dist.barrier()
             started = time.perf_counter()
-            work()
+            ways[way]()
             seconds = torch.tensor(time.perf_counter() - started)
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             if turns:
                 took[way].append(seconds.item())
         turns += 1
-        if turns > 3 and (turns > 60 or sum(map(sum, took.values())) > budget * len(ways)):
-            return {way: statistics.median(each) for way, each in took.items()}
+        if turns > 3 and (turns > MOST_TURNS or sum(map(sum, took.values())) > budget * len(ways)):
+            return took
 
 
-def _steps(plain: Any, rounded: Any, budget: float) -> dict[str, float]:
+def _steps(plain: Any, rounded: Any, budget: float) -> dict[str, list[float]]:
     """A whole step of a small transformer, 3.2 million parameters, copies on all ranks."""
     import torch
     import torch.distributed as dist

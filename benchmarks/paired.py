@@ -24,7 +24,7 @@ from dougong.core.figures import Figure
 LIMIT_SECONDS: Final = 1800.0
 
 
-def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], asked: str) -> Figure:
+def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], asked: str | None) -> Figure:
     """Ours over theirs, round by round."""
     ratios = np.array(ours) / np.array(theirs)
     chosen = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))

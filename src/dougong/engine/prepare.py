@@ -101,6 +101,7 @@ def prepare_model(
         else:
             keep = plan.sharding == "zero2"
             layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=keep, ignored=ignored)
+    layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
     return layout

@@ -32,7 +32,7 @@ from dougong.engine.words import WordsJudged, judge_words
 from dougong.model.decoder import Decoder
 from dougong.recipes.build import build_model, loss_of
 from dougong.recipes.decoding import DecodeRecipe
-from dougong.recipes.result import result_as_json
+from dougong.recipes.result import result_as_json, write_words
 from dougong.recipes.tables import Tables
 from dougong.recipes.training import (
     Learning,
@@ -113,7 +113,7 @@ def run_decode(
     )
     if ranks.first:
         result.describer.save(folder / "bundle")
-        _write_evaluation(result)
+        write_words(result)
         _write_samples(result)
         write_gallery(folder)
     ranks.wait()
@@ -158,26 +158,6 @@ def _judged(
 
 
 # What it leaves --------------------------------------------------------------------------------------------------
-
-
-def _write_evaluation(result: DecodeResult) -> None:
-    parts = ("train", "validation", "test")
-    write_json(
-        result.folder / "evaluation.json",
-        {
-            "data": {
-                "name": result.tables.train.path.name,
-                "rows": {part: getattr(result.tables, part).num_rows for part in parts},
-                "notes": list(result.notes),
-            },
-            "directions": {
-                name: {"metrics": found.metrics, "num_records": found.num_records, "set_aside": len(found.bad)}
-                for name, found in result.evaluations.items()
-            },
-            "parameters": result.num_parameters,
-            "seconds": round(result.train_seconds, 1),
-        },
-    )
 
 
 def _write_samples(result: DecodeResult) -> None:

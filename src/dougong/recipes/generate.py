@@ -40,7 +40,7 @@ from dougong.objectives.generation import generation_loss, token_losses
 from dougong.objectives.reconstruction import reconstruction_loss
 from dougong.recipes.build import target_of
 from dougong.recipes.generation import GenerateRecipe
-from dougong.recipes.result import result_as_json
+from dougong.recipes.result import result_as_json, write_words
 from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.recipes.training import provenance
@@ -50,7 +50,6 @@ from dougong.watch.progress import Progress
 from dougong.watch.tensorboard import TensorBoard
 
 SETTINGS: Final = "run.yaml"
-EVALUATION: Final = "evaluation.json"
 GALLERY: Final = "gallery"
 JUDGED_AT_ONCE: Final = 128
 SHOWN: Final = 24
@@ -113,7 +112,7 @@ def run_generation(
     generator.save(folder / "bundle")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     result = GenerationResult(folder, generator, evaluations, tables, num_parameters, train_seconds, notes)
-    _write_evaluation(result)
+    write_words(result)
     _write_samples(result, recipe)
     write_gallery(folder)
     return result
@@ -302,25 +301,6 @@ def _generator(
         metrics={name: found.metrics for name, found in evaluations.items()},
     )
     return Generator(model, preparation, manifest, recipe.sampling)
-
-
-def _write_evaluation(result: GenerationResult) -> None:
-    write_json(
-        result.folder / EVALUATION,
-        {
-            "data": {
-                "name": result.tables.train.path.name,
-                "rows": {part: getattr(result.tables, part).num_rows for part in ("train", "validation", "test")},
-                "notes": list(result.notes),
-            },
-            "directions": {
-                name: {"metrics": found.metrics, "num_records": found.num_records}
-                for name, found in result.evaluations.items()
-            },
-            "parameters": result.num_parameters,
-            "seconds": round(result.train_seconds, 1),
-        },
-    )
 
 
 def _write_samples(result: GenerationResult, recipe: GenerateRecipe) -> None:

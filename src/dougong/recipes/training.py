@@ -95,7 +95,8 @@ def begin_run(
     opened, preparation, notes = ranks.after_first(open_and_prepare)
     if not quiet:
         print(
-            "\n".join([_describe(recipe, opened, preparation), *(f"note: {note}" for note in notes)]), file=sys.stderr
+            "\n".join([_describe(recipe, opened, preparation, ranks), *(f"note: {note}" for note in notes)]),
+            file=sys.stderr,
         )
     listeners: list[Listener] = [TensorBoard(folder / "tensorboard")] if ranks.first else []
     if not quiet:
@@ -238,11 +239,13 @@ def _block_seconds(model: BlockStack[Any, Any], loader: Loader) -> list[float]:
     return block_seconds(model, to_tensors(arrays))
 
 
-def _describe(recipe: LaidOut, tables: Tables, preparation: Preparation) -> str:
+def _describe(recipe: LaidOut, tables: Tables, preparation: Preparation, ranks: Ranks) -> str:
     lines = [f"{tables.train.path.name}: {tables.train.num_rows} training records"]
     lines += [f"  {name:20} {role:9} {reason}" for name, (role, reason) in tables.roles.items()]
     if isinstance(recipe, Recipe):
         lines.append(f"  predicts {tables.target} ({preparation.target.task.replace('_', ' ')})")
+    if ranks.world > 1 and recipe.plan is not None:
+        lines.append(f"  on {ranks.world} ranks: {recipe.plan.in_words()}")
     return "\n".join(lines)
 
 

@@ -10,20 +10,20 @@ Promise     the same bundle, input, settings and seed write the same; what is sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dougong.core.bundle import Manifest, bundle_in, kind_of, read_bundle
+from dougong.core.bundle import Manifest, bundle_in, kind_of
 from dougong.core.config import parse
-from dougong.core.errors import BundleError, ConfigError
+from dougong.core.errors import ConfigError
 from dougong.core.files import write_atomic
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import ImageInput
+from dougong.core.signature import ImageInput, Signature
 from dougong.data.collate import View
 from dougong.data.corruption import Corruption
 from dougong.data.loader import Loader, LoaderConfig
@@ -46,7 +46,7 @@ from dougong.serve.generator import (
     picture_bytes,
     pictures_of,
 )
-from dougong.serve.saving import load_network, load_settings, save_bundle
+from dougong.serve.saving import load_of_kind, load_settings, save_bundle
 
 KIND: Final = "decoder"
 SAMPLING: Final = "sampling.json"
@@ -177,13 +177,10 @@ def load_describer(folder: str | Path) -> Describer:
         BundleError: it is not a whole, unaltered bundle of a decoder.
     """
     folder = bundle_in(Path(folder))
-    manifest = read_bundle(folder)
-    if manifest.model.get("kind") != KIND:
-        raise BundleError(f"{folder} holds no decoder. Ask it with: dougong predict, or dougong generate.")
-    settings = {key: value for key, value in manifest.model.items() if key != "kind"}
 
-    def build() -> Decoder:
-        return parse(DecoderConfig, settings, where="the bundle's model").build(manifest.signature)
+    def build(settings: Mapping[str, Any], signature: Signature) -> Decoder:
+        return parse(DecoderConfig, settings, where="the bundle's model").build(signature)
 
-    preparation, network = load_network(folder, manifest, build, (SAMPLING,))
+    refusal = "holds no decoder. Ask it with: dougong predict, or dougong generate."
+    manifest, preparation, network = load_of_kind(folder, KIND, build, (SAMPLING,), refusal=refusal)
     return Describer(network, preparation, manifest, load_settings(folder, SAMPLING, SamplingConfig))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dougong.core.bundle import Manifest, bundle_in, read_bundle
+from dougong.core.bundle import Manifest, bundle_in
 from dougong.core.config import parse
-from dougong.core.errors import BundleError, DataError
+from dougong.core.errors import DataError
 from dougong.core.seeds import derive_seed
+from dougong.core.signature import Signature
 from dougong.data.collate import Collator, Request
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.text import TextModality
@@ -31,7 +32,7 @@ from dougong.engine.batches import to_tensors
 from dougong.model.sampling import SamplingConfig, SamplingsConfig
 from dougong.model.writer import Direction, Writer, WriterConfig
 from dougong.nn.batch import Batch
-from dougong.serve.saving import load_network, load_settings, save_bundle
+from dougong.serve.saving import load_of_kind, load_settings, save_bundle
 
 KIND: Final = "writer"
 SAMPLING: Final = "sampling.json"
@@ -127,15 +128,12 @@ def load_generator(folder: str | Path) -> Generator:
         BundleError: it is not a whole, unaltered bundle of a writer.
     """
     folder = bundle_in(Path(folder))
-    manifest = read_bundle(folder)
-    if manifest.model.get("kind") != KIND:
-        raise BundleError(f"{folder} holds a model that decides, not one that writes. Ask it with: dougong predict.")
-    settings = {key: value for key, value in manifest.model.items() if key != "kind"}
 
-    def build() -> Writer:
-        return parse(WriterConfig, settings, where="the bundle's model").build(manifest.signature)
+    def build(settings: Mapping[str, Any], signature: Signature) -> Writer:
+        return parse(WriterConfig, settings, where="the bundle's model").build(signature)
 
-    preparation, network = load_network(folder, manifest, build, (SAMPLING,))
+    refusal = "holds a model that decides, not one that writes. Ask it with: dougong predict."
+    manifest, preparation, network = load_of_kind(folder, KIND, build, (SAMPLING,), refusal=refusal)
     return Generator(network, preparation, manifest, load_settings(folder, SAMPLING, SamplingsConfig))
 
 

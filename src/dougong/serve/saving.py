@@ -1,6 +1,6 @@
 """A network of any kind and what feeds it, written as a bundle and read from one.
 
-Here        `save_bundle`, `load_network`, `load_settings`; the names of the files that every bundle has.
+Here        `save_bundle`, `load_network`, `load_of_kind`, `load_settings`; names of the files that every bundle has.
 Elsewhere   manifest and sums (core/bundle.py); what each kind of bundle is used for (model.py, aligner.py,
             generator.py, describer.py).
 Promise     an older bundle at that place is replaced at once and whole, or stays. Nothing is unpickled.
@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from torch import nn
 
-from dougong.core.bundle import Manifest, write_bundle
+from dougong.core.bundle import Manifest, read_bundle, write_bundle
 from dougong.core.config import ConfigT, parse
 from dougong.core.errors import BundleError, CheckpointError, ConfigError
 from dougong.core.files import write_atomic
+from dougong.core.signature import Signature
 from dougong.data.preparation import Preparation
 from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
 
@@ -70,6 +71,28 @@ def load_network(
     except (ConfigError, CheckpointError) as error:
         raise _unfitting(folder, "weights", error) from None
     return preparation, network
+
+
+def load_of_kind(
+    folder: Path,
+    kind: str,
+    build: Callable[[Mapping[str, Any], Signature], NetworkT],
+    more: Sequence[str],
+    *,
+    refusal: str,
+) -> tuple[Manifest, Preparation, NetworkT]:
+    """The same of a bundle whose model says its kind; sums are checked first. `build` gets the model's settings;
+    `refusal` ends the line that names a bundle of another kind.
+
+    Raises:
+        BundleError: it is not a whole, unaltered bundle of this kind.
+    """
+    manifest = read_bundle(folder)
+    settings = dict(manifest.model)
+    if settings.pop("kind", None) != kind:
+        raise BundleError(f"{folder} {refusal}")
+    preparation, network = load_network(folder, manifest, lambda: build(settings, manifest.signature), more)
+    return manifest, preparation, network
 
 
 def load_settings(folder: Path, file: str, kind: type[ConfigT]) -> ConfigT:

@@ -52,6 +52,9 @@ class Layout:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the whole model's parameters."""
 
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    """What this rank holds between steps and the optimizer steps. Looking it up costs milliseconds."""
+
     experts: set[str] = field(default_factory=set)
     """Parameters of experts that are spread."""
 
@@ -68,39 +71,37 @@ class Layout:
         began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
         group, alike = self.mesh.group("copies"), self.mesh.group("expert copies")
         agreed = None
-        trained = self._trained()
         if group is not None:
             loss = loss / self.mesh.plan.context  # ranks of a context have all made the loss of the same records
             if self.sharded is not None or self.hierarchy is not None:
-                agreed = self._agree(loss, trained, group)
+                agreed = self._agree(loss, group)
                 loss = agreed.loss
-                trained = self._trained()  # what was gathered is gone
-        tensor = self.mesh.group("tensor")
+        trained, tensor = self.trained, self.mesh.group("tensor")
         if tensor is not None:
             # Which records a rank has is the same in all of a tensor group: so is what has a gradient.
             partial = [trained[name].grad for name in sorted(self.cuts.partial & trained.keys())]
             add_up([local_part(gradient) for gradient in partial if gradient is not None], tensor)
         if agreed is not None:
-            self._add_up_copies(trained, agreed.present)
+            self._add_up_copies(agreed.present)
         elif group is not None:
-            loss = add_up_gradients(self._copied(trained), group, loss)
+            loss = add_up_gradients(self._copied(), group, loss)
         if group is not None:
             average_moves(moved, group)
         if self.experts and alike is not None:
             add_up_gradients([trained[name] for name in trained if name in self.experts], alike, loss)
         norm = None if agreed is None else agreed.norm
         if norm is None:
-            loss, norm = self._norm(loss, trained)
+            loss, norm = self._norm(loss)
         self.clock.note("exchange", began)
         return Reduced(loss, norm)
 
-    def _agree(self, loss: Tensor, trained: dict[str, nn.Parameter], group: dist.ProcessGroup) -> _Agreed:
+    def _agree(self, loss: Tensor, group: dist.ProcessGroup) -> _Agreed:
         """On what has a gradient, before it is added up: where others than copies have done so already, or what goes
         between nodes is rounded. The norm comes along where nothing is left to be added up."""
-        present = [parameter.grad is not None for parameter in self._copied(trained)]
+        present = [parameter.grad is not None for parameter in self._copied()]
         numbers = [loss]
         if isinstance(self.sharded, Sharded) and self.mesh.sizes["shard"] == self.mesh.ranks.world and not self.experts:
-            gradients = [local_part(p.grad) for p in trained.values() if p.grad is not None]
+            gradients = [local_part(p.grad) for p in self.trained.values() if p.grad is not None]
             numbers.append(norm_of(gradients).to(loss).square())
         spread = [] if self.sharded is None else self.sharded.present()
         anywhere, sums = agree([*present, *spread], torch.stack(numbers), group)
@@ -108,27 +109,24 @@ class Layout:
             self.sharded.settle(anywhere[len(present) :])
         return _Agreed(sums[0], sums[1].sqrt() if len(numbers) == 2 else None, anywhere[: len(present)])
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _copied(self, trained: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    def _copied(self) -> list[nn.Parameter]:
         """What all ranks that begin with the same weights hold the same of."""
         apart = self.spread | self.experts
-        return [p for name, p in trained.items() if name not in apart]
+        return [p for name, p in self.trained.items() if name not in apart]
 
-    def _add_up_copies(self, trained: dict[str, nn.Parameter], present: Sequence[bool]) -> None:
-        gradients = gradients_anywhere(self._copied(trained), present)
+    def _add_up_copies(self, present: Sequence[bool]) -> None:
+        gradients = gradients_anywhere(self._copied(), present)
         # Over ranks with other parts of the weights, the sharder has added up.
         spread = self.spread
-        gradients += [local_part(g) for name, p in trained.items() if name in spread and (g := p.grad) is not None]
+        gradients += [local_part(g) for name, p in self.trained.items() if name in spread and (g := p.grad) is not None]
         copies = self.mesh.group("replicate")
         if copies is not None:
             add_up(gradients, copies, by=None if self.hierarchy is None else self._by_hierarchy)
 
-    def _norm(self, loss: Tensor, trained: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor]:
+    def _norm(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, which in a pipeline the last stage alone has; and of all parts of all gradients, each counted
         once."""
-        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         if self.is_whole:
             return loss, norm_of(list(gradients.values()))
         here, spread = self.mesh.ranks.world // self.mesh.sizes["pipeline"], self.spread

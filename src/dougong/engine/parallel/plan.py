@@ -72,6 +72,18 @@ class PlanConfig(Config):
     per_node: int | None = Field(default=None, gt=0)
     """Ranks of a node. None: as torchrun says."""
 
+    def in_words(self) -> str:
+        """The axes along which ranks stand, in a few words."""
+        chunks = f" x {self.chunks}" if self.chunks > 1 else ""
+        axes = (
+            (self.tensor > 1, f"tensor {self.tensor}"),
+            (self.context > 1, f"context {self.context} by {self.context_form}"),
+            (self.pipeline > 1, f"pipeline {self.pipeline}{chunks} {self.schedule}"),
+            (self.expert > 1, f"expert {self.expert}"),
+            (self.shard > 1, f"{self.sharding} over {self.shard}"),
+        )
+        return ", ".join(words for there, words in axes if there) or "copies"
+
     @model_validator(mode="after")
     def _fits_together(self) -> PlanConfig:
         for name, can, needed in (

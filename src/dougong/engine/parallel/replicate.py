@@ -38,7 +38,7 @@ def copy_from_first(model: nn.Module, group: dist.ProcessGroup, bucket_bytes: in
 def add_up_gradients(
     parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, loss: Tensor, bucket_bytes: int = BUCKET_BYTES
 ) -> Tensor:
-    """Gradients become the sums over the ranks, in place; returned is the sum of the losses.
+    """Gradients become the sums over the ranks; returned is the sum of the losses.
 
     Whose gradients there are, and the loss, ride along: what a rank lacks it sends as zeros, so that ranks that each
     have others do not wait for each other forever, nor agree in an exchange of its own, which for a small model costs
@@ -46,9 +46,9 @@ def add_up_gradients(
     """
     gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
     told = _told([each.grad is not None for each in parameters], loss[None])
-    add_up([*gradients, told], group, bucket_bytes)
+    *sums, told = _sums([*gradients, told], group, bucket_bytes)
     present, numbers = _heard(told, len(parameters))
-    for parameter, gradient, there in zip(parameters, gradients, present, strict=True):
+    for parameter, gradient, there in zip(parameters, sums, present, strict=True):
         parameter.grad = gradient if there else None
     return numbers[0]
 
@@ -101,18 +101,30 @@ def add_up(
 ) -> None:
     """Sum over the ranks, in place. `by` adds up one buffer, in place, which has the same name in every step; None: by
     plain collectives, all under way at once."""
-    buckets = list(in_buckets(tensors, tensors, bucket_bytes))
-    flats = [_flat(bucket) for bucket in buckets]
-    if by is not None:
-        for number, (flat, bucket) in enumerate(zip(flats, buckets, strict=True)):
-            by(flat, f"{number} of {len(flats)}, {flat.numel()}")
-            _put(flat, bucket)
+    if by is None:
+        sums = _sums(tensors, group, bucket_bytes)
+        if tensors:
+            torch._foreach_copy_(tensors, sums)
         return
+    buckets = list(in_buckets(tensors, tensors, bucket_bytes))
+    for number, bucket in enumerate(buckets):
+        flat = _flat(bucket)
+        by(flat, f"{number} of {len(buckets)}, {flat.numel()}")
+        _put(flat, bucket)
+
+
+def _sums(tensors: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> list[Tensor]:
+    """Over the ranks, of all tensors; they lie beside each other in memory."""
+    buckets = list(in_buckets(range(len(tensors)), tensors, bucket_bytes))
+    flats = [_flat([tensors[place] for place in bucket]) for bucket in buckets]
     works = [dist.all_reduce(flat, group=group, async_op=True) for flat in flats]
+    found: dict[int, Tensor] = {}
     for work, flat, bucket in zip(works, flats, buckets, strict=True):
         if work is not None:
             work.wait()
-        _put(flat, bucket)
+        parts = torch.split(flat, [tensors[place].numel() for place in bucket])
+        found |= {place: part.view(tensors[place].shape) for place, part in zip(bucket, parts, strict=True)}
+    return [found[place] for place in range(len(tensors))]
 
 
 def in_buckets(items: Sequence[T], tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[T]]:
@@ -135,5 +147,5 @@ def _flat(bucket: Sequence[Tensor]) -> Tensor:
 
 
 def _put(flat: Tensor, bucket: Sequence[Tensor]) -> None:
-    for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+    torch._foreach_copy_(list(bucket), [part.view(tensor.shape) for tensor, part in zip(bucket, parts, strict=True)])

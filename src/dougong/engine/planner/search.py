@@ -157,16 +157,7 @@ def _divisors(number: int) -> list[int]:
 
 def describe(choice: Choice) -> str:
     """A layout in a few words."""
-    plan = choice.plan
-    words = [f"tensor {plan.tensor}"] if plan.tensor > 1 else []
-    if plan.pipeline > 1:
-        chunks = f" x {plan.chunks}" if plan.chunks > 1 else ""
-        words.append(f"pipeline {plan.pipeline}{chunks} {plan.schedule}")
-    if plan.expert > 1:
-        words.append(f"expert {plan.expert}")
-    if plan.shard > 1:
-        words.append(f"{plan.sharding} over {plan.shard}")
-    words = words or ["copies"]
+    words = [choice.plan.in_words()]
     words.append("1 micro-batch" if choice.micro_batches == 1 else f"{choice.micro_batches} micro-batches")
     if choice.recompute:
         words.append("recompute")
