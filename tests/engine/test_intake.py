@@ -59,6 +59,19 @@ def test_what_was_peeked_at_is_taken_next_and_not_counted_before() -> None:
     assert took.tally.position == Position(0, 3)
 
 
+def test_what_was_read_ahead_is_taken_next_and_not_counted_before() -> None:
+    took, _ = intake(InOrder(16, 4, bad={4, 5, 6, 7, 9}))
+
+    ahead = took.read_ahead(2)
+    took.meet(ahead, ahead.counts())
+
+    assert ahead.counts() == [4, 4, 0, 0, 4, 4]
+    assert took.tally == Tally()
+    assert took.read_ahead(2).read == []  # they have been met
+    assert rows(took.take(2).arrays) == [[0, 1, 2, 3], [8, 10, 11]]  # the second has nothing, and one more is read
+    assert took.tally.bad_rows == {4, 5, 6, 7, 9}
+
+
 def test_there_is_nothing_to_peek_at_where_all_is_bad() -> None:
     took, _ = intake(InOrder(8, 4, bad=set(range(8))))
     assert took.peek() is None

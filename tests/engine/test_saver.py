@@ -233,7 +233,7 @@ def on_ranks(folder: Path, error: Exception | None) -> dict[str, Any]:
         )
         own.begin(state)
         for look in range(200):
-            saved = own.look(*ranks.any(own.busy, own.failed))
+            saved = own.look(*map(bool, ranks.sums(own.busy, own.failed)))
             told["counts"].append((folder / "step-00000001").exists())
             if look == 20:
                 go_on.set()

@@ -14,6 +14,7 @@ from dougong.data.position import Share
 from dougong.engine.optimizer import alike
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
+from dougong.engine.parallel.shard import units_of
 from dougong.engine.prepare import prepare_model
 from dougong.engine.step import TrainParts, train_step
 from dougong.model.bridge import BridgeConfig
@@ -255,6 +256,13 @@ def test_a_layout_trains_as_one_process_does(kind: str, name: str) -> None:
     for weight, value in whole.items():
         # Nothing is left that no rank holds.
         assert (value - expected_weights[weight]).abs().max() < 1e-5, weight
+
+
+def test_blocks_are_gathered_together_until_they_are_enough() -> None:
+    assert units_of([3, 3, 3, 9, 1, 1], 6) == [range(2), range(2, 4), range(4, 6)]
+    assert units_of([3, 3, 3], 0) == [range(1), range(1, 2), range(2, 3)]
+    assert units_of([3, 3, 3], 100) == [range(3)]
+    assert units_of([], 6) == []
 
 
 def across_nodes(sharded: bool) -> tuple[list[int], int, float]:

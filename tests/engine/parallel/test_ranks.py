@@ -16,7 +16,6 @@ def agreements() -> dict[str, Any]:
     uneven = torch.arange(3.0).reshape(1, 3) if ranks.rank == 1 else torch.empty(0)
     return {
         "sums": ranks.sums(ranks.rank, 5),
-        "any": ranks.any(ranks.rank == 1, False),
         "every": (ranks.every(ranks.rank >= 0), ranks.every(ranks.rank == 0)),
         "tell": ranks.tell({"rank": ranks.rank, "text": "ü" * ranks.rank}),
         "nothing": ranks.tell(None),
@@ -33,7 +32,6 @@ def test_all_ranks_know_the_same() -> None:
     first, second, third = run_ranks(agreements, world=3)
     for found in (first, second, third):
         assert found["sums"] == (3, 15)
-        assert found["any"] == (True, False)
         assert found["every"] == (True, False)
         assert found["tell"] == [{"rank": rank, "text": "ü" * rank} for rank in range(3)]
         assert found["nothing"] == [None, None, None]
@@ -71,7 +69,6 @@ def test_one_process_alone_sends_nothing() -> None:
     assert ALONE.tell(told) == [told]
     assert ALONE.tell(told)[0] is told
     assert ALONE.sums(3, 4) == (3, 4)
-    assert ALONE.any(True, False) == (True, False)
     assert ALONE.every(True)
     assert not ALONE.every(False)
     assert ALONE.first

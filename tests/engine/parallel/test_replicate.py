@@ -118,6 +118,34 @@ def test_every_rank_has_the_same_weights_and_buffers_bit_for_bit() -> None:
     assert torch.equal(found[0]["constant"], torch.full((3,), 0.1, dtype=torch.float64))  # exactly as it was
 
 
+def exchanges() -> list[int]:
+    """How many a step makes."""
+    model, plain, sent = TwoSides(), dist.all_reduce, []
+
+    def counted(x: Tensor, *given: Any, **named: Any) -> Any:
+        sent.append(x.numel())
+        return plain(x, *given, **named)
+
+    for name in ("mean", "constant"):  # buffers are sent apart
+        delattr(model, name)
+    model.float().eval()  # numbers of one type go together, and a loss is float
+    parts = TrainParts(model, summed, AdamW([model.left.weight]), reduce=replicated(model))
+    batch = batch_of("lrb-", Share(dist.get_rank(), dist.get_world_size()))
+    media = {name: one._replace(values={"x": one.values["x"].float()}) for name, one in batch.media.items()}
+    dist.all_reduce = counted  # type: ignore[assignment]
+    try:
+        train_step(parts, [batch._replace(media=media)], num_records=4)
+    finally:
+        dist.all_reduce = plain
+    return sent
+
+
+def test_a_step_of_copies_is_one_exchange() -> None:
+    numbers = sum(p.numel() for p in TwoSides().parameters() if p.requires_grad)
+    flags = sum(p.requires_grad for p in TwoSides().parameters())
+    assert run_ranks(exchanges, world=2) == [[numbers + flags + 1]] * 2
+
+
 def running_means() -> tuple[Tensor, Tensor]:
     """What the ranks' buffers would be by themselves, and what they are together."""
     share = Share(dist.get_rank(), dist.get_world_size())

@@ -1,6 +1,6 @@
 """Collectives by the names that this torch knows them by.
 
-Here        `all_gather`, `reduce_scatter`.
+Here        `all_gather`, `begin_all_gather`, `reduce_scatter`.
 Elsewhere   what is built of them, with gradients (exchange.py, gather.py).
 Promise     none of torch's warnings about a name that it is giving up.
 """
@@ -21,6 +21,12 @@ _SCATTER: Final[Callable[..., Any]] = getattr(dist, "reduce_scatter_single", Non
 def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
     """Every rank's part, by rank along dimension 0."""
     _GATHER(whole, part, group=group)
+
+
+def begin_all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """The same, on its way; `whole` is there once it has been waited for."""
+    work: dist.Work = _GATHER(whole, part, group=group, async_op=True)
+    return work
 
 
 def reduce_scatter(part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:

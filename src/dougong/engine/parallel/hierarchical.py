@@ -15,21 +15,24 @@ Both work in chunks, one inside a node while another is on its way across.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dougong.engine.parallel.collectives import all_gather, reduce_scatter
+from dougong.engine.parallel.collectives import all_gather, begin_all_gather, reduce_scatter
 
 Form = Literal["flat", "leader", "scatter"]
 FORMS: Final[tuple[Form, ...]] = ("flat", "leader", "scatter")
 
-CHUNK_BYTES: Final = 4 * 2**20
-"""Of what is under way at once: enough that a message's own cost is little, small enough that chunks overlap."""
+CHUNK_BYTES: Final = 2**20
+"""What goes across at a time: large enough that a message's own cost is little, small enough that what is done inside
+before the first has left and after the last has come, when nothing is on the wire, is little too."""
 
 MEASURED_BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**26)
 """Sizes at which forms are tried; a message takes the form of the nearest below."""
@@ -47,6 +50,18 @@ class Measured(NamedTuple):
     num_bytes: int
     form: Form
     seconds: float
+
+
+class _UnderWay(NamedTuple):
+    """A chunk of which each rank of a node has a part, on its way across."""
+
+    chunk: Tensor
+    padded: Tensor
+    part: Tensor
+    crossing: Iterator[None]
+
+
+_ARRIVED: Final = object()
 
 
 class Hierarchy:
@@ -133,16 +148,24 @@ class Hierarchy:
             reduce_scatter(part, padded, self.inside)
             return padded, part
 
-        # The next chunk is added up inside while this one is on its way across.
-        waiting = begin(chunks[0])
+        # Chunks are added up and spread inside while others are on their way across.
+        under_way: deque[_UnderWay] = deque()
         for number, chunk in enumerate(chunks):
-            padded, part = waiting
-            finish = self._across_begun(part, f"{name}/{number}")
-            if number + 1 < len(chunks):
-                waiting = begin(chunks[number + 1])
-            finish()
-            all_gather(padded, part, self.inside)
-            chunk.copy_(padded[: len(chunk)])
+            padded, part = begin(chunk)
+            under_way.append(_UnderWay(chunk, padded, part, self._crossing(part, f"{name}/{number}")))
+            next(under_way[-1].crossing)
+            self._go_on(under_way, len(under_way) - 1)
+        while under_way:
+            self._go_on(under_way, len(under_way))
+
+    def _go_on(self, under_way: deque[_UnderWay], count: int) -> None:
+        """The next piece of work of the so many oldest; of which the oldest may come to its end."""
+        for each in list(itertools.islice(under_way, count)):
+            if next(each.crossing, _ARRIVED) is _ARRIVED:
+                assert each is under_way[0]
+                under_way.popleft()
+                all_gather(each.padded, each.part, self.inside)
+                each.chunk.copy_(each.padded[: len(each.chunk)])
 
     def _leader(self, chunks: list[Tensor], name: str) -> None:
         for number, chunk in enumerate(chunks):
@@ -152,21 +175,20 @@ class Hierarchy:
             dist.broadcast(chunk, group=self.inside, group_src=0)
 
     def _across(self, x: Tensor, name: str) -> None:
-        self._across_begun(x, name)()
+        for _ in self._crossing(x, name):
+            pass
 
-    def _across_begun(self, x: Tensor, name: str) -> Callable[[], None]:
-        """Begin to add up between nodes, in place, and return what waits for it."""
+    def _crossing(self, x: Tensor, name: str) -> Iterator[None]:
+        """Adds up between nodes, in place; yields when something is on its way, and then waits for it."""
         if self.wire == "fp32":
             work = dist.all_reduce(x, group=self.across, async_op=True)
             assert work is not None
+            yield
+            work.wait()
+        else:
+            yield from self._rounded(x, name)
 
-            def finish() -> None:
-                work.wait()
-
-            return finish
-        return self._rounded(x, name)
-
-    def _rounded(self, x: Tensor, name: str) -> Callable[[], None]:
+    def _rounded(self, x: Tensor, name: str) -> Iterator[None]:
         """In 16 bits on the wire and 32 in sums: each node gets every other's part of its share, adds them up, and
         tells the sum. What rounding takes away is kept for the next time (Karimireddy et al. 2019,
         arXiv:1901.09847)."""
@@ -181,21 +203,20 @@ class Hierarchy:
         self._lost[f"{name} own"] = lost.sub_(sent)
         arrived = torch.empty_like(sent)
         work = dist.all_to_all_single(arrived, sent, group=self.across, async_op=True)
-
-        def finish() -> None:
-            assert work is not None
-            work.wait()
-            total = arrived.view(nodes, -1).sum(dim=0, dtype=torch.float32)
-            before = self._lost.get(f"{name} sum")
-            if before is not None:
-                total += before
-            told = total.bfloat16()
-            self._lost[f"{name} sum"] = total.sub_(told)
-            whole = told.new_empty(len(told) * nodes)
-            all_gather(whole, told, self.across)
-            x.copy_(whole[: len(x)])
-
-        return finish
+        assert work is not None
+        yield
+        work.wait()
+        total = arrived.view(nodes, -1).sum(dim=0, dtype=torch.float32)
+        before = self._lost.get(f"{name} sum")
+        if before is not None:
+            total += before
+        told = total.bfloat16()
+        self._lost[f"{name} sum"] = total.sub_(told)
+        whole = told.new_empty(len(told) * nodes)
+        telling = begin_all_gather(whole, told, self.across)
+        yield
+        telling.wait()
+        x.copy_(whole[: len(x)])
 
 
 def groups_in_nodes(groups: Sequence[Sequence[int]], per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

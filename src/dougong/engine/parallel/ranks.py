@@ -81,10 +81,6 @@ class Ranks:
         dist.all_reduce(sums, group=self.group)
         return tuple(sums.tolist())
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is up on some rank."""
-        return tuple(count > 0 for count in self.sums(*(int(flag) for flag in flags)))
-
     def every(self, flag: bool) -> bool:
         """Whether it is up on all ranks."""
         return self.sums(int(flag))[0] == self.world
