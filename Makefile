@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test check fix bench
+.PHONY: setup demo test test-slow check fix bench
 
 setup: $(STAMP)  ## a working checkout
 
@@ -17,8 +17,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## the main job on real data: runs/demo, with its report
 	$(BIN)/dougong demo $(if $(wildcard runs/demo),--out runs/demo-$(shell date +%H%M%S))
 
-test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## every test that is not slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the slow ones
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)  ## formatting, lint, types, imports
 	$(BIN)/ruff format --check .

@@ -216,18 +216,34 @@ LAYOUTS: dict[str, PlanConfig] = {
 ACCUMULATION = 4
 
 
+FURTHER = {
+    "4x2x1, by nodes of 4",
+    "1x8x1, tokens whole",
+    "zero3 over 8",
+    "zero2 over 8",
+    "context 2, tensor 4, heads for tokens",
+    "context 2, tensor 2, tokens whole between layers",
+    "context 4, data 2",
+    "hybrid 2x4, a copy on each node",
+    "gpipe, zero2 over 2, tensor 2",
+    "interleaved, zero2 over 4",
+    "zbv, hybrid 2x2",
+    "dualpipev, zero2 over 4",
+    "1f1b, hybrid 2x2, copies by nodes of 2",
+}
+"""Made of parts that other layouts have too."""
+
 CASES = [
-    (kind, name)
+    pytest.param(kind, name, marks=pytest.mark.slow if name in FURTHER else ())
     for kind in ("decoder", "sandwich")
     for name, plan in LAYOUTS.items()
     if kind == "decoder" or plan.expert == plan.context == 1  # a sandwich has no experts, and no order of tokens
 ]
 CASES += [
-    (BLIND, "8x1x1"),
-    (BLIND, "zero3 over 8"),
-    (BLIND, "zero3 over 8, a few together"),
-    (BLIND, "1f1b, zero2 over 2, tensor 2"),
+    pytest.param(BLIND, name)
+    for name in ("8x1x1", "zero3 over 8", "zero3 over 8, a few together", "1f1b, zero2 over 2, tensor 2")
 ]
+assert LAYOUTS.keys() >= FURTHER
 known_alone = functools.cache(train_alone)
 
 
