@@ -9,7 +9,8 @@ Promise     throughputs of published runs within 10 %, each left out when the co
 Time    a matrix product: flops / (tensor x peak x efficiency). Between them: bytes / memory bandwidth. Inside a layer
         tensor ranks add up: 2 (t - 1) / t x bytes / bandwidth; a backward does twice the work of a forward and the same
         exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, once a step; where weights are spread
-        (d - 1) / d for each gathering and each spreading, in every micro-batch. (Narayanan et al. 2021,
+        (d - 1) / d for each gathering and each spreading, in every micro-batch, and 2 x bytes / memory bandwidth to
+        put what was gathered in its place. (Narayanan et al. 2021,
         arXiv:2104.04473; Rajbhandari et al. 2020, arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
 Memory  parameters x (weight + gradient + optimizer bytes) / shards, and where they are spread the weights gathered:
         zero3 one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
@@ -332,6 +333,8 @@ def _data_exchange(
         gathers = times * (2 if units > 1 and plan.sharding == "zero3" else 1)
         seconds += ring(plan.shard, common * sizes.gradient, times, units)
         seconds += ring(plan.shard, common * sizes.weight, gathers, units)
+        # What has been gathered lies by rank, and is read and written once to be weights.
+        seconds += gathers * 2 * common * sizes.weight / cluster.memory_bandwidth
         seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
         # What has a gradient, and the norm of all, are agreed on apart: two all-reduces of next to nothing.
         seconds += ring(data, 0.0, 4)
