@@ -12,6 +12,7 @@ from torch import Tensor
 from dougong.core.signature import ImageInput, Signature, Target, TextInput
 from dougong.data.position import Share
 from dougong.engine.optimizer import alike
+from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.shard import units_of
@@ -127,6 +128,17 @@ def optimizer_of(model: BlockStack[Any, Any]) -> torch.optim.Optimizer:
     )
 
 
+def parts_of(layout: Layout) -> TrainParts:
+    return TrainParts(
+        layout.model,
+        loss_of,
+        optimizer_of(layout.model),
+        backward=layout.backward,
+        reduce=layout.reduce,
+        all_backward=layout.all_backward,
+    )
+
+
 def train_alone(kind: str, accumulation: int) -> Trained:
     model = build(kind)
     parts = TrainParts(model, loss_of, optimizer_of(model))
@@ -146,14 +158,7 @@ def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
             for parameter in model.parameters():
                 parameter.add_(1.0)
     layout = prepare_model(model, plan, ranks, accumulation=accumulation)
-    parts = TrainParts(
-        model,
-        loss_of,
-        optimizer_of(model),
-        backward=layout.backward,
-        reduce=layout.reduce,
-        all_backward=layout.all_backward,
-    )
+    parts = parts_of(layout)
     reports = []
     for step in range(STEPS):
         given = batches(kind, step, accumulation)
@@ -295,14 +300,7 @@ def across_nodes(sharded: bool) -> tuple[list[int], int, float]:
         plain(x, form="scatter", **named)
 
     hierarchy.all_reduce = all_reduce  # type: ignore[method-assign]
-    parts = TrainParts(
-        model,
-        loss_of,
-        optimizer_of(model),
-        backward=layout.backward,
-        reduce=layout.reduce,
-        all_backward=layout.all_backward,
-    )
+    parts = parts_of(layout)
     (batch,) = batches("decoder", 0, 1)
     report = train_step(parts, [shared_out(batch, layout.mesh.share)], num_records=batch.num_records)
     return dist.get_process_group_ranks(hierarchy.across), sum(sent), report.grad_norm
