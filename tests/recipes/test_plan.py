@@ -10,7 +10,7 @@ from dougong.core.config import override, parse, to_yaml
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.recipes.build import check_layout, learn_preparation
-from dougong.recipes.plan import Planned, PlanResult, chosen_plan, plan_recipe, read_cluster
+from dougong.recipes.plan import Planned, PlanResult, chosen_plan, plan_recipe, read_cluster, read_varied
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.tables import open_tables
 
@@ -88,10 +88,55 @@ def test_the_command_prints_the_layouts_and_what_to_set(
 
 
 def test_what_the_engine_cannot_do_is_predicted_and_never_chosen(colour_table: Path) -> None:
-    table = plan_recipe(recipe_for(colour_table), read_cluster("cpu", 2), offload=True, most=100)
+    table = plan_recipe(recipe_for(colour_table), read_cluster("cpu", 2), vary=["offload"], most=100)
     kinds = {found.choice.can_be_carried_out for found in table.found.predictions}
     assert kinds == {True, False}
     assert table.best.choice.can_be_carried_out == bool(table.held)
+
+
+def test_micro_batches_and_precision_vary_with_the_same_records_a_step(colour_table: Path) -> None:
+    recipe, cluster = recipe_for(colour_table), read_cluster("a100-80g", 4)
+    table = plan_recipe(recipe, cluster, vary=read_varied(["micro-batches", "precision"]), most=10_000)
+    assert len(table.found.predictions) == table.found.considered
+    choices = [found.choice for found in table.found.predictions]
+    assert {each.precision for each in choices} == {"fp32", "bf16"}
+    assert {1, 2, 4, 8, 192} <= {each.micro_batches for each in choices}
+    assert any(each.plan.pipeline > 1 and each.plan.shard > 1 for each in choices)
+    assert {round(f.seconds * f.records_per_second) for f in table.found.predictions} == {48 * 4}
+    # What is to be set makes the recipe such: as many records a step, and as predicted.
+    for found, told in zip(table.found.predictions, table.as_json()["layouts"], strict=True):
+        changed = parse(Recipe, override(recipe.model_dump(mode="json"), told["settings"]), where="test")
+        assert changed.plan == found.choice.plan
+        assert changed.train.accumulation * changed.data.loader.batch_size == 48 * 4
+        assert changed.train.accumulation == found.choice.micro_batches
+        assert changed.train.precision == found.choice.precision
+        check_layout(changed, found.choice.plan, 4)
+
+
+def test_what_is_held_in_bf16_and_other_micro_batches_is_as_rehearsed(colour_table: Path) -> None:
+    recipe = recipe_for(colour_table)
+    tables = open_tables(recipe.data, seed=recipe.seed)
+    planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
+    found = planned.search(read_cluster("cpu", 1), vary=["micro-batches", "precision"], most=100)
+    peaks = {}
+    for each in found.predictions:
+        if each.choice.micro_batches in (1, 4, 16):
+            (held,) = planned.rehearsed(each.choice, 1)
+            peaks[each.choice.micro_batches, each.choice.precision] = held.peak
+            assert held.peak == pytest.approx(each.peak_bytes, rel=0.4)
+    for precision in ("fp32", "bf16"):
+        assert peaks[1, precision] > peaks[4, precision] > peaks[16, precision]
+    assert peaks[1, "bf16"] < peaks[1, "fp32"]
+
+
+def test_records_that_are_compared_stay_together(colour_table: Path) -> None:
+    changes = ['data.corrupt={"spare_one": true}']
+    recipe = parse(Recipe, override(recipe_for(colour_table).model_dump(mode="json"), changes), where="test")
+    result = plan_recipe(recipe, read_cluster("cpu", 1), vary=["micro-batches"])
+    assert result.notes == (
+        "micro-batches stay as the recipe has them: data.corrupt.spare_one looks at all records of one",
+    )
+    assert {found.choice.micro_batches for found in result.found.predictions} == {4}
 
 
 def test_what_cannot_be_is_said_in_one_line(planned: PlanResult, colour_table: Path) -> None:
@@ -101,6 +146,9 @@ def test_what_cannot_be_is_said_in_one_line(planned: PlanResult, colour_table: P
         plan_recipe(recipe_for(colour_table), read_cluster("cpu", 2, memory_bytes=1e5))
     with pytest.raises(ConfigError, match="devices=12 are no whole nodes of per_node=8"):
         read_cluster("cpu", 12)
+    with pytest.raises(ConfigError, match="'tensor' cannot vary. Use some of micro-batches, precision, recompute, off"):
+        read_varied(["precision", "tensor"])
+    assert read_varied(["all"]) == ("micro-batches", "precision", "recompute", "offload")
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,13 @@ def plan(
     devices: Annotated[int, Option(min=1, help="How many.")] = 8,
     cluster: Annotated[str, Option(help="What they are: cpu, a100-80g, h100, or a cluster's YAML file.")] = "cpu",
     memory: Annotated[str | None, Option(help="Of one device, like 80GiB. Default: what the kind has.")] = None,
-    recompute: Annotated[bool, Option("--recompute", help="Activations may be made anew in the backward.")] = False,
-    offload: Annotated[bool, Option("--offload", help="The optimizer may be in the host's memory.")] = False,
+    vary: Annotated[
+        list[str] | None,
+        Option(
+            help="What else may be chosen: micro-batches, precision, recompute (of activations), offload (of the "
+            "optimizer), or all. May be repeated."
+        ),
+    ] = None,
     explain: Annotated[bool, Option("--explain", help="Print the formulas, with their sources.")] = False,
     settings: Settings = None,
     as_json: Json = False,
@@ -238,12 +243,12 @@ def plan(
     from dougong.core.sizes import read_bytes
     from dougong.engine.planner import predict
     from dougong.recipes.known import read_laid_out
-    from dougong.recipes.plan import plan_recipe, read_cluster
+    from dougong.recipes.plan import plan_recipe, read_cluster, read_varied
 
     if explain:
         print(predict.__doc__)
     found = read_cluster(cluster, devices, None if memory is None else read_bytes(memory))
-    result = plan_recipe(read_laid_out(recipe, settings or ()), found, recompute=recompute, offload=offload)
+    result = plan_recipe(read_laid_out(recipe, settings or ()), found, vary=read_varied(vary or ()))
     if as_json:
         print(json.dumps(result.as_json()))
     else:

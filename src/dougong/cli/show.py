@@ -239,6 +239,8 @@ def print_plan(result: PlanResult) -> None:
     console = Console()
     console.print(table)
     console.print(f"{told['considered']} layouts considered. {told['reason']}", highlight=False, soft_wrap=True)
+    for note in told["notes"]:
+        console.print(note, highlight=False, soft_wrap=True)
     for place, held in enumerate(told["rehearsed"]):
         parts = ", ".join(f"{name} {bytes_as_text(size)}" for name, size in held.items() if name != "peak")
         console.print(

@@ -1,7 +1,8 @@
 """What a recipe's model is made of: what its columns hold, and its weights before the first step.
 
 Here        LaidOut, the kinds of recipe that any layout can train; `open_records`, `target_of`, `learn_preparation`,
-            `known_preparation`; `build_model`, `loss_of`; `check_layout`, of what needs a batch in one place.
+            `known_preparation`; `build_model`, `loss_of`; `check_layout`, `belongs_together`, of
+            what needs a batch in one place.
 Elsewhere   training it (recipes/training.py); laying it out on devices (recipes/plan.py).
 Promise     the same recipe and records give the same preparation and the same weights.
 """
@@ -27,7 +28,7 @@ from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 from dougong.objectives.generation import words_loss
 from dougong.recipes.decoding import DecodeRecipe
-from dougong.recipes.losses import check_ranks, losses_of
+from dougong.recipes.losses import check_ranks, compared_by, losses_of
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Announce, Tables, open_tables
 
@@ -115,6 +116,13 @@ def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
         )
     if isinstance(recipe, Recipe):
         _check_decision(recipe, plan, world, shares)
+
+
+def belongs_together(recipe: LaidOut) -> str | None:
+    """The setting for which the records of a batch belong together, so that a step cannot be cut into others."""
+    if recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
+        return "data.corrupt.spare_one"
+    return compared_by(recipe.objective, recipe.model) if isinstance(recipe, Recipe) else None
 
 
 def _check_decision(recipe: Recipe, plan: PlanConfig, world: int, shares: int) -> None:

@@ -1,6 +1,6 @@
 """What a decision run minimises, put together from its recipe.
 
-Here        ObjectiveConfig, `check_objective`, `check_ranks`, `losses_of`, `backward_of`.
+Here        ObjectiveConfig, `check_objective`, `check_ranks`, `compared_by`, `losses_of`, `backward_of`.
 Elsewhere   each loss by itself (objectives/); the run that uses them (recipes/run.py).
 Promise     every part is a sum over records; a part that the model or the data cannot feed is refused before training.
 """
@@ -145,17 +145,28 @@ def check_blend(objective: ObjectiveConfig, names: tuple[str, ...]) -> None:
 
 def check_ranks(objective: ObjectiveConfig, model: SandwichConfig, world: int) -> None:
     """Raises: ConfigError: a rank's records alone would be balanced or compared, not those of the batch."""
+    for setting in _of_whole_batches(objective, model):
+        if world > 1:
+            raise ConfigError(
+                f"objective.{setting} works on a whole batch, and {world} ranks share each out. "
+                f"Use {'balance: none' if setting.startswith('balance') else f'{setting}: 0'}, or one process."
+            )
+
+
+def compared_by(objective: ObjectiveConfig, model: SandwichConfig) -> str | None:
+    """The setting for which the records of a batch belong together: cut into other batches, they teach other things."""
+    if model.align:
+        return f"model.align={list(model.align)}"
+    return next((f"objective.{setting}" for setting in _of_whole_batches(objective, model)), None)
+
+
+def _of_whole_batches(objective: ObjectiveConfig, model: SandwichConfig) -> list[str]:
     whole = {
         f"balance={objective.balance}": objective.balance != "none",
         "completion_weight": model.completion is not None and objective.completion_weight > 0,
         "rank_weight": model.decide == "confidence" and objective.rank_weight > 0,
     }
-    for setting, given in whole.items():
-        if world > 1 and given:
-            raise ConfigError(
-                f"objective.{setting} works on a whole batch, and {world} ranks share each out. "
-                f"Use {'balance: none' if setting.startswith('balance') else f'{setting}: 0'}, or one process."
-            )
+    return [setting for setting, given in whole.items() if given]
 
 
 def losses_of(

@@ -1,6 +1,6 @@
 """Which layout a recipe should have on some devices, and what it would cost.
 
-Here        plan_recipe, chosen_plan, read_cluster, PlanResult; Planned.
+Here        plan_recipe, chosen_plan, read_cluster, read_varied, PlanResult; Planned, Varied.
 Elsewhere   formulas, search and rehearsal (engine/planner/); carrying a layout out (recipes/run.py).
 Promise     nothing is trained. The model is built and run once, on a real batch of the recipe's training records. Only
             layouts that the engine can carry out are among those found.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
@@ -23,28 +24,43 @@ from dougong.engine.batches import to_tensors
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.account import StepBytes
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
-from dougong.engine.planner.predict import BytesConfig, Prediction
+from dougong.engine.planner.predict import Choice, Prediction
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
-from dougong.engine.planner.search import Found, SearchConfig, describe, find_layouts, reason
+from dougong.engine.planner.search import Found, SearchConfig, describe, divisors, find_layouts, reason
 from dougong.engine.planner.shape import ModelShape, measure_shape
+from dougong.engine.precision import Chosen
 from dougong.engine.prepare import check_model
 from dougong.nn.batch import Batch
-from dougong.recipes.build import LaidOut, build_model, check_layout, learn_preparation, loss_of, open_records
+from dougong.recipes.build import (
+    LaidOut,
+    belongs_together,
+    build_model,
+    check_layout,
+    learn_preparation,
+    loss_of,
+    open_records,
+)
 from dougong.recipes.tables import Tables
 
 MEMORY_SHARE: Final = 0.9
 """Of a device's memory, that is planned with."""
 
+Varied: TypeAlias = Literal["micro-batches", "precision", "recompute", "offload"]
+"""What may be chosen besides how ranks stand. A step has the recipe's records, whatever is chosen."""
+
 
 class PlanResult(NamedTuple):
     """What was found."""
 
-    recipe: str
+    recipe: LaidOut
     cluster: ClusterConfig
     shape: ModelShape
     found: Found
     held: tuple[StepBytes, ...]
     """By rank of the best layout's pipeline; nothing where it could not be rehearsed."""
+
+    notes: tuple[str, ...] = ()
+    """What was asked to vary and cannot."""
 
     @property
     def best(self) -> Prediction:
@@ -52,32 +68,38 @@ class PlanResult(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "recipe": self.recipe,
+            "recipe": self.recipe.name,
             "cluster": self.cluster.model_dump(mode="json"),
             "parameters": self.shape.parameters,
             "considered": self.found.considered,
-            "layouts": [_as_json(each) for each in self.found.predictions],
+            "layouts": [_as_json(each, self.recipe) for each in self.found.predictions],
             "reason": reason(self.found),
             "rehearsed": [each._asdict() for each in self.held],
+            "notes": list(self.notes),
         }
 
 
 def plan_recipe(
-    recipe: LaidOut, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int = 10
+    recipe: LaidOut, cluster: ClusterConfig, *, vary: Collection[Varied] = (), most: int = 10
 ) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
 
-    With `recompute` or `offload`, also what the engine cannot do yet; that is not rehearsed.
+    What varies is chosen with the layout. By recompute and offload, also what the engine cannot do yet; that is not
+    rehearsed.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
+    together, notes = belongs_together(recipe), []
+    if together is not None and "micro-batches" in vary:
+        vary = [each for each in vary if each != "micro-batches"]
+        notes.append(f"micro-batches stay as the recipe has them: {together} looks at all records of one")
     tables = open_records(recipe)
     planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
-    found = planned.search(cluster, recompute=recompute, offload=offload, most=most)
+    found = planned.search(cluster, vary=vary, most=most)
     held: tuple[StepBytes, ...] = ()
     while found.predictions[0].choice.can_be_carried_out:
-        held = planned.rehearsed(found.predictions[0].choice.plan, cluster.devices)
+        held = planned.rehearsed(found.predictions[0].choice, cluster.devices)
         if max(each.peak for each in held) <= MEMORY_SHARE * cluster.memory_bytes:
             break
         if len(found.predictions) == 1:
@@ -86,7 +108,7 @@ def plan_recipe(
                 f"{max(each.peak for each in held) / 2**30:.3g} GiB. Use more devices or smaller batches."
             )
         found = found._replace(predictions=found.predictions[1:])
-    return PlanResult(recipe.name, cluster, planned.shape, found, held)
+    return PlanResult(recipe, cluster, planned.shape, found, held, tuple(notes))
 
 
 def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> PlanConfig:
@@ -107,38 +129,51 @@ class Planned:
         self.loss = loss_of(recipe, preparation, None)
         self.shape = measure_shape(self.model, self.batches(WHOLE, 1)[0], self.loss)
 
-    def batches(self, share: Share, count: int) -> list[Batch]:
-        """The first ones that have records, as far as they are this share's."""
+    def batches(self, share: Share, count: int, batch_size: int | None = None) -> list[Batch]:
+        """The first ones that have records, as far as they are this share's; None: of the recipe's size."""
+        size = self.recipe.data.loader.batch_size if batch_size is None else batch_size
         loader = Loader(
             self.tables.train,
             self.preparation,
-            self.recipe.data.loader.model_copy(update={"workers": 0}),
+            self.recipe.data.loader.model_copy(update={"workers": 0, "batch_size": size}),
             seed=self.recipe.seed,
             train=True,
             share=share,
         )
         return [to_tensors(arrays) for _, arrays in itertools.islice(loader.batches(Position()), count)]
 
-    def search(self, cluster: ClusterConfig, *, recompute: bool = False, offload: bool = False, most: int) -> Found:
-        accumulation, precision = self.recipe.train.accumulation, self.recipe.train.precision
+    @property
+    def records(self) -> int:
+        """Of a step."""
+        return round(self.shape.num_records) * self.recipe.train.accumulation
+
+    def search(self, cluster: ClusterConfig, *, vary: Collection[Varied] = (), most: int) -> Found:
+        own = self.choice(PlanConfig())
         search = SearchConfig(
-            records=round(self.shape.num_records) * accumulation,
-            micro_batches=accumulation,
-            recompute=recompute,
-            offload=offload,
+            records=self.records,
+            micro_batches=tuple(divisors(self.records)) if "micro-batches" in vary else (own.micro_batches,),
+            precisions=("fp32", "bf16") if "precision" in vary else (cast(Chosen, own.precision),),
+            recompute="recompute" in vary,
+            offload="offload" in vary,
             memory_share=MEMORY_SHARE,
             most=most,
         )
-        sizes = BytesConfig(activation=1.0 if precision in ("fp32", "auto") else 0.5)
-        return find_layouts(self.shape, cluster, search, sizes, functools.partial(self.check, cluster.devices))
+        return find_layouts(self.shape, cluster, search, check=functools.partial(self.check, cluster.devices))
 
-    def check(self, world: int, plan: PlanConfig) -> None:
+    def choice(self, plan: PlanConfig) -> Choice:
+        """This layout, and all else as the recipe has it. Where precision is to be measured, fp32 is reckoned with,
+        which takes more."""
+        precision = self.recipe.train.precision
+        return Choice(plan, self.recipe.train.accumulation, precision="fp32" if precision == "auto" else precision)
+
+    def check(self, world: int, choice: Choice) -> None:
         """
         Raises:
             ConfigError: so many ranks cannot train this recipe so.
         """
-        check_layout(self.recipe, plan, world)
-        check_model(self.model, plan)
+        train = self.recipe.train.model_copy(update={"accumulation": choice.micro_batches})
+        check_layout(self.recipe.model_copy(update={"train": train}), choice.plan, world)
+        check_model(self.model, choice.plan)
 
     def check_memory(self, world: int, plan: PlanConfig, per_node: int | None = None) -> None:
         """
@@ -147,7 +182,7 @@ class Planned:
         """
         cluster = this_machine(world, per_node)
         room = MEMORY_SHARE * cluster.memory_bytes
-        held = max(self.rehearsed(plan, world), key=lambda each: each.peak)
+        held = max(self.rehearsed(self.choice(plan), world), key=lambda each: each.peak)
         if held.peak <= room:
             return
         try:
@@ -160,17 +195,32 @@ class Planned:
             f"each of the {per_node or world} ranks here may have {bytes_as_text(room)}. {instead}"
         )
 
-    def rehearsed(self, plan: PlanConfig, world: int) -> tuple[StepBytes, ...]:
+    def rehearsed(self, choice: Choice, world: int) -> tuple[StepBytes, ...]:
         """By rank of the pipeline, what its last holds, that has most of the records."""
+        count, places = choice.micro_batches, choice.plan.pipeline
+        size = None if count == self.recipe.train.accumulation else self.records // count
         what = Rehearsal(
             build=lambda: build_model(self.recipe, self.preparation),
-            batches=lambda share: self.batches(share, self.recipe.train.accumulation),
+            batches=lambda share: self.batches(share, count, size),
             loss=self.loss,
             optimizer=self.recipe.train.optimizer.build,
-            precision="bf16" if self.recipe.train.precision == "bf16" else "fp32",
+            precision=choice.precision or "fp32",
         )
-        each = world // plan.pipeline
-        return tuple(rehearse(what, plan, world, (place + 1) * each - 1) for place in range(plan.pipeline))
+        last = [(place + 1) * world // places - 1 for place in range(places)]
+        return tuple(rehearse(what, choice.plan, world, rank) for rank in last)
+
+
+def read_varied(names: Collection[str]) -> tuple[Varied, ...]:
+    """What is to vary, from what was typed.
+
+    Raises:
+        ConfigError: no such thing does.
+    """
+    known = get_args(Varied)
+    for name in names:
+        if name not in (*known, "all"):
+            raise ConfigError(f"{name!r} cannot vary. Use some of {', '.join(known)}, or all.")
+    return tuple(each for each in known if each in names or "all" in names)
 
 
 def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> ClusterConfig:
@@ -195,12 +245,13 @@ def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> 
     return parse(ClusterConfig, values, where=f"cluster {name}")
 
 
-def _as_json(found: Prediction) -> dict[str, Any]:
+def _as_json(found: Prediction, recipe: LaidOut) -> dict[str, Any]:
     return {
         "layout": describe(found.choice),
         "plan": found.choice.plan.model_dump(mode="json"),
-        "settings": _settings(found.choice.plan),
+        "settings": _settings(found, recipe),
         "micro_batches": found.choice.micro_batches,
+        "precision": found.choice.precision,
         "recompute": found.choice.recompute,
         "offload": found.choice.offload,
         "can_be_carried_out": found.choice.can_be_carried_out,
@@ -216,7 +267,17 @@ def _as_json(found: Prediction) -> dict[str, Any]:
     }
 
 
-def _settings(plan: PlanConfig) -> list[str]:
-    """What must be set, beside what is so by default."""
-    values = plan.model_dump(mode="json")
-    return [f"plan.{key}={value}" for key, value in values.items() if value != PlanConfig.model_fields[key].default]
+def _settings(found: Prediction, recipe: LaidOut) -> list[str]:
+    """What must be set, beside what is so by default, or by the recipe."""
+    choice = found.choice
+    values = choice.plan.model_dump(mode="json")
+    told = [f"plan.{key}={value}" for key, value in values.items() if value != PlanConfig.model_fields[key].default]
+    if choice.micro_batches != recipe.train.accumulation:
+        records = round(found.records_per_second * found.seconds)
+        told.append(f"train.accumulation={choice.micro_batches}")
+        told.append(f"data.loader.batch_size={records // choice.micro_batches}")
+    if choice.precision not in (recipe.train.precision, None) and (
+        choice.precision == "bf16" or recipe.train.precision != "auto"
+    ):
+        told.append(f"train.precision={choice.precision}")
+    return told

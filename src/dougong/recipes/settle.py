@@ -52,7 +52,7 @@ def lay_out(
     plan = recipe.plan
     if plan is None:
         plan = chosen_plan(planned, world, per_node)
-    planned.check(world, plan)
+    planned.check(world, planned.choice(plan))
     planned.check_memory(world, plan, per_node)
     return cast(LaidOutT, recipe.model_copy(update={"plan": plan}))
 

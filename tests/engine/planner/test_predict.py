@@ -1,9 +1,11 @@
+import math
+
 import pytest
 
 from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig
-from dougong.engine.planner.predict import BytesConfig, Choice, predict
+from dougong.engine.planner.predict import BytesConfig, Choice, predict, predict_least
 from dougong.engine.planner.search import SearchConfig, describe, find_layouts
 from dougong.engine.planner.shape import BlockShape, ModelShape, transformer_shape
 
@@ -109,13 +111,48 @@ def test_what_is_found_fits_and_the_fastest_comes_first() -> None:
     seconds = [each.seconds for each in found.predictions]
     assert seconds == sorted(seconds)
     assert all(each.peak_bytes <= 0.9 * 80e9 for each in found.predictions)
-    assert found.too_large is not None
-    assert found.too_large.peak_bytes > 0.9 * 80e9
+    assert len(found.predictions) == 10 < found.considered
     for each in found.predictions:
         plan = each.choice.plan
         shares = 16 // (plan.tensor * plan.pipeline)
         assert each.choice.micro_batches * shares == 64
     assert "micro-batches" in describe(found.predictions[0].choice)
+
+
+def test_what_is_not_looked_at_would_not_have_been_told() -> None:
+    """Most layouts are left out by what they take at least: what is told is what looking at all of them tells."""
+    model = transformer_shape(width=1024, num_layers=8, num_heads=8, vocabulary=32000, tokens=512, records=1)
+    cluster = KNOWN["a100-80g"].model_copy(update={"devices": 8, "memory_bytes": 3e9})
+    search = SearchConfig(
+        records=32, micro_batches=(1, 4, 32), precisions=("fp32", "bf16"), recompute=True, offload=True, most=7
+    )
+    few, all_of_them = (find_layouts(model, cluster, search.model_copy(update={"most": n})) for n in (7, 100_000))
+    assert few.predictions == all_of_them.predictions[:7]
+    assert few.considered == all_of_them.considered > len(all_of_them.predictions) > 100
+    for each in all_of_them.predictions:
+        shares = 8 // (each.choice.plan.tensor * each.choice.plan.pipeline)
+        shape = model.of_records(math.ceil(32 / each.choice.micro_batches / shares))
+        least = predict_least(shape, cluster, each.choice)
+        assert least.seconds <= each.seconds * (1 + 1e-9)
+        assert least.bytes <= each.peak_bytes * (1 + 1e-9)
+
+
+def test_bf16_has_its_own_pace_half_the_activations_and_copies_of_the_weights() -> None:
+    cluster = on(1, fp32_flops=2.5e11)
+    half = predict(MODEL, cluster, Choice(PlanConfig(), 1, precision="bf16"))
+    whole = predict(MODEL, cluster, Choice(PlanConfig(), 1, precision="fp32"))
+    assert whole.seconds == pytest.approx(4 * half.seconds)
+    assert whole.memory_bytes == (16 * 8000 + 8 * 5e6,)
+    assert half.memory_bytes == (16 * 8000 + 2 * 8000 + 8 * 5e6 / 2,)
+
+
+def test_the_rank_with_most_records_sets_the_pace() -> None:
+    search = SearchConfig(records=10, micro_batches=(2,), most=1000)
+    found = find_layouts(MODEL, on(4), search).predictions
+    copies = next(each for each in found if each.choice.plan == PlanConfig())
+    # Five records on four ranks: one has two.
+    assert copies.seconds == pytest.approx(predict(MODEL, on(4), Choice(PlanConfig(), 2)).seconds)
+    assert copies.records_per_second == pytest.approx(10 / copies.seconds)
 
 
 def test_too_little_memory_names_the_smallest_layout() -> None:

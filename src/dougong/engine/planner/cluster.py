@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dougong.core.config import Config
+from dougong.engine.precision import Chosen
 
 
 class ClusterConfig(Config):
@@ -27,7 +28,10 @@ class ClusterConfig(Config):
     """Of one device."""
 
     flops: float = Field(gt=0)
-    """Of matrix products on one device at best, in a second, at the precision of the run."""
+    """Of matrix products on one device at best, in a second, in 16-bit numbers."""
+
+    fp32_flops: float | None = Field(default=None, gt=0)
+    """The same in fp32. None: as many."""
 
     memory_bandwidth: float = Field(gt=0)
     """Bytes a second between a device and its memory."""
@@ -62,6 +66,12 @@ class ClusterConfig(Config):
     data_overlap: float = Field(default=0.0, ge=0, le=1)
     """Share of the exchange of gradients and weights that is."""
 
+    def in_precision(self, precision: Chosen) -> ClusterConfig:
+        """The same, where `flops` are those of this precision."""
+        if precision == "bf16" or self.fp32_flops is None:
+            return self
+        return self.model_copy(update={"flops": self.fp32_flops})
+
     @model_validator(mode="after")
     def _whole_nodes(self) -> ClusterConfig:
         if self.devices > self.per_node and self.devices % self.per_node:
@@ -75,14 +85,17 @@ KNOWN: Final[dict[str, ClusterConfig]] = {
     # Peaks and bandwidths of the makers' data sheets. The fitted numbers are of Megatron-LM's published runs.
     "a100-80g": ClusterConfig(
         flops=312e12,
+        fp32_flops=19.5e12,
         memory_bandwidth=2.0e12,
         inside_bandwidth=300e9,
         across_bandwidth=25e9,
     ),
-    # One core of a server's processor to a device; ranks that speak through the machine's own memory, by gloo.
+    # One core of a server's processor to a device, without units for bf16; ranks that speak through the machine's own
+    # memory, by gloo.
     "cpu": ClusterConfig(
         memory_bytes=4e9,
-        flops=6e10,
+        flops=1e9,
+        fp32_flops=6e10,
         memory_bandwidth=8e9,
         inside_bandwidth=1e9,
         across_bandwidth=1e8,
@@ -92,6 +105,7 @@ KNOWN: Final[dict[str, ClusterConfig]] = {
     ),
     "h100": ClusterConfig(
         flops=989e12,
+        fp32_flops=67e12,
         memory_bandwidth=3.35e12,
         inside_bandwidth=450e9,
         across_bandwidth=50e9,

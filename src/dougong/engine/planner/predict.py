@@ -1,6 +1,7 @@
 """What a step costs on a layout, before anything runs.
 
-Here        Choice (a layout with its micro-batches), Prediction, `predict`; the formulas, for `--explain`.
+Here        Choice (a layout with its micro-batches), Prediction, `predict`, `predict_least`; the formulas, for
+            `--explain`.
 Elsewhere   shapes (shape.py), devices (cluster.py), who waits for whom (engine/parallel/schedule.py), which layouts
             there are (search.py).
 Promise     throughputs of published runs within 10 %, each left out when the constants were fitted
@@ -10,13 +11,15 @@ Time    a matrix product: flops / (tensor x peak x efficiency). Between them: by
         tensor ranks add up: 2 (t - 1) / t x bytes / bandwidth; a backward does twice the work of a forward and the same
         exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, once a step; where weights are spread
         (d - 1) / d for each gathering and each spreading, in every micro-batch, and 2 x bytes / memory bandwidth to
-        put what was gathered in its place. (Narayanan et al. 2021,
+        put what was gathered in its place. What starting an operation takes is not in it: small models take longer than
+        is said. (Narayanan et al. 2021,
         arXiv:2104.04473; Rajbhandari et al. 2020, arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
 Memory  parameters x (weight + gradient + optimizer bytes) / shards, and where they are spread the weights gathered:
         zero3 one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
         shared out) and what enters cut layers, of as many micro-batches as a rank has under way at once (1F1B:
         pipeline - its place); with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020;
-        Korthikanti et al. 2022, arXiv:2205.05198.) These leave out what lies between two operations and what is on its
+        Korthikanti et al. 2022, arXiv:2205.05198.) In bf16 activations are half as large, and weights have a copy of
+        half their bytes from forward to backward. These leave out what lies between two operations and what is on its
         way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded:
         no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step. (Ren et al. 2021, arXiv:2101.06840.)
 """
@@ -26,7 +29,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import Field
@@ -48,6 +51,7 @@ from dougong.engine.parallel.schedule import (
 from dougong.engine.parallel.shard import units_of
 from dougong.engine.planner.cluster import ClusterConfig
 from dougong.engine.planner.shape import BlockShape, ModelShape
+from dougong.engine.precision import Chosen
 
 MOST_ACTIONS = 6_000
 """Up to so many a schedule is carried out; beyond, its bubble is by formula."""
@@ -62,7 +66,16 @@ class BytesConfig(Config):
     """AdamW's two means; with a copy of the weights in float32 beside 16-bit ones, 12."""
 
     activation: float = Field(default=1.0, gt=0)
-    """Bytes of an activation for each that the shape counts: a half where that is of float32 and the run of bf16."""
+    """Bytes of an activation for each that the shape counts."""
+
+    cast: float = Field(default=0.0, ge=0)
+    """Of its copy in the products' precision, which is there from the forward to the backward."""
+
+    def in_precision(self, precision: Chosen) -> BytesConfig:
+        """Of weights in fp32 and a shape counted in fp32, where products are computed in this."""
+        if precision == "fp32":
+            return self
+        return self.model_copy(update={"activation": self.activation / 2, "cast": self.weight / 2})
 
 
 class Choice(NamedTuple):
@@ -77,6 +90,9 @@ class Choice(NamedTuple):
 
     offload: bool = False
     """Whether the optimizer, with what it keeps, is in the host's memory. Predicted; the engine cannot do it yet."""
+
+    precision: Chosen | None = None
+    """Of products. None: as the cluster's `flops` and the bytes of activations say."""
 
     @property
     def can_be_carried_out(self) -> bool:
@@ -116,70 +132,129 @@ class Prediction(NamedTuple):
 
 def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: BytesConfig | None = None) -> Prediction:
     """What a step takes, in seconds and bytes. The layout must fit the cluster (search.py)."""
-    sizes = sizes or BytesConfig()
-    plan, recompute = choice.plan, choice.recompute
-    if not model.tokens_shared:
-        plan = plan.model_copy(update={"sequence": False})
+    costs = _costs_of(model, cluster, choice, sizes or BytesConfig())
+    plan, num, recompute = choice.plan, choice.micro_batches, choice.recompute
+    pipeline_seconds, waiting, held = _pipeline(
+        plan.schedule, plan.pipeline, plan.chunks, num, costs.forwards, costs.backwards, costs.sent
+    )
+    seconds = pipeline_seconds + costs.data_seconds + costs.optimizer_seconds
     data = cluster.devices // (plan.tensor * plan.pipeline)
-    parts = model.parts
-    costs = [_forward(part, cluster, plan, sizes) for part in parts]
-    stages = _stages(model, plan, costs)
-    place = rank_of_stage(plan.schedule, plan.pipeline, plan.chunks) if plan.pipeline > 1 else [0]
-    forwards = [sum(costs[n].work + costs[n].exchange for n in stage) for stage in stages]
-    backwards = [
-        sum((2 + recompute) * costs[n].work + (1 + recompute) * costs[n].exchange for n in stage) for stage in stages
-    ]
-
-    def cost(stage: int, kind: Kind) -> float:
-        if kind == "forward":
-            return forwards[stage]
-        return backwards[stage] * (1.0 if kind == "backward" else 0.5)
-
-    passed = [sizes.activation * parts[stage[-1]].passed for stage in stages]
-    pipeline_seconds, waiting, held = _pipeline(cluster, choice, passed, place, cost)
-
-    here = [[n for s, where in enumerate(place) if where == rank for n in stages[s]] for rank in range(plan.pipeline)]
-    of_rank = [[parts[n] for n in numbers] for numbers in here]
-    data_seconds = max(_data_exchange(each, cluster, plan, data, choice.micro_batches, sizes) for each in of_rank)
-    # The optimizer reads and writes all of its own, the weights and the gradients.
-    stepped = max(common / plan.shard + experts for common, experts in (_held(each, plan) for each in of_rank))
-    each_parameter = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient
-    optimizer_seconds = stepped * each_parameter / cluster.memory_bandwidth
-    if choice.offload:
-        optimizer_seconds = (
-            stepped * (sizes.gradient + sizes.weight) / (cluster.host_bandwidth * cluster.link_efficiency)
-        )
-    seconds = pipeline_seconds + data_seconds + optimizer_seconds
-
-    held_sizes = sizes.model_copy(update={"optimizer": 0.0}) if choice.offload else sizes
-    states = tuple(_state_bytes(each, plan, held_sizes) for each in of_rank)
-    memory = []
-    for rank, state in enumerate(states):
-        own = [[parts[n] for n in stages[stage]] for stage, where in enumerate(place) if where == rank]
-        one = [_activation_bytes(each, plan, recompute, sizes) for each in own]
-        # Of what a rank has under way, each stage's share is as large as its part of the rank's stages.
-        activations = held[rank] * sum(one) / len(one)
-        if recompute:  # the block that is made anew has all of its own
-            activations += max(_activation_bytes([part], plan, False, sizes) for part in of_rank[rank])
-        memory.append(state + activations)
-    busiest = max(range(plan.pipeline), key=lambda rank: sum(costs[n].work for n in here[rank]))
+    busiest = max(costs.of_rank, key=lambda here: sum(part.work for part in here))
     return Prediction(
         choice=choice,
         seconds=seconds,
-        records_per_second=model.num_records * choice.micro_batches * data / seconds,
-        work_seconds=choice.micro_batches * (3 + recompute) * sum(costs[n].work for n in here[busiest]),
-        tensor_seconds=choice.micro_batches * (2 + recompute) * sum(costs[n].exchange for n in here[busiest]),
+        records_per_second=model.num_records * num * data / seconds,
+        work_seconds=num * (3 + recompute) * sum(part.work for part in busiest),
+        tensor_seconds=num * (2 + recompute) * sum(part.exchange for part in busiest),
         waiting_ratio=waiting,
-        data_seconds=data_seconds,
-        optimizer_seconds=optimizer_seconds,
-        memory_bytes=tuple(memory),
-        state_bytes=states,
+        data_seconds=costs.data_seconds,
+        optimizer_seconds=costs.optimizer_seconds,
+        memory_bytes=costs.memory(held),
+        state_bytes=costs.states,
     )
+
+
+class Least(NamedTuple):
+    """What a step takes at least."""
+
+    seconds: float
+    bytes: float
+
+
+def predict_least(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: BytesConfig | None = None) -> Least:
+    """No more than `predict` says, and said at once: nobody waits for others, and one micro-batch is under way."""
+    costs = _costs_of(model, cluster, choice, sizes or BytesConfig())
+    ranks = range(choice.plan.pipeline)
+    busiest = max(
+        sum(f + b for f, b, where in zip(costs.forwards, costs.backwards, costs.place, strict=True) if where == rank)
+        for rank in ranks
+    )
+    seconds = choice.micro_batches * busiest + costs.data_seconds + costs.optimizer_seconds
+    return Least(seconds, max(costs.memory([1 for _ in ranks])))
 
 
 class _Forward(NamedTuple):
     work: float
     exchange: float
+
+
+class _Costs(NamedTuple):
+    """Of one choice, all that does not depend on who waits for whom."""
+
+    place: list[int]
+    """Each stage's rank."""
+
+    of_rank: list[list[_Forward]]
+    """By rank of the pipeline, its parts of the model."""
+
+    forwards: tuple[float, ...]
+    """Seconds, by stage, with one micro-batch."""
+
+    backwards: tuple[float, ...]
+    sent: tuple[float, ...]
+    """Seconds that each stage's state is on its way."""
+
+    data_seconds: float
+    optimizer_seconds: float
+    states: tuple[float, ...]
+    """Bytes, by rank, of weights, gradients and optimizer."""
+
+    activations: list[float]
+    """Bytes, by rank, of one micro-batch in one of its stages."""
+
+    anew: list[float]
+    """Bytes, by rank, of what is made anew at a time."""
+
+    def memory(self, held: Sequence[int]) -> tuple[float, ...]:
+        """By rank, where it holds so many micro-batches' stages at most."""
+        each = zip(self.states, self.activations, self.anew, held, strict=True)
+        return tuple(state + count * one + anew for state, one, anew, count in each)
+
+
+def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: BytesConfig) -> _Costs:
+    if choice.precision is not None:
+        cluster, sizes = cluster.in_precision(choice.precision), sizes.in_precision(choice.precision)
+    plan, recompute = choice.plan, choice.recompute
+    if not model.tokens_shared:
+        plan = plan.model_copy(update={"sequence": False})
+    parts = model.parts
+    each = [_forward(part, cluster, plan, sizes) for part in parts]
+    stages = _stages(model, plan, each)
+    place = rank_of_stage(plan.schedule, plan.pipeline, plan.chunks) if plan.pipeline > 1 else [0]
+    stages_of = [[stages[s] for s, where in enumerate(place) if where == rank] for rank in range(plan.pipeline)]
+    of_rank = [[parts[n] for stage in own for n in stage] for own in stages_of]
+    # The optimizer reads and writes all of its own, the weights and the gradients.
+    stepped = max(common / plan.shard + experts for common, experts in (_held(own, plan) for own in of_rank))
+    moved, bandwidth = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient, cluster.memory_bandwidth
+    kept = sizes
+    if choice.offload:
+        moved, bandwidth = sizes.gradient + sizes.weight, cluster.host_bandwidth * cluster.link_efficiency
+        kept = sizes.model_copy(update={"optimizer": 0.0})
+    data = cluster.devices // (plan.tensor * plan.pipeline)
+    # All ranks of a tensor group send a part each, and stages stand in different nodes where those fill theirs.
+    nodes = plan.tensor * plan.pipeline > cluster.per_node
+    way = cluster.across_bandwidth if nodes else cluster.inside_bandwidth
+    way *= cluster.link_efficiency * plan.tensor
+    return _Costs(
+        place=place,
+        of_rank=[[each[n] for stage in own for n in stage] for own in stages_of],
+        forwards=tuple(sum(each[n].work + each[n].exchange for n in stage) for stage in stages),
+        backwards=tuple(
+            sum((2 + recompute) * each[n].work + (1 + recompute) * each[n].exchange for n in stage) for stage in stages
+        ),
+        sent=tuple(cluster.latency_seconds + sizes.activation * parts[s[-1]].passed / way for s in stages),
+        data_seconds=max(_data_exchange(own, cluster, plan, data, choice.micro_batches, sizes) for own in of_rank),
+        optimizer_seconds=stepped * moved / bandwidth,
+        states=tuple(_state_bytes(own, plan, kept) for own in of_rank),
+        # Of what a rank has under way, each stage's share is as large as its part of the rank's stages.
+        activations=[
+            sum(_activation_bytes([parts[n] for n in stage], plan, recompute, sizes) for stage in own) / len(own)
+            for own in stages_of
+        ],
+        anew=[
+            max(_activation_bytes([part], plan, False, sizes) for part in own) if recompute else 0.0 for own in of_rank
+        ],
+    )
 
 
 def _forward(part: BlockShape, cluster: ClusterConfig, plan: PlanConfig, sizes: BytesConfig) -> _Forward:
@@ -218,52 +293,55 @@ def _cut(costs: tuple[float, ...], ranks: tuple[int, ...]) -> list[int]:
     return stage_bounds(costs, ranks)
 
 
+@functools.lru_cache(maxsize=1024)  # how weights are spread changes nothing here
 def _pipeline(
-    cluster: ClusterConfig,
-    choice: Choice,
-    passed: list[float],
-    place: list[int],
-    cost: Callable[[int, Kind], float],
-) -> tuple[float, float, list[int]]:
-    """Seconds of all micro-batches, share of waiting, and stages' micro-batches that each rank holds at most.
+    schedule: Schedule,
+    num_ranks: int,
+    chunks: int,
+    num: int,
+    forwards: tuple[float, ...],
+    backwards: tuple[float, ...],
+    passing: tuple[float, ...],
+) -> tuple[float, float, tuple[int, ...]]:
+    """Seconds of all micro-batches, share of waiting, and stages' micro-batches that each rank holds at most."""
 
-    `passed` are bytes of each stage's state.
-    """
-    plan, num = choice.plan, choice.micro_batches
-    if plan.pipeline == 1:
-        return num * (cost(0, "forward") + cost(0, "backward")), 0.0, [1]
+    def cost(stage: int, kind: Kind) -> float:
+        if kind == "forward":
+            return forwards[stage]
+        return backwards[stage] * (1.0 if kind == "backward" else 0.5)
+
+    if num_ranks == 1:
+        return num * (cost(0, "forward") + cost(0, "backward")), 0.0, (1,)
 
     def sent(stage: int, to: int) -> float:
-        # All ranks of a tensor group send a part each, and stages stand in different nodes where those fill theirs.
-        nodes = plan.tensor * plan.pipeline > cluster.per_node
-        bandwidth = cluster.across_bandwidth if nodes else cluster.inside_bandwidth
-        return cluster.latency_seconds + passed[min(stage, to)] / (bandwidth * cluster.link_efficiency * plan.tensor)
+        return passing[min(stage, to)]
 
-    fewer = max(2 * plan.pipeline, MOST_ACTIONS // (2 * len(place)))
+    place = rank_of_stage(schedule, num_ranks, chunks)
+    fewer = max(2 * num_ranks, MOST_ACTIONS // (2 * len(place)))
     if num > fewer:
         # The same with so many micro-batches; all further ones take the pace of the slowest rank.
         pace = max(
             sum(cost(s, "forward") + cost(s, "backward") for s, where in enumerate(place) if where == rank)
-            for rank in range(plan.pipeline)
+            for rank in range(num_ranks)
         )
-        seconds, waiting, held = _pipeline(cluster, choice._replace(micro_batches=fewer), passed, place, cost)
+        seconds, waiting, held = _pipeline(schedule, num_ranks, chunks, fewer, forwards, backwards, passing)
         whole = seconds + (num - fewer) * pace
         return whole, waiting * seconds / whole, held
-    if plan.schedule == "zbv":  # its order depends on what things cost
-        course, held = _carried_out(make_table("zbv", plan.pipeline, plan.chunks, num, cost), place)
+    if schedule == "zbv":  # its order depends on what things cost
+        course, held = _carried_out(make_table("zbv", num_ranks, chunks, num, cost), place)
     else:
-        course, held = _known(plan.schedule, plan.pipeline, plan.chunks, num)
+        course, held = _known(schedule, num_ranks, chunks, num)
     starts, ends = span_times(course, cost, sent)
     seconds = max(ends)
-    return seconds, 1.0 - (sum(ends) - sum(starts)) / (seconds * plan.pipeline), held
+    return seconds, 1.0 - (sum(ends) - sum(starts)) / (seconds * num_ranks), held
 
 
-def _carried_out(table: Table, place: list[int]) -> tuple[Course, list[int]]:
-    return course_of(table, place), [most_held(actions) for actions in table]
+def _carried_out(table: Table, place: list[int]) -> tuple[Course, tuple[int, ...]]:
+    return course_of(table, place), tuple(most_held(actions) for actions in table)
 
 
 @functools.lru_cache(maxsize=64)
-def _known(schedule: Schedule, num_ranks: int, chunks: int, num_batches: int) -> tuple[Course, list[int]]:
+def _known(schedule: Schedule, num_ranks: int, chunks: int, num_batches: int) -> tuple[Course, tuple[int, ...]]:
     """A schedule whose order depends on nothing else, and what each rank holds at most."""
     table = make_table(schedule, num_ranks, chunks, num_batches)
     return _carried_out(table, rank_of_stage(schedule, num_ranks, chunks))
@@ -301,7 +379,7 @@ def _activation_bytes(parts: list[BlockShape], plan: PlanConfig, recompute: bool
     shared = plan.tensor if plan.sequence else 1
     whole = [part.kept / plan.tensor + part.kept_whole / shared + part.entered for part in parts]
     if not recompute:
-        return sizes.activation * sum(whole)
+        return sizes.activation * sum(whole) + sizes.cast * sum(_held(parts, plan))
     return sizes.activation * sum(part.passed / shared for part in parts)
 
 

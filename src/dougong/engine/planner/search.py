@@ -1,6 +1,6 @@
 """Every layout that a model and a cluster allow, the fastest first.
 
-Here        SearchConfig, `find_layouts`, `describe`, `reason`.
+Here        SearchConfig, `find_layouts`, `describe`, `reason`; `divisors`.
 Elsewhere   what one of them costs (predict.py).
 Promise     what is found fits the memory, the model and the records of a step; where nothing does, the message says
             what is nearest.
@@ -8,6 +8,9 @@ Promise     what is found fits the memory, the model and the records of a step; 
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,8 +21,9 @@ from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
 from dougong.engine.planner.cluster import ClusterConfig
-from dougong.engine.planner.predict import BytesConfig, Choice, Prediction, predict
+from dougong.engine.planner.predict import BytesConfig, Choice, Least, Prediction, predict, predict_least
 from dougong.engine.planner.shape import ModelShape
+from dougong.engine.precision import Chosen
 
 
 class SearchConfig(Config):
@@ -28,9 +32,12 @@ class SearchConfig(Config):
     records: int = Field(gt=0)
     """Of a step, of all ranks."""
 
-    micro_batches: int | None = Field(default=None, gt=0)
-    """Of a step, each shared out to all ranks that share out the records, as the engine does. None: the shape's
-    micro-batch is one rank's, and a step has as many of them as its records make."""
+    micro_batches: tuple[int, ...] | None = None
+    """Into how many a step may be cut, each shared out to all ranks that share out the records, as the engine does.
+    None: the shape's micro-batch is one rank's, and a step has as many of them as its records make."""
+
+    precisions: tuple[Chosen, ...] = ()
+    """Of products, that may be chosen among. None of them: what the cluster and the bytes say."""
 
     recompute: bool = False
     """Whether activations may be made anew in the backward."""
@@ -52,8 +59,6 @@ class Found(NamedTuple):
     """Those that fit, the fastest first."""
 
     considered: int
-    too_large: Prediction | None
-    """Of those that do not fit the memory, the smallest; None where none was left out for it."""
 
 
 def find_layouts(
@@ -61,81 +66,135 @@ def find_layouts(
     cluster: ClusterConfig,
     search: SearchConfig,
     sizes: BytesConfig | None = None,
-    check: Callable[[PlanConfig], None] | None = None,
+    check: Callable[[Choice], None] | None = None,
 ) -> Found:
     """All layouts, predicted. `check` raises ConfigError for those that cannot be carried out.
+
+    A rank that has the most records of a micro-batch is what the others wait for: where they cannot be shared out
+    evenly, time and memory are that rank's.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
     """
+    possible = _possible(model, cluster, search, sizes, check)
+    room = search.memory_share * cluster.memory_bytes
     fitting: list[Prediction] = []
-    too_large: Prediction | None = None
-    considered = 0
+    # Whose least is more than what the last of those that are told takes, cannot be told; nor can any after it.
+    for each in sorted(possible, key=lambda each: each.least.seconds):
+        if len(fitting) >= search.most and each.least.seconds > fitting[search.most - 1].seconds:
+            break
+        if each.least.bytes > room:
+            continue
+        found = each.predicted(cluster, search, sizes)
+        if found.peak_bytes <= room:
+            bisect.insort(fitting, found, key=lambda found: (found.seconds, found.peak_bytes))
+    if not fitting:
+        smallest = _smallest(possible, cluster, search, sizes)
+        raise ConfigError(
+            f"no layout of {cluster.devices} devices fits {room / 2**30:.3g} GiB each: the smallest takes "
+            f"{smallest.peak_bytes / 2**30:.3g} GiB ({describe(smallest.choice)}). Use more devices, smaller "
+            f"micro-batches{'' if search.recompute else ', or recompute'}."
+        )
+    return Found(fitting[: search.most], len(possible))
+
+
+class _Possible(NamedTuple):
+    """A layout that can be carried out."""
+
+    choice: Choice
+    shape: ModelShape
+    """With one micro-batch, on the rank that has most of it."""
+
+    least: Least
+
+    def predicted(self, cluster: ClusterConfig, search: SearchConfig, sizes: BytesConfig | None) -> Prediction:
+        found = predict(self.shape, cluster, self.choice, sizes)
+        return found._replace(records_per_second=search.records / found.seconds)
+
+
+def _possible(
+    model: ModelShape,
+    cluster: ClusterConfig,
+    search: SearchConfig,
+    sizes: BytesConfig | None,
+    check: Callable[[Choice], None] | None,
+) -> list[_Possible]:
+    possible: list[_Possible] = []
     refused: ConfigError | None = None
     for choice, shape in _choices(model, cluster, search):
         try:
             if check is not None:
-                check(choice.plan)
+                check(choice)
         except ConfigError as error:
             refused = refused or error
             continue
-        considered += 1
-        found = predict(shape, cluster, choice, sizes)
-        if found.peak_bytes <= search.memory_share * cluster.memory_bytes:
-            fitting.append(found)
-        elif too_large is None or found.peak_bytes < too_large.peak_bytes:
-            too_large = found
-    if not considered and refused is not None:
+        possible.append(_Possible(choice, shape, predict_least(shape, cluster, choice, sizes)))
+    if not possible and refused is not None:
         raise ConfigError(f"no layout of {cluster.devices} devices can be carried out: {refused}")
-    if not considered:
+    if not possible:
         raise ConfigError(
             f"{search.records} records a step cannot be shared out to {cluster.devices} devices in micro-batches of "
             f"{model.num_records:g}. Use a multiple of {model.num_records:g} records, or fewer devices."
         )
-    if not fitting:
-        assert too_large is not None
-        room, least = search.memory_share * cluster.memory_bytes / 2**30, too_large.peak_bytes / 2**30
-        raise ConfigError(
-            f"no layout of {cluster.devices} devices fits {room:.3g} GiB each: the smallest takes {least:.3g} GiB "
-            f"({describe(too_large.choice)}). Use more devices, smaller micro-batches"
-            f"{'' if search.recompute else ', or recompute'}."
-        )
-    fitting.sort(key=lambda found: (found.seconds, found.peak_bytes))
-    return Found(fitting[: search.most], considered, too_large)
+    return possible
+
+
+def _smallest(
+    possible: list[_Possible], cluster: ClusterConfig, search: SearchConfig, sizes: BytesConfig | None
+) -> Prediction:
+    smallest: Prediction | None = None
+    for each in sorted(possible, key=lambda each: each.least.bytes):
+        if smallest is not None and each.least.bytes >= smallest.peak_bytes:
+            break
+        found = each.predicted(cluster, search, sizes)
+        if smallest is None or found.peak_bytes < smallest.peak_bytes:
+            smallest = found
+    assert smallest is not None
+    return smallest
 
 
 def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) -> Iterator[tuple[Choice, ModelShape]]:
-    for tensor in _divisors(min(cluster.devices, cluster.per_node)):
+    for tensor in divisors(min(cluster.devices, cluster.per_node)):
         if model.num_heads % tensor or cluster.devices % tensor:
             continue
-        for pipeline in _divisors(cluster.devices // tensor):
+        for pipeline in divisors(cluster.devices // tensor):
             data = cluster.devices // (tensor * pipeline)
-            shape, micro_batches = model, search.micro_batches
-            if micro_batches is not None:
-                shape = model.of_records(search.records / micro_batches / data)
-            else:
-                step = round(model.num_records) * data
-                if search.records % step:
-                    continue
-                micro_batches = search.records // step
-            for plan in _plans(model, tensor, pipeline, data, micro_batches):
-                for recompute in (False, True) if search.recompute else (False,):
-                    for offload in (False, True) if search.offload else (False,):
-                        yield Choice(plan, micro_batches, recompute, offload), shape
+            for micro_batches, shape in _micro_batches(model, search, data):
+                for plan in _plans(model, tensor, pipeline, data, micro_batches):
+                    for precision, recompute, offload in itertools.product(
+                        search.precisions or (None,),
+                        (False, True) if search.recompute else (False,),
+                        (False, True) if search.offload else (False,),
+                    ):
+                        yield Choice(plan, micro_batches, recompute, offload, precision), shape
+
+
+def _micro_batches(model: ModelShape, search: SearchConfig, data: int) -> Iterator[tuple[int, ModelShape]]:
+    """How many, each with the model's shape on the rank that has most of one."""
+    if search.micro_batches is None:
+        step = round(model.num_records) * data
+        if search.records % step == 0:
+            yield search.records // step, model
+        return
+    for count in search.micro_batches:
+        yield count, model.of_records(math.ceil(search.records / count / data))
 
 
 def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batches: int) -> Iterator[PlanConfig]:
-    experts = [n for n in _divisors(data) if n == 1 or (model.num_experts and model.num_experts % n == 0)]
+    experts = [n for n in divisors(data) if n == 1 or (model.num_experts and model.num_experts % n == 0)]
     for expert in experts:
         common = {"tensor": tensor, "expert": expert}
         if pipeline == 1:
             yield PlanConfig(**common)
-            for shard in _divisors(data)[1:]:
+            for shard in divisors(data)[1:]:
                 for sharding in ("zero2", "zero3"):
                     yield PlanConfig(**common, shard=shard, sharding=sharding)
             continue
         for schedule, chunks in _schedules(model, pipeline, micro_batches):
-            yield PlanConfig(**common, pipeline=pipeline, schedule=schedule, chunks=chunks)
+            staged = {**common, "pipeline": pipeline, "schedule": schedule, "chunks": chunks}
+            yield PlanConfig(**staged)
+            for shard in divisors(data)[1:]:
+                yield PlanConfig(**staged, shard=shard, sharding="zero2")
 
 
 def _schedules(model: ModelShape, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
@@ -151,7 +210,8 @@ def _schedules(model: ModelShape, pipeline: int, micro_batches: int) -> Iterator
             yield schedule, chunks
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -159,6 +219,8 @@ def describe(choice: Choice) -> str:
     """A layout in a few words."""
     words = [choice.plan.in_words()]
     words.append("1 micro-batch" if choice.micro_batches == 1 else f"{choice.micro_batches} micro-batches")
+    if choice.precision is not None:
+        words.append(choice.precision)
     if choice.recompute:
         words.append("recompute")
     if choice.offload:
