@@ -9,8 +9,7 @@ leader      the node's ranks add up on its first rank, first ranks add up across
 scatter     each rank of a node gets the node's sum of a part, adds that up with its like in other nodes, and all
             gather the parts: every rank sends across, each another part (Cho et al. 2019, BlueConnect; Mikami et al.
             2018, arXiv:1811.05233).
-coarse      the same in larger chunks: less work for each byte, where processors are busier than the wire.
-All work in chunks, one inside a node while another is on its way across.
+Both work in chunks, one inside a node while another is on its way across.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from torch import Tensor
 
 from dougong.engine.parallel.collectives import all_gather, begin_all_gather, reduce_scatter
 
-Form = Literal["flat", "leader", "scatter", "coarse"]
-FORMS: Final[tuple[Form, ...]] = ("flat", "leader", "scatter", "coarse")
+Form = Literal["flat", "leader", "scatter"]
+FORMS: Final[tuple[Form, ...]] = ("flat", "leader", "scatter")
 
-CHUNK_BYTES: Final[dict[Form, int]] = {"leader": 2**20, "scatter": 2**20, "coarse": 2**22}
+CHUNK_BYTES: Final = 2**20
 """What goes across at a time: large enough that a message's own cost is little, small enough that what is done inside
 before the first has left and after the last has come, when nothing is on the wire, is little too."""
 
@@ -95,8 +94,8 @@ class Hierarchy:
             dist.all_reduce(x, group=self.group)
             return
         flat = x.view(-1)
-        chunks = list(torch.split(flat, max(1, CHUNK_BYTES[form] // x.element_size())))
-        work = self._leader if form == "leader" else self._scatter
+        chunks = list(torch.split(flat, max(1, CHUNK_BYTES // x.element_size())))
+        work = self._scatter if form == "scatter" else self._leader
         work(chunks, name)
 
     def form_of(self, num_bytes: int) -> Form:
@@ -117,24 +116,23 @@ class Hierarchy:
         self.measured = []
         for size in sizes:
             x = torch.ones(max(1, size // 4), device=device)
-            forms = [form for form in FORMS if form != "coarse" or size > CHUNK_BYTES["scatter"]]
-            took: dict[Form, list[float]] = {form: [] for form in forms}
+            took: dict[Form, list[float]] = {form: [] for form in FORMS}
             for turn in range(repeats + 1):
-                for form in forms:
+                for form in FORMS:
                     took[form].append(_timed(functools.partial(self.all_reduce, x, form=form, name="measured")))
                     x.fill_(1.0)
                 if turn == 0 and size == sizes[0]:  # it met cold connections
-                    took = {form: [] for form in forms}
+                    took = {form: [] for form in FORMS}
                     continue
                 spent = torch.tensor(sum(map(sum, took.values())), device=device)
                 dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=self.group)
                 if spent.item() > seconds:
                     break
-            middle = torch.tensor([sorted(took[form])[len(took[form]) // 2] for form in forms], device=device)
+            middle = torch.tensor([sorted(took[form])[len(took[form]) // 2] for form in FORMS], device=device)
             dist.all_reduce(middle, op=dist.ReduceOp.MAX, group=self.group)
-            found = dict(zip(forms, middle.tolist(), strict=True))
-            self.measured += [Measured(size, form, found[form]) for form in forms]
-            best = min(forms, key=lambda form: found[form])
+            found = dict(zip(FORMS, middle.tolist(), strict=True))
+            self.measured += [Measured(size, form, found[form]) for form in FORMS]
+            best = min(FORMS, key=lambda form: found[form])
             self.choice[size] = best if found[best] < SURELY * found["flat"] else "flat"
         self._lost = {name: lost for name, lost in self._lost.items() if not name.startswith("measured")}
         return self.measured
