@@ -48,10 +48,10 @@ from dougong.core.figures import Figure
 from dougong.core.files import write_json
 from dougong.core.signature import ImageInput, Signature, Target, TextInput
 from dougong.data.position import Share
+from dougong.engine.memory.account import Account, StepBytes
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
-from dougong.engine.planner.account import Account, StepBytes
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig
 from dougong.engine.planner.predict import BytesConfig, Choice, Prediction, predict
 from dougong.engine.planner.rehearse import Rehearsal, rehearse

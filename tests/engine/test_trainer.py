@@ -37,7 +37,7 @@ from dougong.data.position import Position
 from dougong.engine import trainer
 from dougong.engine.checkpoint import best_weights, latest_checkpoint, load_weights
 from dougong.engine.evaluate import evaluate
-from dougong.engine.precision import PrecisionChoice
+from dougong.engine.precision.choice import PrecisionChoice
 from dougong.engine.trainer import TrainConfig, Watch
 from dougong.nn.batch import Batch
 
@@ -105,7 +105,7 @@ def nosy_watch(model: TinyModel) -> Watch:
 @pytest.mark.parametrize("what", ["evaluating", "saving", "measuring", "averaging", "all"])
 def test_looking_on_leaves_no_trace_in_training(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what in ("measuring", "all"):
-        monkeypatch.setattr("dougong.engine.precision.ENOUGH_GAIN", math.inf)
+        monkeypatch.setattr("dougong.engine.precision.choice.ENOUGH_GAIN", math.inf)
     options: dict[str, dict[str, Any]] = {
         "evaluating": {"evaluate_every": 1},
         "saving": {"checkpoint_every": 1},
@@ -150,6 +150,39 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_end(tmp_path: Path,
     assert losses_of(folder) == losses_of(tmp_path / "whole")
     assert same_weights(model, whole)
     assert steps_of(folder, "RecordsSetAside") == steps_of(tmp_path / "whole", "RecordsSetAside")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"precision": "adaptive"}, {"precision": "fp16"}, {"precision": "fp16", "loss_scale": "doubling"}],
+)
+def test_a_run_in_fp16_learns_and_goes_on_with_its_scale_and_formats(tmp_path: Path, how: dict[str, Any]) -> None:
+    _, whole = train_tiny(tmp_path / "whole", steps=40, **how)
+    train_tiny(tmp_path / "cut", steps=40, hear=interrupt_at(18), **how)
+    _, model = train_tiny(tmp_path / "cut", model=TinyModel(seed=8), steps=40, resume=True, **how)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert same_weights(model, whole)
+    losses = [loss for _, loss in losses_of(tmp_path / "whole")]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    # The model that is left computes as any other.
+    batch = TinyLoader().all_tensors()
+    assert model(batch).output_BC.dtype == torch.float32
+    assert not vars(model.blocks[0]).keys() & {"forward"}
+
+
+def test_a_change_of_format_is_announced_with_its_cause(tmp_path: Path) -> None:
+    train_tiny(tmp_path / "run", precision="adaptive")
+    switches = [each for each in read_events(tmp_path / "run" / "events.jsonl") if each["kind"] == "PrecisionSwitched"]
+    assert {each["after"] for each in switches} == {"fp16"}
+    assert all("its gradients have fitted scales from" in each["reason"] for each in switches)
+
+
+def test_a_loss_scale_has_an_effect_or_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss_scale=doubling has no effect with precision=bf16. Use precision: fp16"):
+        TrainConfig(precision="bf16", loss_scale="doubling")
+    train_tiny(tmp_path, precision="fp16", hear=interrupt_at(5))
+    with pytest.raises(CheckpointError, match="has another train.loss_scale"):
+        train_tiny(tmp_path, precision="fp16", loss_scale="doubling", resume=True)
 
 
 def test_steps_after_the_last_checkpoint_stand_in_the_file_once(tmp_path: Path) -> None:
@@ -591,7 +624,7 @@ def test_the_number_of_steps_follows_from_steps_or_else_from_epochs(
         ("checkpoint_seconds", 0, "0.0 must be above 0."),
         ("ema", 1.0, "1.0 must be between 0 and 1. Use for example 0.999, or null for no average."),
         ("max_bad_share", 1.5, "1.5 must be a share, from 0 to 1."),
-        ("precision", "fp16", "'fp32', 'bf16' or 'auto'"),
+        ("precision", "fp8", "'fp32', 'bf16', 'fp16', 'adaptive' or 'auto'"),
         ("acumulation", 2, "Did you mean 'accumulation'?"),
     ],
 )

@@ -15,10 +15,10 @@ from dougong.recipes.recipe import Recipe
 from dougong.recipes.tables import open_tables
 
 
-def recipe_for(table: Path) -> Recipe:
+def recipe_for(table: Path, batch_size: int = 48) -> Recipe:
     values = {
         "name": "small",
-        "data": {"train": str(table), "target": "colour", "loader": {"batch_size": 48, "workers": 0}},
+        "data": {"train": str(table), "target": "colour", "loader": {"batch_size": batch_size, "workers": 0}},
         "model": {"width": 32},
         "train": {"precision": "fp32", "accumulation": 4},
     }
@@ -95,19 +95,18 @@ def test_what_the_engine_cannot_do_is_predicted_and_never_chosen(colour_table: P
 
 
 def test_micro_batches_and_precision_vary_with_the_same_records_a_step(colour_table: Path) -> None:
-    recipe, cluster = recipe_for(colour_table), read_cluster("a100-80g", 4)
-    table = plan_recipe(recipe, cluster, vary=read_varied(["micro-batches", "precision"]), most=10_000)
-    assert len(table.found.predictions) == table.found.considered
+    recipe, cluster = recipe_for(colour_table, batch_size=12), read_cluster("a100-80g", 4)
+    table = plan_recipe(recipe, cluster, vary=read_varied(["micro-batches", "precision"]), most=300)
     choices = [found.choice for found in table.found.predictions]
     assert {each.precision for each in choices} == {"fp32", "bf16"}
-    assert {1, 2, 4, 8, 192} <= {each.micro_batches for each in choices}
+    assert {1, 2, 4, 8} <= {each.micro_batches for each in choices}
     assert any(each.plan.pipeline > 1 and each.plan.shard > 1 for each in choices)
-    assert {round(f.seconds * f.records_per_second) for f in table.found.predictions} == {48 * 4}
+    assert {round(f.seconds * f.records_per_second) for f in table.found.predictions} == {12 * 4}
     # What is to be set makes the recipe such: as many records a step, and as predicted.
     for found, told in zip(table.found.predictions, table.as_json()["layouts"], strict=True):
         changed = parse(Recipe, override(recipe.model_dump(mode="json"), told["settings"]), where="test")
         assert changed.plan == found.choice.plan
-        assert changed.train.accumulation * changed.data.loader.batch_size == 48 * 4
+        assert changed.train.accumulation * changed.data.loader.batch_size == 12 * 4
         assert changed.train.accumulation == found.choice.micro_batches
         assert changed.train.precision == found.choice.precision
         check_layout(changed, found.choice.plan, 4)

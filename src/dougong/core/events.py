@@ -68,6 +68,22 @@ class StepSkipped(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrecisionSwitched(Event):
+    """A group of modules is computed in another number format from now on."""
+
+    group: str
+    modality: str
+    """Empty where it is no modality's own."""
+
+    before: str
+    after: str
+    scale_exponent: int
+    """Of the power of two by which the loss is multiplied."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated(Event):
     """The metrics of one split under one condition."""
 

@@ -35,7 +35,9 @@ from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, own_pieces, told
-from dougong.engine.precision import Chosen
+from dougong.engine.precision.adaptive import AdaptiveState
+from dougong.engine.precision.choice import Chosen
+from dougong.engine.precision.scaling import OverflowState
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.sampling import SamplingState
 from dougong.engine.staging import Staging
@@ -78,6 +80,9 @@ class RunState(Config):
 
     sampling: SamplingState | None = None
     """The rates at which modalities are left out, where they move."""
+
+    scaling: AdaptiveState | OverflowState | None = None
+    """By what the loss is multiplied, and formats, where gradients must fit fp16."""
 
 
 class Checkpoint(NamedTuple):

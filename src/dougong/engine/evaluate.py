@@ -26,7 +26,7 @@ from dougong.data.position import Loader
 from dougong.engine.batches import to_tensors
 from dougong.engine.metrics import Decided, DecisionMetrics, decide, in_own_units
 from dougong.engine.parallel.ranks import ALONE, Ranks
-from dougong.engine.precision import Chosen, autocast
+from dougong.engine.precision.choice import Chosen, autocast
 from dougong.engine.step import Loss
 from dougong.nn.block_stack import BlockStack
 

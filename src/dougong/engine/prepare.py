@@ -7,11 +7,13 @@ Promise     what a layout cannot do is refused before the model is changed. Name
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from dougong.core.errors import ConfigError
+from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.engine.parallel.context import apply_context, check_context, share_tokens
 from dougong.engine.parallel.expert import apply_expert, check_expert
 from dougong.engine.parallel.hierarchical import MEASURED_BYTES, Hierarchy, groups_in_nodes
@@ -60,10 +62,12 @@ def prepare_model(
     *,
     accumulation: int = 1,
     costs: Sequence[float] | None = None,
+    keep: Sequence[Keep] | None = None,
 ) -> Layout:
     """Lay the model out, in place, on all ranks. Each must have built the whole of it.
 
-    `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`).
+    `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
+    what each block keeps for its backward, None: all.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
@@ -90,6 +94,11 @@ def prepare_model(
         layout.cuts = apply_tensor(model, tensor, layout.cuts, sequence=sequence)
     if shared is not None or (tensor is not None and sequence):
         share_tokens(model, tensor if sequence else None, shared)
+    if keep is not None:  # after what changes a block's work, which is then done anew with its exchanges
+        apply_recompute(model, keep)
+        if layout.pipeline is not None:
+            bounds = enumerate(itertools.pairwise(layout.pipeline.bounds))
+            layout.pipeline.undivided = {stage for stage, (a, b) in bounds if set(keep[a:b]) - {"all"}}
     if mesh.devices is not None:  # last: it wraps finished blocks
         shard = mesh.group("shard")
         assert shard is not None
@@ -99,8 +108,8 @@ def prepare_model(
         if layout.pipeline is not None or len(units) < 2:
             layout.sharded = apply_step_shard(model, shard, ignored=ignored)
         else:
-            keep = plan.sharding == "zero2"
-            layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=keep, ignored=ignored)
+            stay = plan.sharding == "zero2"
+            layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=stay, ignored=ignored)
     layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dougong.engine.precision import Chosen, autocast
+from dougong.engine.precision.choice import Chosen, autocast
+from dougong.engine.precision.scaling import Scaling
 from dougong.engine.weights import local_part
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -54,12 +55,12 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-Backward = Callable[["TrainParts", Batch, int], Tensor]
+Backward = Callable[["TrainParts", Batch, float], Tensor]
 """Adds a batch's gradients to those of the micro-batches before it, and returns its loss; both are parts of a mean over
-so many records."""
+so many records, times the loss's scale: the sum is divided by this number."""
 
 
-AllBackward = Callable[["TrainParts", Sequence[Batch], int], Tensor]
+AllBackward = Callable[["TrainParts", Sequence[Batch], float], Tensor]
 """The same of all micro-batches."""
 
 
@@ -81,6 +82,9 @@ class TrainParts:
 
     all_backward: AllBackward | None = None
     """None: one micro-batch after the other."""
+
+    scaling: Scaling | None = None
+    """Of the loss, whose gradients must fit fp16. None: it is not scaled."""
 
 
 class StepReport(NamedTuple):
@@ -104,7 +108,10 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     """
     parts.optimizer.zero_grad(set_to_none=True)
     moved = [Moved(buffer, buffer.clone()) for buffer in parts.model.buffers()]
-    total = (parts.all_backward or one_by_one)(parts, batches, num_records)
+    scale = 1.0 if parts.scaling is None else 2.0**parts.scaling.exponent
+    total = (parts.all_backward or one_by_one)(parts, batches, num_records / scale)
+    if parts.scaling is not None:
+        parts.scaling.see()
     if parts.reduce is not None:
         reduced = parts.reduce(total, moved)
         gradients = _gradients(parts.optimizer)
@@ -113,27 +120,34 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
         reduced = Reduced(total, norm_of(gradients))
 
     # The one wait for the device: whether to step at all depends on both numbers.
-    loss, grad_norm = torch.stack([reduced.loss, reduced.grad_norm.to(reduced.loss)]).tolist()
+    both = torch.stack([reduced.loss, reduced.grad_norm.to(reduced.loss)]).tolist()
+    loss, grad_norm = (value / scale for value in both)
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if parts.scaling is not None:
+        parts.scaling.after(finite=finite)
 
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if not finite:
         parts.optimizer.zero_grad(set_to_none=True)
         for buffer, before in moved:
             buffer.copy_(before)  # a running mean that met a NaN would never lose it
         return StepReport(loss, grad_norm, skipped=True)
+    shorter = 1.0
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
-        torch._foreach_mul_([local_part(gradient) for gradient in gradients], parts.max_grad_norm / grad_norm)
+        shorter = parts.max_grad_norm / grad_norm
+    if shorter / scale != 1.0:
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], shorter / scale)
     parts.optimizer.step()
     parts.model.after_step()
     return StepReport(loss, grad_norm, skipped=False)
 
 
-def one_by_one(parts: TrainParts, batches: Sequence[Batch], num_records: int) -> Tensor:
+def one_by_one(parts: TrainParts, batches: Sequence[Batch], num_records: float) -> Tensor:
     """One micro-batch after the other, each forward and backward."""
     backward = parts.backward or plain_backward
     return torch.stack([backward(parts, batch, num_records) for batch in batches]).sum()
 
 
-def plain_backward(parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+def plain_backward(parts: TrainParts, batch: Batch, num_records: float) -> Tensor:
     """Every parameter's gradient of the one loss."""
     with autocast(parts.precision, parts.device_type):
         loss = parts.loss(parts.model(batch), batch).float() / num_records

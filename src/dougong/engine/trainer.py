@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.core.errors import CheckpointError, ConfigError, DougongError, RunError
@@ -30,6 +30,7 @@ from dougong.core.events import (
     CheckpointSkipped,
     Evaluated,
     EventFile,
+    PrecisionSwitched,
     RecordsSetAside,
     RunFinished,
     RunStarted,
@@ -63,7 +64,9 @@ from dougong.engine.parallel.heartbeat import following
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
-from dougong.engine.precision import Precision, PrecisionChoice, autocast, choose_precision
+from dougong.engine.precision.adaptive import AdaptiveConfig, AdaptivePrecision, apply_adaptive
+from dougong.engine.precision.choice import Precision, PrecisionChoice, autocast, choose_precision
+from dougong.engine.precision.scaling import OverflowScaling, Scaling
 from dougong.engine.prepare import prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
@@ -94,8 +97,12 @@ class TrainConfig(Config):
     """Longer gradients are shortened to it. None: never."""
 
     precision: Precision = "auto"
-    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model. fp32 or bf16 for
-    runs that must repeat exactly."""
+    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model. Any other for
+    runs that must repeat exactly. adaptive: fp16 or bf16 for each block, by the range that its numbers have had."""
+
+    loss_scale: Literal["history", "doubling"] = "history"
+    """precision=fp16: the loss is multiplied by what the range of gradients asks for; or by twice as much after 2,000
+    steps without overflow, by half after one (GradScaler's rule)."""
 
     evaluate_every: int | None = None
     """Steps. None: after each epoch. The last step is always followed by an evaluation."""
@@ -153,6 +160,14 @@ class TrainConfig(Config):
         if not 0 <= share <= 1:
             raise ValueError(f"{share} must be a share, from 0 to 1.")
         return share
+
+    @model_validator(mode="after")
+    def _a_scale_of_something(self) -> TrainConfig:
+        if self.loss_scale != "history" and self.precision != "fp16":
+            raise ValueError(
+                f"loss_scale={self.loss_scale} has no effect with precision={self.precision}. Use precision: fp16."
+            )
+        return self
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """The steps of a whole run."""
@@ -340,6 +355,9 @@ class _Run:
             place = layout.mesh.share.rank
             seed_all(derive_seed(seed, "train", *(("rank", place) if place else ())))
             self.precision = self._choose_precision(model, loss)
+        self.adaptive: AdaptivePrecision | None = None
+        self.scaled: AdaptivePrecision | OverflowScaling | None = None
+        scaling = self._scaling(model, start)
         self.parts = TrainParts(
             model,
             loss,
@@ -350,7 +368,27 @@ class _Run:
             backward or layout.backward,
             None if ranks.group is None else layout.reduce,
             layout.all_backward,
+            scaling,
         )
+
+    def _scaling(self, model: BlockStack[Any, Any], start: Checkpoint | None) -> Scaling | None:
+        """What keeps gradients in fp16's range, where one is to."""
+        precision = self.precision.precision
+        if precision not in ("fp16", "adaptive"):
+            return None
+        scaling: AdaptivePrecision | OverflowScaling
+        if precision == "fp16" and self.config.loss_scale == "doubling":
+            scaling = OverflowScaling()
+        else:
+            config = AdaptiveConfig(formats=("fp16",)) if precision == "fp16" else AdaptiveConfig()
+            agree = self.ranks.added_up if self.ranks.group is not None else None
+            scaling = self.adaptive = apply_adaptive(model, config, self.device.type, agree)
+        if start is not None and start.state.scaling is not None:
+            if start.state.scaling.kind != scaling.state.kind:
+                raise CheckpointError(f"{start.folder} has another train.loss_scale. Resume with that run's settings.")
+            scaling.state = start.state.scaling
+        self.scaled = scaling
+        return scaling
 
     def train(self) -> TrainResult:
         """Step until there is a reason to stop. After an error, what was being saved is whole or absent."""
@@ -359,6 +397,9 @@ class _Run:
         except BaseException:
             self._announce_saved(self.saver.close())
             raise
+        finally:
+            if self.adaptive is not None:
+                self.adaptive.remove()
 
     def _train(self) -> TrainResult:
         self.announce(
@@ -457,6 +498,7 @@ class _Run:
                 wait_seconds=waited,
             )
         )
+        self._announce_switches()
         if self.ranks.world > 1 and (self.step == TIMED_STEP or self._evaluation_due(epoch)):
             told = self.ranks.tell([list(spent) for spent in self.layout.clock.spent])
             self.announce(StepTimed(step=self.step, ranks=told))
@@ -467,9 +509,10 @@ class _Run:
             again = last and self.layout.is_whole
             began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
             if not last:
-                self.announce(
-                    StepSkipped(step=self.step, ranks=began.ranks, modality=began.modality, reason=began.reason)
-                )
+                reason = began.reason
+                if not began.ranks and self.adaptive is not None and self.adaptive.overflow:
+                    reason = self.adaptive.overflow
+                self.announce(StepSkipped(step=self.step, ranks=began.ranks, modality=began.modality, reason=reason))
                 return
             advice = (
                 "Mend the records, or leave them out."
@@ -480,6 +523,13 @@ class _Run:
                 f"step {self.step}: the loss was {report.loss} and the gradient's norm {report.grad_norm}, and no "
                 f"step of the last {self.skipped_in_a_row} was finite. Looked at again: {began.reason}. {advice}"
             )
+
+    def _announce_switches(self) -> None:
+        if self.adaptive is None:
+            return
+        for switch in self.adaptive.switches:
+            self.announce(PrecisionSwitched(step=self.step, scale_exponent=self.adaptive.exponent, **switch._asdict()))
+        self.adaptive.switches.clear()
 
     def _announce_set_aside(self, tally: Tally) -> None:
         # Of the step that is being taken: after a kill it is met, and told, again.
@@ -597,6 +647,7 @@ class _Run:
             bad_rows=tuple(sorted(tally.bad_rows)),
             first_bad=tuple(tally.first_bad),
             sampling=None if self.sampler is None else self.sampler.state,
+            scaling=None if self.scaled is None else self.scaled.state,
         )
         self._announce_saved(self.saver.begin(state))
         self.last_saved = time.perf_counter()

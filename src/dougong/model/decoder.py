@@ -30,6 +30,7 @@ from dougong.nn.context import Context, Seen
 from dougong.nn.experts import Experts, GatedFeedForward, MixtureOfExperts, Router
 from dougong.nn.latent_attention import LatentAttention, LatentCache
 from dougong.nn.modules_by_name import ModulesByName
+from dougong.nn.norm import RMSNorm
 from dougong.nn.rotary import Stretch, frequencies, magnitude
 from dougong.nn.split import Split
 from dougong.nn.start import keep_variance
@@ -228,7 +229,7 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
 
         self.words = nn.Embedding(text.vocabulary_size, config.width)
         nn.init.normal_(self.words.weight, std=0.3)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.out = keep_variance(nn.Linear(config.width, text.vocabulary_size, bias=False))
         self.token_loss = TokenLoss()
         self.context = Context()
@@ -399,7 +400,7 @@ class DecoderLayer(nn.Module):
             "frequency_R", frequencies(config.turned_width, config.angle_base, stretch), persistent=False
         )
         self.angle_scale, score_scale = _magnitudes(stretch)
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.attention = LatentAttention(
             width=config.width,
             num_heads=config.num_heads,
@@ -411,7 +412,7 @@ class DecoderLayer(nn.Module):
             score_scale=score_scale,
             bias=config.bias,
         )
-        self.feedforward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.feedforward_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.feedforward = _feedforward(config, layer)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -468,8 +469,8 @@ class FurtherBlock(nn.Module):
     def __init__(self, config: DecoderConfig, place: int) -> None:
         super().__init__()
         self.place = place
-        self.before_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.word_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.before_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        self.word_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.join = keep_variance(nn.Linear(2 * config.width, config.width, bias=False))
         self.layer = DecoderLayer(config, config.num_layers + place)
         self.context = Context()

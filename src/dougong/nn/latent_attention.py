@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dougong.nn.context import Context, Seen
+from dougong.nn.norm import RMSNorm
 from dougong.nn.rotary import Rotation, turned
 from dougong.nn.split import Split, same
 
@@ -59,11 +60,11 @@ class LatentAttention(nn.Module):
             self.query = nn.Linear(width, query_width, bias=False)
         else:
             self.query_down = nn.Linear(width, query_rank, bias=bias)
-            self.query_norm = nn.RMSNorm(query_rank, eps=1e-6)
+            self.query_norm = RMSNorm(query_rank, eps=1e-6)
             self.query = nn.Linear(query_rank, query_width, bias=False)
         self.has_query_rank = query_rank is not None
         self.latent_down = nn.Linear(width, latent_rank + turned_width, bias=bias)
-        self.latent_norm = nn.RMSNorm(latent_rank, eps=1e-6)
+        self.latent_norm = RMSNorm(latent_rank, eps=1e-6)
         self.shared_key = same()
         self.key_value = nn.Linear(latent_rank, num_heads * (plain_width + value_width), bias=False)
         self.out = nn.Linear(num_heads * value_width, width, bias=bias)

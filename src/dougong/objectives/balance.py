@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dougong.engine.precision import autocast
+from dougong.engine.precision.choice import autocast
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
 
@@ -106,7 +106,7 @@ class ModulatedBackward:
     alpha: float
     noise: bool = True
 
-    def __call__(self, parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    def __call__(self, parts: TrainParts, batch: Batch, num_records: float) -> Tensor:
         with autocast(parts.precision, parts.device_type):
             output = parts.model(batch)
             loss = parts.loss(output, batch).float() / num_records
@@ -142,7 +142,7 @@ class ParetoBackward:
     losses: Callable[[Any, Batch], Losses]
     stretch: float = 1.5
 
-    def __call__(self, parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    def __call__(self, parts: TrainParts, batch: Batch, num_records: float) -> Tensor:
         with autocast(parts.precision, parts.device_type):
             losses = self.losses(parts.model(batch), batch)
             whole = losses.whole.float() / num_records

@@ -2,7 +2,7 @@
 
 Here        LaidOut, the kinds of recipe that any layout can train; `open_records`, `target_of`, `learn_preparation`,
             `known_preparation`; `build_model`, `loss_of`; `check_layout`, `belongs_together`, of
-            what needs a batch in one place.
+            what needs a batch in one place; `makes_once`.
 Elsewhere   training it (recipes/training.py); laying it out on devices (recipes/plan.py).
 Promise     the same recipe and records give the same preparation and the same weights.
 """
@@ -114,6 +114,12 @@ def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
             f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "
             "Set data.corrupt.spare_one: false, or train in one process."
         )
+    products = recipe.memory.recompute == "cheap" or "products" in (recipe.memory.keep or ())
+    if products and not makes_once(recipe):
+        raise ConfigError(
+            "objective.balance=mmpareto asks for gradients several times, and products that are kept can be used once. "
+            "Use memory.recompute: blocks, or none."
+        )
     if isinstance(recipe, Recipe):
         _check_decision(recipe, plan, world, shares)
 
@@ -123,6 +129,11 @@ def belongs_together(recipe: LaidOut) -> str | None:
     if recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
         return "data.corrupt.spare_one"
     return compared_by(recipe.objective, recipe.model) if isinstance(recipe, Recipe) else None
+
+
+def makes_once(recipe: LaidOut) -> bool:
+    """Whether a step asks for each gradient once, so that what a block makes anew it makes once."""
+    return not (isinstance(recipe, Recipe) and recipe.objective.balance == "mmpareto")
 
 
 def _check_decision(recipe: Recipe, plan: PlanConfig, world: int, shares: int) -> None:

@@ -13,6 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from dougong.core.config import Config
+from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.trainer import TrainConfig
@@ -47,6 +48,7 @@ class DecodeRecipe(Config):
     """How what is shown is written; the bundle's own settings too."""
 
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     plan: PlanConfig | None = PlanConfig()
     """How the run is laid out on the ranks that are started. None: the planner chooses for as many as there are."""
 

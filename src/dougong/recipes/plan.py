@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -21,14 +21,18 @@ from dougong.data.loader import Loader
 from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
+from dougong.engine.memory.account import StepBytes
+from dougong.engine.memory.blocks import measure_blocks
+from dougong.engine.memory.budget import fit_budget
+from dougong.engine.memory.config import budget_bytes, keep_of
+from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
 from dougong.engine.parallel.plan import PlanConfig
-from dougong.engine.planner.account import StepBytes
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
 from dougong.engine.planner.predict import Choice, Prediction
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import Found, SearchConfig, describe, divisors, find_layouts, reason
 from dougong.engine.planner.shape import ModelShape, measure_shape
-from dougong.engine.precision import Chosen
+from dougong.engine.precision.choice import Chosen
 from dougong.engine.prepare import check_model
 from dougong.nn.batch import Batch
 from dougong.recipes.build import (
@@ -38,6 +42,7 @@ from dougong.recipes.build import (
     check_layout,
     learn_preparation,
     loss_of,
+    makes_once,
     open_records,
 )
 from dougong.recipes.tables import Tables
@@ -84,8 +89,7 @@ def plan_recipe(
 ) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
 
-    What varies is chosen with the layout. By recompute and offload, also what the engine cannot do yet; that is not
-    rehearsed.
+    What varies is chosen with the layout. By offload, also what the engine cannot do yet; that is not rehearsed.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
@@ -125,6 +129,7 @@ class Planned:
 
     def __init__(self, recipe: LaidOut, tables: Tables, preparation: Preparation) -> None:
         self.recipe, self.tables, self.preparation = recipe, tables, preparation
+        self._read: dict[tuple[Share, int, int], list[Batch]] = {}
         self.model = build_model(recipe, preparation)
         self.loss = loss_of(recipe, preparation, None)
         self.shape = measure_shape(self.model, self.batches(WHOLE, 1)[0], self.loss)
@@ -132,6 +137,8 @@ class Planned:
     def batches(self, share: Share, count: int, batch_size: int | None = None) -> list[Batch]:
         """The first ones that have records, as far as they are this share's; None: of the recipe's size."""
         size = self.recipe.data.loader.batch_size if batch_size is None else batch_size
+        if (share, count, size) in self._read:
+            return self._read[share, count, size]
         loader = Loader(
             self.tables.train,
             self.preparation,
@@ -140,7 +147,9 @@ class Planned:
             train=True,
             share=share,
         )
-        return [to_tensors(arrays) for _, arrays in itertools.islice(loader.batches(Position()), count)]
+        found = [to_tensors(arrays) for _, arrays in itertools.islice(loader.batches(Position()), count)]
+        self._read[share, count, size] = found
+        return found
 
     @property
     def records(self) -> int:
@@ -163,8 +172,37 @@ class Planned:
     def choice(self, plan: PlanConfig) -> Choice:
         """This layout, and all else as the recipe has it. Where precision is to be measured, fp32 is reckoned with,
         which takes more."""
-        precision = self.recipe.train.precision
-        return Choice(plan, self.recipe.train.accumulation, precision="fp32" if precision == "auto" else precision)
+        train, memory = self.recipe.train, self.recipe.memory
+        return Choice(
+            plan,
+            train.accumulation,
+            recompute=memory.recompute == "blocks" and memory.every == 1,
+            precision="fp32" if train.precision == "auto" else train.precision,
+        )
+
+    def kept(self, plan: PlanConfig, world: int) -> tuple[Keep, ...] | None:
+        """What each block is to keep, as the recipe says; where that is a budget, what meets it on every rank. None:
+        all.
+
+        Raises:
+            ConfigError: nothing meets it.
+        """
+        memory = self.recipe.memory
+        if memory.activations is None or memory.keep is not None:
+            return keep_of(memory, len(self.model.blocks))
+        choice = self.choice(plan)
+        profile = measure_blocks(
+            self.model,
+            self.loss,
+            self.batches(WHOLE, 1)[0],
+            precision=choice.precision or "fp32",
+            keeps=KEEPS if makes_once(self.recipe) else ("all", "nothing"),
+        )
+
+        def measured(keep: Sequence[Keep]) -> int:
+            return max(each.activations for each in self.rehearsed(choice, world, keep))
+
+        return fit_budget(profile, functools.partial(budget_bytes, memory), measured).keep
 
     def check(self, world: int, choice: Choice) -> None:
         """
@@ -175,14 +213,17 @@ class Planned:
         check_layout(self.recipe.model_copy(update={"train": train}), choice.plan, world)
         check_model(self.model, choice.plan)
 
-    def check_memory(self, world: int, plan: PlanConfig, per_node: int | None = None) -> None:
-        """
+    def check_memory(
+        self, world: int, plan: PlanConfig, per_node: int | None = None, *, keep: Sequence[Keep] | None = None
+    ) -> None:
+        """Where blocks `keep` so much; None: as the recipe says.
+
         Raises:
             ConfigError: a rank would hold more than it has of this machine's free memory; the message says what fits.
         """
         cluster = this_machine(world, per_node)
         room = MEMORY_SHARE * cluster.memory_bytes
-        held = max(self.rehearsed(self.choice(plan), world), key=lambda each: each.peak)
+        held = max(self.rehearsed(self.choice(plan), world, keep), key=lambda each: each.peak)
         if held.peak <= room:
             return
         try:
@@ -195,8 +236,13 @@ class Planned:
             f"each of the {per_node or world} ranks here may have {bytes_as_text(room)}. {instead}"
         )
 
-    def rehearsed(self, choice: Choice, world: int) -> tuple[StepBytes, ...]:
-        """By rank of the pipeline, what its last holds, that has most of the records."""
+    def rehearsed(self, choice: Choice, world: int, keep: Sequence[Keep] | None = None) -> tuple[StepBytes, ...]:
+        """By rank of the pipeline, what its last holds, that has most of the records; None: blocks keep what the choice
+        or the recipe says."""
+        if keep is None and choice.recompute:
+            keep = all_alike("nothing", len(self.model.blocks))
+        elif keep is None and self.recipe.memory.recompute != "blocks":
+            keep = keep_of(self.recipe.memory, len(self.model.blocks))
         count, places = choice.micro_batches, choice.plan.pipeline
         size = None if count == self.recipe.train.accumulation else self.records // count
         what = Rehearsal(
@@ -205,6 +251,7 @@ class Planned:
             loss=self.loss,
             optimizer=self.recipe.train.optimizer.build,
             precision=choice.precision or "fp32",
+            keep=keep,
         )
         last = [(place + 1) * world // places - 1 for place in range(places)]
         return tuple(rehearse(what, choice.plan, world, rank) for rank in last)
@@ -280,4 +327,6 @@ def _settings(found: Prediction, recipe: LaidOut) -> list[str]:
         choice.precision == "bf16" or recipe.train.precision != "auto"
     ):
         told.append(f"train.precision={choice.precision}")
+    if choice.recompute and recipe.memory.recompute != "blocks":
+        told.append("memory.recompute=blocks")
     return told

@@ -19,6 +19,7 @@ from dougong.data.corruption import CorruptConfig
 from dougong.data.join import JoinConfig
 from dougong.data.loader import LoaderConfig
 from dougong.data.preparation import PreparationConfig
+from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.trainer import TrainConfig
 from dougong.model.sandwich import SandwichConfig
@@ -118,6 +119,7 @@ class Recipe(Config):
     model: SandwichConfig = SandwichConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     plan: PlanConfig | None = PlanConfig()
     """How the run is laid out on the ranks that are started. None: the planner chooses for as many as there are."""
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, cast
 
+import torch.distributed as dist
+
 from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
-from dougong.core.errors import RunError
+from dougong.core.errors import ConfigError, RunError
 from dougong.core.files import write_atomic
+from dougong.engine.memory.recompute import Keep
 from dougong.recipes.build import LaidOut, LaidOutT, known_preparation, learn_preparation, open_records
 from dougong.recipes.plan import Planned, chosen_plan
 
@@ -32,6 +35,15 @@ def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool, world: int = 1
     if isinstance(recipe, LaidOut) and recipe.plan is None:
         plan = chosen_plan(_planned(recipe, folder), world)
         recipe = cast(ConfigT, recipe.model_copy(update={"plan": plan}))
+    if isinstance(recipe, LaidOut) and recipe.memory.activations is not None and recipe.memory.keep is None:
+        if dist.is_initialized():
+            raise ConfigError(
+                "memory.activations is met before ranks are connected, and they are. Start the run by `dougong train`, "
+                "or say in memory.keep what each block keeps."
+            )
+        assert recipe.plan is not None
+        keep = _planned(recipe, folder).kept(recipe.plan, world)
+        recipe = cast(ConfigT, _keeping(recipe, keep))
     if not resume:
         write_atomic(folder / SETTINGS, to_yaml(recipe))
     return recipe
@@ -53,8 +65,14 @@ def lay_out(
     if plan is None:
         plan = chosen_plan(planned, world, per_node)
     planned.check(world, planned.choice(plan))
-    planned.check_memory(world, plan, per_node)
-    return cast(LaidOutT, recipe.model_copy(update={"plan": plan}))
+    keep = planned.kept(plan, world)
+    planned.check_memory(world, plan, per_node, keep=keep)
+    laid_out = recipe.model_copy(update={"plan": plan})
+    return cast(LaidOutT, laid_out if recipe.memory.activations is None else _keeping(laid_out, keep))
+
+
+def _keeping(recipe: LaidOut, keep: tuple[Keep, ...] | None) -> LaidOut:
+    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"keep": keep})})
 
 
 def _wanted(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:

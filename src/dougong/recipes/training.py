@@ -29,6 +29,8 @@ from dougong.data.preparation import TABLE_MODALITY, Preparation
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.memory.config import keep_of
+from dougong.engine.memory.recompute import KEEPS
 from dougong.engine.parallel.mesh import share_of
 from dougong.engine.parallel.pipeline import block_seconds
 from dougong.engine.parallel.ranks import ALONE, Ranks
@@ -127,7 +129,8 @@ def train_on_ranks(
     costs = None
     if plan.pipeline > 1:
         costs = ranks.first_says(lambda: _block_seconds(build(), own))
-    layout = prepare_model(model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs)
+    keep = keep_of(recipe.memory, len(model.blocks))
+    layout = prepare_model(model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs, keep=keep)
     learning = learn(model, layout.data_ranks)
     train(
         model,
@@ -246,6 +249,10 @@ def _describe(recipe: LaidOut, tables: Tables, preparation: Preparation, ranks: 
         lines.append(f"  predicts {tables.target} ({preparation.target.task.replace('_', ' ')})")
     if ranks.world > 1 and recipe.plan is not None:
         lines.append(f"  on {ranks.world} ranks: {recipe.plan.in_words()}")
+    if recipe.memory.activations is not None and recipe.memory.keep is not None:
+        keep = recipe.memory.keep
+        counts = ", ".join(f"{keep.count(each)} keep {each}" for each in KEEPS if each in keep)
+        lines.append(f"  of {len(keep)} blocks {counts}, to meet memory.activations={recipe.memory.activations}")
     return "\n".join(lines)
 
 

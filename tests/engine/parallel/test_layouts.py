@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dougong.core.signature import ImageInput, Signature, Target, TextInput
 from dougong.data.position import Share
+from dougong.engine.memory.recompute import KEEPS
 from dougong.engine.optimizer import alike
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
@@ -150,14 +151,16 @@ def train_alone(kind: str, accumulation: int) -> Trained:
     return Trained([r.loss for r in reports], [r.grad_norm for r in reports], state)
 
 
-def train_laid_out(kind: str, accumulation: int, plan: PlanConfig) -> Trained:
+def train_laid_out(kind: str, accumulation: int, plan: PlanConfig, anew: bool = False) -> Trained:
+    """`anew`: blocks keep all, products or nothing, by turns."""
     model = build(kind)
+    keep = [KEEPS[(2 - place) % len(KEEPS)] for place, _ in enumerate(model.blocks)] if anew else None
     ranks = Ranks(dist.group.WORLD)
     if ranks.rank:  # what other ranks had drawn must not matter
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1.0)
-    layout = prepare_model(model, plan, ranks, accumulation=accumulation)
+    layout = prepare_model(model, plan, ranks, accumulation=accumulation, keep=keep)
     parts = parts_of(layout)
     reports = []
     for step in range(STEPS):
@@ -249,15 +252,35 @@ CASES += [
     for name in ("8x1x1", "zero3 over 8", "zero3 over 8, a few together", "1f1b, zero2 over 2, tensor 2")
 ]
 assert LAYOUTS.keys() >= FURTHER
+ANEW = [
+    ("sandwich", "8x1x1"),
+    ("sandwich", "2x2x2 1f1b"),
+    ("sandwich", "2x2x2 zbv"),
+    ("sandwich", "zero3 over 8, a few together"),
+    ("decoder", "2x2x2 dualpipev"),
+    ("decoder", "zero2 over 8, a few together"),
+    ("decoder", "1f1b, zero2 over 2, tensor 2"),
+    ("decoder", "context 4, data 2, heads for tokens"),
+    ("decoder", "experts over 2, zero3 over 4, tensor 2"),
+]
+"""One of each way to carry a step out."""
+
 known_alone = functools.cache(train_alone)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_layout_trains_as_one_process_does(kind: str, name: str) -> None:
-    expected, plan = known_alone(kind, ACCUMULATION), LAYOUTS[name]
+    check_alike(kind, run_ranks(train_laid_out, kind, ACCUMULATION, LAYOUTS[name], world=WORLD))
 
-    found = run_ranks(train_laid_out, kind, ACCUMULATION, plan, world=WORLD)
 
+@pytest.mark.parametrize(("kind", "name"), ANEW)
+def test_a_layout_that_makes_activations_anew_trains_as_one_process_that_keeps_them(kind: str, name: str) -> None:
+    check_alike(kind, run_ranks(train_laid_out, kind, ACCUMULATION, LAYOUTS[name], True, world=WORLD))
+
+
+def check_alike(kind: str, found: list[Trained]) -> None:
+    """Each rank's steps were those of one process, and its pieces are of one process's weights."""
+    expected = known_alone(kind, ACCUMULATION)
     expected_weights = {name: value for name, value in expected.weights.items() if value.is_floating_point()}
     whole = {name: torch.full_like(value, torch.nan) for name, value in expected_weights.items()}
     for each in found:

@@ -167,6 +167,14 @@ def test_precision_is_measured_as_often_on_all_ranks_and_agreed_on(tmp_path: Pat
     assert len({result.precision.precision for _, result, _ in found}) == 1
 
 
+def test_ranks_decide_alike_in_which_format(tmp_path: Path) -> None:
+    found = run_ranks(trained, tmp_path / "run", {"precision": "adaptive", "steps": 6}, world=2)
+    assert all(torch.equal(value, found[0][0][name]) for each in found for name, value in each[0].items())
+    alone, _, _ = trained(tmp_path / "alone", {"precision": "adaptive", "steps": 6})
+    for name, value in alone.items():
+        torch.testing.assert_close(found[0][0][name], value, rtol=1e-2, atol=1e-3)  # 16 bits, in sums of another order
+
+
 def judged(num_records: int, batch_size: int) -> Evaluation:
     ranks = connected()
     model = TinyModel(dropout=0.0, norm=False)

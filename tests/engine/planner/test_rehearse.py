@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch import Tensor
+from stacks import MICRO_BATCHES, RECORDS, batches, build, loss_of
 
-from dougong.core.signature import ImageInput, Signature, Target, TextInput
-from dougong.data.position import Share
+from dougong.engine.memory.account import Account, StepBytes
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
-from dougong.engine.planner.account import Account, StepBytes
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.prepare import prepare_model
 from dougong.engine.step import TrainParts, train_step
-from dougong.model.bridge import BridgeConfig
-from dougong.model.decoder import DecoderConfig, ExpertsConfig
-from dougong.model.encoders.image import ImageEncoderConfig
-from dougong.model.encoders.text import TextEncoderConfig
-from dougong.model.sandwich import SandwichConfig
-from dougong.nn.batch import Batch, MediaBatch
-from dougong.nn.block_stack import BlockStack
-from dougong.objectives.generation import words_loss
 
-WORDS = 203
 WORLD = 4
 LAYOUTS = {
     "copies": PlanConfig(),
@@ -41,50 +27,6 @@ LAYOUTS = {
     "context 2 x data 2": PlanConfig(context=2),
     "context 4, heads for tokens": PlanConfig(context=4, context_form="swap"),
 }
-ACCUMULATION = 4
-
-
-def build(kind: str) -> BlockStack[Any, Any]:
-    inputs: dict[str, Any] = {"words": TextInput(vocabulary_size=WORDS, max_tokens=24)}
-    if kind == "sandwich":
-        inputs["photo"] = ImageInput(height=16, width=16)
-    signature = Signature(inputs=inputs, target=Target(name="named", task="single_label", labels=("a", "b", "c")))
-    torch.manual_seed(0)
-    if kind == "decoder":
-        experts = ExpertsConfig(num=4, num_chosen=2, hidden=32)
-        return DecoderConfig(num_layers=4, num_heads=4, experts=experts).build(signature)
-    return SandwichConfig(
-        width=32,
-        bridge=BridgeConfig(num_blocks=2, num_heads=4),
-        encoders={
-            "photo": ImageEncoderConfig(width=32, num_layers=2, num_heads=4),
-            "words": TextEncoderConfig(width=32, num_layers=2, num_heads=4),
-        },
-    ).build(signature)
-
-
-def batches(kind: str, share: Share) -> list[Batch]:
-    """Micro-batches of unequal size, of which ranks have unequal parts."""
-    made = []
-    for number in range(ACCUMULATION):
-        generator = torch.Generator().manual_seed(number)
-        num_records, num_words = 25 + number, 16 + number
-        words = torch.randint(4, WORDS, (num_records, num_words), generator=generator)[share.of(num_records)]
-        index_B = torch.arange(len(words))
-        present_B = torch.ones_like(index_B).bool()
-        mask = torch.ones_like(words, dtype=torch.bool)
-        media = {"words": MediaBatch({"ids_UT": words, "mask_UT": mask}, index_B, present_B)}
-        if kind == "sandwich":
-            pixels = torch.randn(num_records, 3, 16, 16, generator=generator)[share.of(num_records)]
-            media["photo"] = MediaBatch({"pixels_UCHW": pixels}, index_B, present_B)
-        made.append(Batch(media, index_B % 3))
-    return made
-
-
-def loss_of(output: Any, batch: Batch) -> Tensor:
-    if hasattr(output, "loss_BN"):
-        return words_loss(output)
-    return torch.nn.functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
 
 
 def rehearsal(kind: str, *, unreal: bool = False) -> Rehearsal:
@@ -100,7 +42,7 @@ def rehearsal(kind: str, *, unreal: bool = False) -> Rehearsal:
 def counted(kind: str, plan: PlanConfig) -> StepBytes:
     """On a rank, in a step of the engine."""
     model = build(kind)
-    layout = prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=ACCUMULATION)
+    layout = prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=MICRO_BATCHES)
     parts = TrainParts(
         model,
         loss_of,
@@ -110,10 +52,10 @@ def counted(kind: str, plan: PlanConfig) -> StepBytes:
         all_backward=layout.all_backward,
     )
     own = batches(kind, layout.mesh.share)
-    train_step(parts, own, num_records=106)
+    train_step(parts, own, num_records=RECORDS)
     account = Account(model, parts.optimizer)
     with account:
-        train_step(parts, own, num_records=106)
+        train_step(parts, own, num_records=RECORDS)
     return account.bytes
 
 

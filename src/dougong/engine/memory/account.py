@@ -1,7 +1,8 @@
 """The bytes that a training step holds, counted and not guessed.
 
-Here        Account, StepBytes.
-Elsewhere   the same of a rank that does not exist (rehearse.py); formulas for a thousand layouts (predict.py).
+Here        Account, StepBytes; Alive, of any piece of work; `num_bytes`.
+Elsewhere   of each block by itself (blocks.py); the same of a rank that does not exist (engine/planner/rehearse.py);
+            formulas for a thousand layouts (engine/planner/predict.py).
 Promise     every piece of memory that a tensor operation makes is counted from then until nothing refers to it, once
             however many views look at it; also what is made larger or let go in place, as FSDP does.
 
@@ -14,8 +15,8 @@ told at the moment when there is most of them. The loader's batches are not coun
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,28 +40,33 @@ class StepBytes(NamedTuple):
     """Most of everything at one time; less than the sum where not all are at their most together."""
 
 
-class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ships it without types
-    """Counts while a step is carried out inside it: not the first, in which the optimizer makes what it keeps.
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ships it without types
+    """Counts what is made inside it, as long as anything refers to it; gradients of these weights apart."""
 
-    Gradients of the step before are let go.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._parameters, self._optimizer = list(model.parameters()), optimizer
+        self._parameters = list(parameters)
         self._made: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[Any]] = {}
-        self._now = self._peak = self._activations = self._gradients = 0
+        self.now = 0
+        """Bytes that are there."""
 
-    def __enter__(self) -> Account:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.peak = 0
+        """At their most."""
+
+        self.activations = 0
+        """The same without gradients of weights."""
+
+        self._gradients = 0
+
+    def __enter__(self) -> Self:
         self._resize = torch.UntypedStorage.resize_
-        account, resize = self, self._resize
+        counting, resize = self, self._resize
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             before = storage.nbytes()
             found = resize(storage, size)
-            account._changed(storage, storage.nbytes() - before)
+            counting._changed(storage, storage.nbytes() - before)
             return found
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]
@@ -81,15 +87,13 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ship
                     self._changed(storage, storage.nbytes())
         return found
 
-    @property
-    def bytes(self) -> StepBytes:
-        """What has been counted, after the step and before the next one."""
-        weights = _bytes(self._parameters)
-        states: list[Any] = [self._optimizer.state[p] for p in self._parameters if p in self._optimizer.state]
-        optimizer = _bytes([leaf for state in states for leaf in state.values() if isinstance(leaf, Tensor)])
-        return StepBytes(
-            weights, self._held_gradients(), optimizer, self._activations, weights + optimizer + self._peak
-        )
+    def begin(self) -> None:
+        """What is there now is the most there has been."""
+        self._gradients = self.held_gradients()
+        self.peak, self.activations = self.now, self.now - self._gradients
+
+    def held_gradients(self) -> int:
+        return num_bytes([p.grad for p in self._parameters if p.grad is not None])
 
     def _changed(self, storage: torch.UntypedStorage, by: int) -> None:
         key = id(storage)
@@ -97,19 +101,44 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ship
             self._made[key] = 0
             self._alive[key] = weakref.ref(storage, lambda _, key=key: self._gone(key))  # type: ignore[misc]
         self._made[key] += by
-        self._now += by
-        self._peak = max(self._peak, self._now)
+        self.now += by
+        self.peak = max(self.peak, self.now)
         # Gradients only become more as the step goes on: they are asked for again where it may matter.
-        if self._now - self._gradients > self._activations:
-            self._gradients = self._held_gradients()
-            self._activations = max(self._activations, self._now - self._gradients)
+        if self.now - self._gradients > self.activations:
+            self._gradients = self.held_gradients()
+            self.activations = max(self.activations, self.now - self._gradients)
 
     def _gone(self, key: int) -> None:
-        self._now -= self._made.pop(key)
+        self.now -= self._made.pop(key)
         del self._alive[key]
 
-    def _held_gradients(self) -> int:
-        return _bytes([p.grad for p in self._parameters if p.grad is not None])
+
+class Account(Alive):  # type: ignore[no-untyped-call]  # as above
+    """Counts while a step is carried out inside it: not the first, in which the optimizer makes what it keeps.
+
+    Gradients of the step before are let go.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(model.parameters())
+        self._optimizer = optimizer
+
+    def __enter__(self) -> Self:
+        self._optimizer.zero_grad(set_to_none=True)
+        return super().__enter__()
+
+    @property
+    def bytes(self) -> StepBytes:
+        """What has been counted, after the step and before the next one."""
+        weights = num_bytes(self._parameters)
+        states: list[Any] = [self._optimizer.state[p] for p in self._parameters if p in self._optimizer.state]
+        optimizer = num_bytes([leaf for state in states for leaf in state.values() if isinstance(leaf, Tensor)])
+        return StepBytes(weights, self.held_gradients(), optimizer, self.activations, weights + optimizer + self.peak)
+
+
+def num_bytes(tensors: Sequence[Tensor]) -> int:
+    """That lie under these tensors, each piece of memory once."""
+    return sum(storage.nbytes() for storage in _storages(list(tensors)))
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
@@ -131,7 +160,3 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     names, _ = whole.__tensor_flatten__()
     inner = [getattr(tensor, name) for name in names]
     return [plain for each in inner if isinstance(each, Tensor) for plain in _plain(each)]
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(storage.nbytes() for storage in _storages(list(tensors)))

@@ -35,7 +35,7 @@ from dougong.engine.parallel.schedule import (
     messages,
     rank_of_stage,
 )
-from dougong.engine.precision import autocast
+from dougong.engine.precision.choice import autocast
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -205,6 +205,10 @@ class Pipeline:
         self.device = device
         self.post = Post(group, device)
         self.clock = Clock()
+        self.undivided: set[int] = set()
+        """Stages whose backward is not cut in two: what is made anew for the inputs' gradients would have to be made
+        once more for the weights'."""
+
         self._tables: dict[int, list[list[Action]]] = {}
         # What the model is called by from now on; and its parts, as far as they are here.
         model.forward = self.answer  # type: ignore[method-assign]
@@ -272,7 +276,7 @@ class Pipeline:
 
     # A step --------------------------------------------------------------------------------------------------
 
-    def backward(self, parts: TrainParts, batches: Sequence[Batch], num_records: int) -> Tensor:
+    def backward(self, parts: TrainParts, batches: Sequence[Batch], num_records: float) -> Tensor:
         """Add the gradients of all micro-batches to this rank's parameters, and return their loss, where it is known:
         on the rank of the last stage, 0 elsewhere."""
         table = self.table(len(batches))
@@ -327,7 +331,7 @@ class _Step:
         pipeline: Pipeline,
         parts: TrainParts,
         batches: Sequence[Batch],
-        num_records: int,
+        num_records: float,
         table: list[list[Action]],
     ) -> None:
         self.pipeline, self.parts, self.batches, self.num_records = pipeline, parts, batches, num_records
@@ -415,6 +419,11 @@ class _Step:
         if not inputs:
             # Nobody waits for this one: all of it can be put off.
             self.cut[index, place] = lambda: _backward_both(outputs, gradients)
+            return
+        if index in self.pipeline.undivided:
+            _backward_both(outputs, gradients)
+            self.cut[index, place] = lambda: None
+            self._return(index, place, [each.grad for each in inputs])
             return
         named = dict(self.pipeline.model.named_parameters())
         weights = [w for name in self.pipeline.stages[index].names if (w := named[name]).requires_grad]

@@ -81,6 +81,12 @@ class Ranks:
         dist.all_reduce(sums, group=self.group)
         return tuple(sums.tolist())
 
+    def added_up(self, x: Tensor) -> Tensor:
+        """This one of all ranks; in its own type, so that floats of many ranks are rounded alike on all."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
     def every(self, flag: bool) -> bool:
         """Whether it is up on all ranks."""
         return self.sums(int(flag))[0] == self.world

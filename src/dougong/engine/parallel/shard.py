@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dougong.engine.parallel.parcel import pack, unpack
-from dougong.engine.precision import autocast
+from dougong.engine.precision.choice import autocast
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -131,7 +131,7 @@ class Sharded:
             else:
                 self._seen.add(name)
 
-    def backward(self, parts: TrainParts, batch: Batch, num_records: int) -> Tensor:
+    def backward(self, parts: TrainParts, batch: Batch, num_records: float) -> Tensor:
         """In place of the step's own: adds a micro-batch's gradients to each rank's part."""
         with autocast(parts.precision, parts.device_type):
             loss = parts.loss(self.model(batch), batch).float() / num_records

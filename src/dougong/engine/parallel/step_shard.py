@@ -90,7 +90,7 @@ class StepShard:
     def around(self, work: AllBackward) -> AllBackward:
         """A step's forwards and backwards with weights that are gathered, until they are settled."""
 
-        def gathered(parts: TrainParts, batches: Sequence[Batch], num_records: int) -> Tensor:
+        def gathered(parts: TrainParts, batches: Sequence[Batch], num_records: float) -> Tensor:
             self.gather()
             return work(parts, batches, num_records)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dougong.core.config import Config
-from dougong.engine.precision import Chosen
+from dougong.engine.precision.choice import Chosen
 
 
 class ClusterConfig(Config):
@@ -68,7 +68,7 @@ class ClusterConfig(Config):
 
     def in_precision(self, precision: Chosen) -> ClusterConfig:
         """The same, where `flops` are those of this precision."""
-        if precision == "bf16" or self.fp32_flops is None:
+        if precision != "fp32" or self.fp32_flops is None:
             return self
         return self.model_copy(update={"flops": self.fp32_flops})
 

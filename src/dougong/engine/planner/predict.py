@@ -51,7 +51,7 @@ from dougong.engine.parallel.schedule import (
 from dougong.engine.parallel.shard import units_of
 from dougong.engine.planner.cluster import ClusterConfig
 from dougong.engine.planner.shape import BlockShape, ModelShape
-from dougong.engine.precision import Chosen
+from dougong.engine.precision.choice import Chosen
 
 MOST_ACTIONS = 6_000
 """Up to so many a schedule is carried out; beyond, its bubble is by formula."""
@@ -97,7 +97,7 @@ class Choice(NamedTuple):
     @property
     def can_be_carried_out(self) -> bool:
         """Whether the engine can do all of it."""
-        return not (self.recompute or self.offload)
+        return not self.offload
 
 
 class Prediction(NamedTuple):

@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dougong.data.position import Share
+from dougong.engine.memory.account import Account, StepBytes
+from dougong.engine.memory.recompute import Keep
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.mesh import share_of
 from dougong.engine.parallel.parcel import Parcel, Post, fresh, pack, places_of, unpack
@@ -33,8 +35,7 @@ from dougong.engine.parallel.pipeline import Pipeline
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.schedule import Action, messages
-from dougong.engine.planner.account import Account, StepBytes
-from dougong.engine.precision import Chosen, autocast
+from dougong.engine.precision.choice import Chosen, autocast
 from dougong.engine.prepare import prepare_model
 from dougong.engine.step import Loss, TrainParts, train_step
 from dougong.nn.batch import Batch
@@ -54,6 +55,9 @@ class Rehearsal(NamedTuple):
     """Of embedding, each block and the head, by which a pipeline is cut."""
 
     precision: Chosen = "fp32"
+    keep: Sequence[Keep] | None = None
+    """What each block keeps for its backward; None: all."""
+
     unreal: bool = False
 
 
@@ -99,7 +103,7 @@ def _laid_out(
 ) -> Layout:
     with _numbers(mode):
         model = what.build().train()
-    return prepare_model(model, plan, ranks, accumulation=num_batches, costs=what.costs)
+    return prepare_model(model, plan, ranks, accumulation=num_batches, costs=what.costs, keep=what.keep)
 
 
 class _Left(NamedTuple):

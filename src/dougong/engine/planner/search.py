@@ -23,7 +23,7 @@ from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
 from dougong.engine.planner.cluster import ClusterConfig
 from dougong.engine.planner.predict import BytesConfig, Choice, Least, Prediction, predict, predict_least
 from dougong.engine.planner.shape import ModelShape
-from dougong.engine.precision import Chosen
+from dougong.engine.precision.choice import Chosen
 
 
 class SearchConfig(Config):

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from dougong.engine.random_state import random_state_kept
 from dougong.nn.batch import Batch
 
-Precision = Literal["fp32", "bf16", "auto"]
-Chosen = Literal["fp32", "bf16"]
+Chosen = Literal["fp32", "bf16", "fp16", "adaptive"]
+"""Of matrix products. adaptive: fp16 or bf16, group by group (adaptive.py)."""
+
+Precision = Literal[Chosen, "auto"]
 
 ENOUGH_GAIN = 1.1
 """How many times faster bf16 must be to be worth its rounding."""
@@ -36,8 +38,9 @@ class PrecisionChoice(NamedTuple):
 
 
 def autocast(precision: Chosen, device_type: str) -> torch.autocast:
-    """A context in which matrix products are computed in `precision`."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """A context in which matrix products are computed in `precision`; adaptive groups have contexts of their own."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device_type, dtype=dtype, enabled=precision != "fp32")
 
 
 def choose_precision(

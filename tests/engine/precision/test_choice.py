@@ -7,8 +7,8 @@ import torch
 from tiny_run import TinyLoader, TinyModel, TinyOutput, same_weights, tiny_loss, weights
 from torch import Tensor
 
-from dougong.engine import precision
-from dougong.engine.precision import Chosen, PrecisionChoice, autocast, choose_precision, measure_precision
+from dougong.engine.precision import choice as precision
+from dougong.engine.precision.choice import Chosen, PrecisionChoice, autocast, choose_precision, measure_precision
 from dougong.engine.random_state import random_state
 from dougong.nn.batch import Batch
 

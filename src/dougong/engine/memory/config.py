@@ -1,0 +1,83 @@
+"""What a recipe says of its memory.
+
+Here        MemoryConfig, `budget_bytes`, `keep_of`.
+Elsewhere   carrying it out (recompute.py); finding what fits a budget (budget.py).
+Promise     settings that contradict each other, or cannot take effect, are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dougong.core.config import Config
+from dougong.core.errors import ConfigError
+from dougong.core.sizes import read_bytes
+from dougong.engine.memory.recompute import Keep
+
+
+class MemoryConfig(Config):
+    """How much of a step is kept, and how much made anew. Losses and weights are the same to the bit."""
+
+    recompute: Literal["none", "cheap", "blocks"] = "none"
+    """In the backward. cheap: all but products, convolutions and attention, in every block. blocks: whole blocks, from
+    what they were given."""
+
+    every: int = Field(default=1, gt=0)
+    """Of blocks in a row, one so many is made anew."""
+
+    activations: float | str | None = None
+    """Or a budget for a rank's activations at their most: a share of what keeping all takes, or bytes like 6GiB. What
+    each block keeps is then chosen by what was measured, so that a step takes least time."""
+
+    keep: tuple[Keep, ...] | None = None
+    """What each block keeps; found from the budget where it is not given."""
+
+    @field_validator("activations")
+    @classmethod
+    def _a_budget(cls, activations: float | str | None) -> float | str | None:
+        if isinstance(activations, str):
+            try:
+                read_bytes(activations)
+            except ConfigError as error:
+                raise ValueError(f"{error} Or a share of what keeping all takes, like 0.4.") from None
+        elif activations is not None and not 0 < activations <= 1:
+            raise ValueError(f"{activations} is no share of what keeping all takes. Use 0.4, or bytes like 6GiB.")
+        return activations
+
+    @model_validator(mode="after")
+    def _one_way(self) -> MemoryConfig:
+        if self.every != 1 and self.recompute == "none":
+            raise ValueError(f"every={self.every} has no effect with recompute: none. Use cheap or blocks.")
+        if self.recompute != "none" and (self.activations is not None or self.keep is not None):
+            raise ValueError(
+                f"recompute={self.recompute} says what all blocks keep, and so does "
+                f"{'keep' if self.activations is None else 'activations'}. Give one of them."
+            )
+        return self
+
+
+def budget_bytes(config: MemoryConfig, whole: float) -> float:
+    """The budget, where there is one; `whole` is what keeping all takes."""
+    assert config.activations is not None
+    return read_bytes(config.activations) if isinstance(config.activations, str) else config.activations * whole
+
+
+def keep_of(config: MemoryConfig, num_blocks: int) -> tuple[Keep, ...] | None:
+    """What each block keeps; None: all.
+
+    Raises:
+        ConfigError: `keep` is of another number of blocks.
+    """
+    if config.keep is not None:
+        if len(config.keep) != num_blocks:
+            raise ConfigError(
+                f"memory.keep says what {len(config.keep)} blocks keep, and the model has {num_blocks}. "
+                "Leave it out, or give one for each."
+            )
+        return config.keep
+    if config.recompute == "none":
+        return None
+    less: Keep = "products" if config.recompute == "cheap" else "nothing"
+    return tuple(less if place % config.every == 0 else "all" for place in range(num_blocks))

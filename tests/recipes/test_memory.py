@@ -1,0 +1,130 @@
+"""A recipe's memory settings: the same run, in less."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from dougong.core.config import from_yaml, override, parse
+from dougong.core.errors import ConfigError
+from dougong.core.events import StepDone, read_events
+from dougong.engine.memory.config import MemoryConfig
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.planner.cluster import KNOWN
+from dougong.recipes.build import check_layout, learn_preparation, open_records
+from dougong.recipes.plan import Planned
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.run import run_recipe
+from dougong.recipes.settle import lay_out
+
+
+def recipe_for(table: Path, **changes: Any) -> Recipe:
+    values = {
+        "name": "small",
+        "data": {"train": str(table), "target": "colour", "loader": {"batch_size": 32, "workers": 0}},
+        "model": {"width": 32},
+        "train": {"precision": "fp32", "steps": 4},
+    }
+    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return parse(Recipe, override(parse(Recipe, values, where="test").model_dump(mode="json"), settings), where="test")
+
+
+def losses(folder: Path) -> list[float]:
+    return [event.loss for event in read_events(folder / "events.jsonl") if isinstance(event, StepDone)]
+
+
+def planned(recipe: Recipe) -> Planned:
+    tables = open_records(recipe)
+    return Planned(recipe, tables, learn_preparation(recipe, tables)[0])
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [{"recompute": "blocks"}, {"recompute": "cheap", "every": 2}, {"activations": "5MiB"}],
+)
+def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
+    run_recipe(recipe_for(colour_table), tmp_path / "whole", quiet=True)
+    run_recipe(recipe_for(colour_table, memory=memory), tmp_path / "less", quiet=True)
+    assert losses(tmp_path / "less") == losses(tmp_path / "whole")
+    told = from_yaml((tmp_path / "less" / "run.yaml").read_text(), where="run.yaml")["memory"]
+    assert (told["keep"] is not None) == ("activations" in memory)
+
+
+@pytest.mark.slow
+def test_a_budget_is_met_on_every_rank_of_a_layout(colour_table: Path) -> None:
+    for plan, world in ((PlanConfig(), 1), (PlanConfig(tensor=2), 4), (PlanConfig(pipeline=2), 2)):
+        recipe = recipe_for(colour_table, **{"train.accumulation": 2})
+        whole = planned(recipe)
+        choice = whole.choice(plan)
+        most = max(each.activations for each in whole.rehearsed(choice, world))
+        found = planned(recipe_for(colour_table, **{"train.accumulation": 2, "memory.activations": 0.85}))
+        keep = found.kept(plan, world)
+        assert keep is not None
+        assert set(keep) > {"all"}
+        held = max(each.activations for each in found.rehearsed(choice, world, keep))
+        assert held <= 0.85 * most
+
+
+@pytest.mark.slow
+def test_a_launch_settles_what_is_kept(colour_table: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(colour_table, **{"memory.activations": 0.85})
+    laid_out = lay_out(recipe, tmp_path / "run", 2)
+    assert laid_out.memory.keep is not None
+    assert run_ranks(refused_on_ranks, colour_table, tmp_path / "other", world=2)[0].startswith(
+        "memory.activations is met before ranks are connected"
+    )
+
+
+def refused_on_ranks(table: Path, folder: Path) -> str:
+    from dougong.recipes.settle import settle_recipe
+
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(ConfigError) as found:
+        settle_recipe(recipe_for(table, **{"memory.activations": 0.85}), folder, resume=False, world=2)
+    return str(found.value)
+
+
+def test_what_the_planner_recomputes_the_engine_can(colour_table: Path) -> None:
+    ours = planned(recipe_for(colour_table))
+    found = ours.search(KNOWN["cpu"].model_copy(update={"devices": 1}), vary=["recompute"], most=10)
+    for each in found.predictions:
+        assert each.choice.can_be_carried_out
+    kept, anew = sorted(
+        (ours.rehearsed(each.choice, 1)[0].activations, each.choice.recompute) for each in found.predictions
+    )
+    assert (kept[1], anew[1]) == (True, False)
+
+
+def test_what_cannot_be_is_said_in_one_line(colour_table: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"memory.activations comes to 10 KiB, less than the .* MiB that a step takes"
+    ):
+        run_recipe(recipe_for(colour_table, **{"memory.activations": "10KiB"}), tmp_path / "run", quiet=True)
+    balanced = recipe_for(
+        colour_table,
+        **{"memory.recompute": "cheap", "objective.balance": "mmpareto", "model.own_heads": "taught"},
+    )
+    with pytest.raises(ConfigError, match=r"mmpareto asks for gradients several times.* Use memory.recompute: blocks"):
+        check_layout(balanced, PlanConfig(), 1)
+    short = recipe_for(colour_table, **{"memory.keep": ["all", "nothing"]})
+    with pytest.raises(ConfigError, match=r"memory.keep says what 2 blocks keep, and the model has \d+"):
+        run_recipe(short, tmp_path / "short", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"activations": 1.5}, r"1.5 is no share of what keeping all takes. Use 0.4, or bytes like 6GiB"),
+        ({"activations": "a lot"}, r"'a lot' is no number of bytes. .* Or a share of what keeping all takes, like 0.4"),
+        ({"every": 2}, "every=2 has no effect with recompute: none. Use cheap or blocks"),
+        ({"recompute": "blocks", "activations": 0.4}, "says what all blocks keep, and so does activations"),
+        ({"recompute": "blocks", "keep": ("all",)}, "says what all blocks keep, and so does keep"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig(**values)
