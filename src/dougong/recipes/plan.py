@@ -162,7 +162,7 @@ class Planned:
             records=self.records,
             micro_batches=tuple(divisors(self.records)) if "micro-batches" in vary else (own.micro_batches,),
             precisions=("fp32", "bf16") if "precision" in vary else (cast(Chosen, own.precision),),
-            recompute="recompute" in vary,
+            recompute=(False, True) if "recompute" in vary else (own.recompute,),
             offload="offload" in vary,
             memory_share=MEMORY_SHARE,
             most=most,
@@ -241,7 +241,7 @@ class Planned:
         or the recipe says."""
         if keep is None and choice.recompute:
             keep = all_alike("nothing", len(self.model.blocks))
-        elif keep is None and self.recipe.memory.recompute != "blocks":
+        elif keep is None and not self.choice(choice.plan).recompute:
             keep = keep_of(self.recipe.memory, len(self.model.blocks))
         count, places = choice.micro_batches, choice.plan.pipeline
         size = None if count == self.recipe.train.accumulation else self.records // count
@@ -327,6 +327,6 @@ def _settings(found: Prediction, recipe: LaidOut) -> list[str]:
         choice.precision == "bf16" or recipe.train.precision != "auto"
     ):
         told.append(f"train.precision={choice.precision}")
-    if choice.recompute and recipe.memory.recompute != "blocks":
-        told.append("memory.recompute=blocks")
+    if choice.recompute != (recipe.memory.recompute == "blocks"):
+        told.append(f"memory.recompute={'blocks' if choice.recompute else 'none'}")
     return told

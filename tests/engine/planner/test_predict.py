@@ -124,7 +124,7 @@ def test_what_is_not_looked_at_would_not_have_been_told() -> None:
     model = transformer_shape(width=1024, num_layers=8, num_heads=8, vocabulary=32000, tokens=512, records=1)
     cluster = KNOWN["a100-80g"].model_copy(update={"devices": 8, "memory_bytes": 3e9})
     search = SearchConfig(
-        records=32, micro_batches=(1, 4, 32), precisions=("fp32", "bf16"), recompute=True, offload=True, most=7
+        records=32, micro_batches=(1, 4, 32), precisions=("fp32", "bf16"), recompute=(False, True), offload=True, most=7
     )
     few, all_of_them = (find_layouts(model, cluster, search.model_copy(update={"most": n})) for n in (7, 100_000))
     assert few.predictions == all_of_them.predictions[:7]

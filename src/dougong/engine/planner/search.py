@@ -39,8 +39,8 @@ class SearchConfig(Config):
     precisions: tuple[Chosen, ...] = ()
     """Of products, that may be chosen among. None of them: what the cluster and the bytes say."""
 
-    recompute: bool = False
-    """Whether activations may be made anew in the backward."""
+    recompute: tuple[bool, ...] = (False,)
+    """Whether activations are made anew in the backward; both: either way."""
 
     offload: bool = False
     """Whether the optimizer may be in the host's memory."""
@@ -93,7 +93,7 @@ def find_layouts(
         raise ConfigError(
             f"no layout of {cluster.devices} devices fits {room / 2**30:.3g} GiB each: the smallest takes "
             f"{smallest.peak_bytes / 2**30:.3g} GiB ({describe(smallest.choice)}). Use more devices, smaller "
-            f"micro-batches{'' if search.recompute else ', or recompute'}."
+            f"micro-batches{'' if True in search.recompute else ', or recompute'}."
         )
     return Found(fitting[: search.most], len(possible))
 
@@ -163,7 +163,7 @@ def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) ->
                 for plan in _plans(model, tensor, pipeline, data, micro_batches):
                     for precision, recompute, offload in itertools.product(
                         search.precisions or (None,),
-                        (False, True) if search.recompute else (False,),
+                        search.recompute,
                         (False, True) if search.offload else (False,),
                     ):
                         yield Choice(plan, micro_batches, recompute, offload, precision), shape
