@@ -114,6 +114,22 @@ def test_modalities_name_groups_and_what_overflowed_is_named() -> None:
     assert any(not torch.equal(before[name], value) for name, value in parts.model.state_dict().items())
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-3])
+def test_a_scaled_step_moves_the_weights_as_an_unscaled_one(max_grad_norm: float | None) -> None:
+    """By plain gradient descent: AdamW would hide a scale that was left in the gradients."""
+    stepped = []
+    for scaling in (None, OverflowScaling(exponent=12)):
+        model = build("sandwich").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        parts = TrainParts(model, loss_of, optimizer, max_grad_norm=max_grad_norm, scaling=scaling)
+        train_step(parts, batches("sandwich", Share())[:2], num_records=RECORDS)
+        stepped.append(model.state_dict())
+    start = build("sandwich").state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in stepped[0].items())
+    for name, value in stepped[0].items():
+        torch.testing.assert_close(stepped[1][name], value, rtol=0, atol=1e-7)
+
+
 def test_the_doubling_rule_is_gradscalers() -> None:
     ours, theirs = OverflowScaling(growth_interval=3), torch.amp.GradScaler("cpu", growth_interval=3)
     weight = torch.nn.Parameter(torch.ones(1))

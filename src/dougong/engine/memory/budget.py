@@ -134,8 +134,7 @@ def fit_budget(
 
 def _least(profile: Profile) -> Chosen:
     """What keeps least, the fastest of such."""
-    most = [most_bytes(profile, [min(b, key=lambda k: b[k].kept) for b in profile.blocks])]
-    low, high = 0.0, float(most[0])
+    low, high = 0.0, float(most_bytes(profile, [min(b, key=lambda k: b[k].kept) for b in profile.blocks]))
     best = choose_keep(profile, high * (1 + 2 / STEPS * len(profile.blocks)))
     assert best is not None
     while high - low > high / STEPS:
