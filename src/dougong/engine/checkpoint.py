@@ -41,7 +41,7 @@ from dougong.engine.precision.scaling import OverflowState
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.sampling import SamplingState
 from dougong.engine.staging import Staging
-from dougong.engine.weights import distinct_weights, local_part, put_weights, read_weights, write_weights
+from dougong.engine.weights import distinct_weights, local_part, mapped_weights, put_weights, write_weights
 
 FORMAT = 2
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
@@ -142,22 +142,24 @@ def copy_whole(
     optimizer: Optimizer,
     average: WeightAverage | None,
     random_states: Sequence[dict[str, Any]],
-    staging: Staging,
+    staging: Staging | None,
 ) -> Copied:
-    """All of a checkpoint of a model that this rank holds whole."""
+    """All of a checkpoint of a model that this rank holds whole. Without `staging` it is not copied, and must be
+    written before anything changes."""
     tensors = {MODEL: distinct_weights(model), OPTIMIZER: _optimizer_tensors(model, optimizer)}
     if average is not None:
         tensors[AVERAGE] = average.weights()
     texts = {STATE: as_json(state.model_dump(mode="json"))}
     for rank, kept in enumerate(random_states or (random_state(),)):
         texts[_random_name(rank)] = json.dumps(kept)
-    return Copied(state.step, staging.copy(tensors), texts)
+    return Copied(state.step, tensors if staging is None else staging.copy(tensors), texts)
 
 
 def copy_pieces(
-    state: RunState, layout: Layout, optimizer: Optimizer, average: WeightAverage | None, staging: Staging
+    state: RunState, layout: Layout, optimizer: Optimizer, average: WeightAverage | None, staging: Staging | None
 ) -> Copied:
-    """This rank's part of a checkpoint of a model that no rank holds whole. All ranks call this."""
+    """This rank's part of a checkpoint of a model that no rank holds whole, copied or not as above. All ranks call
+    this."""
     ranks = layout.mesh.ranks
     if layout.sharded is not None:
         layout.sharded.let_go()
@@ -169,7 +171,7 @@ def copy_pieces(
     if layout.mesh.place("tensor") == layout.mesh.place("pipeline") == 0:  # those beside it draw the same numbers
         texts[_random_name(layout.mesh.share.rank)] = json.dumps(random_state())
     tensors = {_pieces_name(ranks.rank): own_pieces(held, index, ranks.rank)}
-    return Copied(state.step, staging.copy(tensors), texts)
+    return Copied(state.step, tensors if staging is None else staging.copy(tensors), texts)
 
 
 def write_copied(folder: Path, copied: Copied) -> dict[str, str]:
@@ -407,7 +409,7 @@ class _Saved:
         """All tensors of a kind, whole."""
         if self.reader is not None:
             return {n.removeprefix(kind): self.reader.read(n) for n in self.reader.index if n.startswith(kind)}
-        return read_weights(self._folder / {"model/": MODEL, "optimizer/": OPTIMIZER, "average/": AVERAGE}[kind])
+        return mapped_weights(self._folder / {"model/": MODEL, "optimizer/": OPTIMIZER, "average/": AVERAGE}[kind])
 
     def part(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A box of one of them."""
@@ -453,8 +455,7 @@ def _restore_pieces(saved: _Saved, layout: Layout, optimizer: Optimizer, average
         kept.setdefault(name, {})[key] = tensor
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: kept[names[p]] for index, p in enumerate(ordered) if names.get(p) in kept}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    _put_state(optimizer, {p: kept[names[p]] for p in ordered if names.get(p) in kept})
 
 
 def _pieces_name(rank: int) -> str:
@@ -482,5 +483,16 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str
         raise CheckpointError(
             f"{where} trained {sorted(unknown)[0]!r} and this run does not. Freeze the same parameters as that run."
         )
-    state = {index: by_name[names[p]] for index, p in enumerate(ordered) if names[p] in by_name}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    _put_state(optimizer, {p: by_name[names[p]] for p in ordered if names[p] in by_name})
+
+
+@torch.no_grad()
+def _put_state(optimizer: Optimizer, found: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+    """Into the memory where the optimizer has it already, if it has: that may be a file."""
+    for parameter, tensors in found.items():
+        own = optimizer.state[parameter]
+        for key, tensor in tensors.items():
+            if key in own:
+                own[key].copy_(tensor)
+            else:
+                own[key] = tensor.clone()

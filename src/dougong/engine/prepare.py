@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dougong.core.errors import ConfigError
+from dougong.engine.memory.offload import OffloadConfig, apply_offload
 from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.engine.parallel.context import apply_context, check_context, share_tokens
 from dougong.engine.parallel.expert import apply_expert, check_expert
@@ -30,11 +32,17 @@ from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
 
-def check_model(model: BlockStack[Any, Any], plan: PlanConfig) -> None:
+def check_model(model: BlockStack[Any, Any], plan: PlanConfig, offload: OffloadConfig | None = None) -> None:
     """
     Raises:
         ConfigError: the model cannot be laid out so; the message says what fits.
     """
+    gathered = [kind for kind in ("weights", "gradients") if offload is not None and kind in offload.on_disk]
+    if plan.shard > 1 and gathered:
+        raise ConfigError(
+            f"memory.offload.{gathered[0]}=disk with plan shard={plan.shard}: weights that are spread are gathered in "
+            "memory. Use memory.offload.optimizer alone, or shard: 1."
+        )
     check_tensor(model, plan.tensor)
     check_context(model, plan.context, plan.context_form, plan.tensor)
     check_expert(model, plan.expert)
@@ -63,17 +71,19 @@ def prepare_model(
     accumulation: int = 1,
     costs: Sequence[float] | None = None,
     keep: Sequence[Keep] | None = None,
+    offload: OffloadConfig | None = None,
+    folder: Path | None = None,
 ) -> Layout:
     """Lay the model out, in place, on all ranks. Each must have built the whole of it.
 
     `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
-    what each block keeps for its backward, None: all.
+    what each block keeps for its backward, None: all; what `offload` puts on the disk lies in `folder`.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
     """
     check_plan(plan, ranks.world, accumulation=accumulation)
-    check_model(model, plan)
+    check_model(model, plan, offload)
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -110,6 +120,9 @@ def prepare_model(
         else:
             stay = plan.sharding == "zero2"
             layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=stay, ignored=ignored)
+    if offload is not None and offload.on_disk:
+        assert folder is not None
+        layout.shelved = apply_offload(model, offload, folder / f"rank-{ranks.rank}")
     layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)

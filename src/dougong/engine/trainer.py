@@ -321,6 +321,16 @@ class _Run:
 
         self.tally = Tally()
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        if layout.shelved is not None and config.ema is not None:
+            raise ConfigError(
+                f"train.ema={config.ema} keeps all weights in memory once more, and memory.offload is to save it. Use "
+                "ema: null."
+            )
+        if backward is not None and layout.shelved is not None:
+            raise ConfigError(
+                "gradients are taken in a way of their own (objective.balance), which memory.offload does not know. "
+                "Use balance: none, or no offload."
+            )
         if backward is not None and not layout.is_whole:
             raise ConfigError(
                 "gradients are taken in a way of their own (objective.balance), which needs the whole model on every "
@@ -340,6 +350,8 @@ class _Run:
 
         model.train()
         optimizer = config.optimizer.build(model)
+        if layout.shelved is not None:
+            layout.shelved.take(optimizer)
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
@@ -368,6 +380,7 @@ class _Run:
             backward or layout.backward,
             None if ranks.group is None else layout.reduce,
             layout.all_backward,
+            None if layout.shelved is None else layout.shelved.multiply,
             scaling,
         )
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
@@ -45,10 +45,8 @@ from dougong.recipes.build import (
     makes_once,
     open_records,
 )
+from dougong.recipes.room import MEMORY_SHARE, building, check_state
 from dougong.recipes.tables import Tables
-
-MEMORY_SHARE: Final = 0.9
-"""Of a device's memory, that is planned with."""
 
 Varied: TypeAlias = Literal["micro-batches", "precision", "recompute", "offload"]
 """What may be chosen besides how ranks stand. A step has the recipe's records, whatever is chosen."""
@@ -127,10 +125,14 @@ def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> Pl
 class Planned:
     """A recipe's model with one of its batches: what can be said of a layout before it is carried out."""
 
-    def __init__(self, recipe: LaidOut, tables: Tables, preparation: Preparation) -> None:
+    def __init__(
+        self, recipe: LaidOut, tables: Tables, preparation: Preparation, *, run: Path | None = None, per_node: int = 1
+    ) -> None:
+        """`run` is the folder in which it will be trained, by so many ranks of this machine."""
         self.recipe, self.tables, self.preparation = recipe, tables, preparation
         self._read: dict[tuple[Share, int, int], list[Batch]] = {}
-        self.model = build_model(recipe, preparation)
+        with building(recipe.memory.offload, run, ranks=per_node):
+            self.model = build_model(recipe, preparation)
         self.loss = loss_of(recipe, preparation, None)
         self.shape = measure_shape(self.model, self.batches(WHOLE, 1)[0], self.loss)
 
@@ -211,7 +213,7 @@ class Planned:
         """
         train = self.recipe.train.model_copy(update={"accumulation": choice.micro_batches})
         check_layout(self.recipe.model_copy(update={"train": train}), choice.plan, world)
-        check_model(self.model, choice.plan)
+        check_model(self.model, choice.plan, self.recipe.memory.offload)
 
     def check_memory(
         self, world: int, plan: PlanConfig, per_node: int | None = None, *, keep: Sequence[Keep] | None = None
@@ -223,6 +225,9 @@ class Planned:
         """
         cluster = this_machine(world, per_node)
         room = MEMORY_SHARE * cluster.memory_bytes
+        if self.recipe.memory.offload.on_disk:
+            check_state(self.model, self.recipe.memory.offload, ranks=per_node or world)
+            return  # a rehearsal would hold all that is to lie on the disk
         held = max(self.rehearsed(self.choice(plan), world, keep), key=lambda each: each.peak)
         if held.peak <= room:
             return

@@ -60,7 +60,7 @@ def lay_out(
         RunError: the folder holds a run already, or none to resume.
         ConfigError: the layout cannot be.
     """
-    planned = _planned(_wanted(recipe, folder, resume=resume), folder)
+    planned = _planned(_wanted(recipe, folder, resume=resume), folder, per_node or world)
     plan = recipe.plan
     if plan is None:
         plan = chosen_plan(planned, world, per_node)
@@ -88,6 +88,7 @@ def _wanted(recipe: ConfigT, folder: Path, *, resume: bool) -> ConfigT:
     return recipe
 
 
-def _planned(recipe: LaidOut, folder: Path) -> Planned:
+def _planned(recipe: LaidOut, folder: Path, per_node: int = 1) -> Planned:
     tables = open_records(recipe)
-    return Planned(recipe, tables, known_preparation(folder) or learn_preparation(recipe, tables)[0])
+    preparation = known_preparation(folder) or learn_preparation(recipe, tables)[0]
+    return Planned(recipe, tables, preparation, run=folder, per_node=per_node)

@@ -40,6 +40,7 @@ from dougong.engine.trainer import Watch, train
 from dougong.nn.block_stack import BlockStack
 from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation, open_records
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.room import building, check_state, shelf_folder
 from dougong.recipes.settle import SETTINGS, settle_recipe
 from dougong.recipes.tables import Tables
 from dougong.watch.progress import Progress
@@ -122,32 +123,52 @@ def train_on_ranks(
     `build` makes the same weights at every call; `loader` is asked for one rank's share of each batch; `learn` is told
     the model as it is laid out, and which ranks share the records out.
     """
-    plan = recipe.plan
+    plan, offload = recipe.plan, recipe.memory.offload
     assert plan is not None  # it was settled
-    model = build()
+
+    def built() -> ModelT:
+        with building(offload, folder):
+            return build()
+
+    model = built()
+    if ranks.world == 1:  # of more it was checked before they were connected
+        check_state(model, offload)
     own = loader(share_of(plan, ranks))
     costs = None
     if plan.pipeline > 1:
-        costs = ranks.first_says(lambda: _block_seconds(build(), own))
+        costs = ranks.first_says(lambda: _block_seconds(built(), own))
     keep = keep_of(recipe.memory, len(model.blocks))
-    layout = prepare_model(model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs, keep=keep)
-    learning = learn(model, layout.data_ranks)
-    train(
+    layout = prepare_model(
         model,
-        learning.loss,
-        own,
-        recipe.train,
-        folder=folder,
-        watch=learning.watch,
-        announce=Announcer(*listeners),
-        seed=recipe.seed,
-        resume=resume,
-        backward=learning.backward,
-        ranks=ranks,
-        layout=layout,
+        plan,
+        ranks,
+        accumulation=recipe.train.accumulation,
+        costs=costs,
+        keep=keep,
+        offload=offload,
+        folder=shelf_folder(offload, folder),
     )
+    try:
+        learning = learn(model, layout.data_ranks)
+        train(
+            model,
+            learning.loss,
+            own,
+            recipe.train,
+            folder=folder,
+            watch=learning.watch,
+            announce=Announcer(*listeners),
+            seed=recipe.seed,
+            resume=resume,
+            backward=learning.backward,
+            ranks=ranks,
+            layout=layout,
+        )
+    finally:
+        if layout.shelved is not None:
+            layout.shelved.close()
     if not layout.is_whole:
-        model = build()
+        model = built()
     load_weights(model, best_weights(folder))
     return model
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors import safe_open
 from stacks import RECORDS, batches, build, loss_of
 from torch import Tensor
@@ -20,7 +20,11 @@ from dougong.engine.memory.offload import OffloadConfig, apply_offload
 from dougong.engine.memory.recompute import all_alike, apply_recompute
 from dougong.engine.memory.shelf import Shelf, Slot, weights_in
 from dougong.engine.optimizer import OptimizerConfig
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import Ranks
+from dougong.engine.prepare import check_model, prepare_model
 from dougong.engine.step import TrainParts, train_step
+from dougong.engine.weights import local_part
 
 ALL = OffloadConfig(optimizer="disk", gradients="disk", weights="disk")
 
@@ -40,7 +44,8 @@ def trained(kind: str, config: OffloadConfig | None, folder: Path, *, recompute:
     offloaded = None if config is None else apply_offload(model, config, folder)
     if offloaded is not None:
         offloaded.take(optimizer)
-    parts = TrainParts(model, loss_of, optimizer, max_grad_norm=0.1)
+    multiply = None if offloaded is None else offloaded.multiply
+    parts = TrainParts(model, loss_of, optimizer, max_grad_norm=0.1, multiply=multiply)
     own = batches(kind, Share())
     torch.manual_seed(1)  # dropout
     reports = [train_step(parts, own, num_records=RECORDS) for _ in range(3)]
@@ -120,12 +125,11 @@ def test_weights_are_built_in_files(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: Any) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
-    yield
 
 
 @pytest.mark.usefixtures("full")
@@ -166,3 +170,56 @@ def test_an_optimizer_that_keeps_something_else_is_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="the optimizer is SGD"):
         offloaded.take(torch.optim.SGD(model.parameters()))
     offloaded.close()
+
+
+LAYOUTS = {
+    "copies": (PlanConfig(), ALL),
+    "tensor": (PlanConfig(tensor=2), ALL),
+    "pipeline": (PlanConfig(pipeline=2), ALL),
+    "zero3": (PlanConfig(shard=2, gathered_bytes=0), OffloadConfig(optimizer="disk")),
+    "zero2 by the step": (PlanConfig(shard=2, sharding="zero2"), OffloadConfig(optimizer="disk")),
+}
+
+
+def stepped(plan: PlanConfig, config: OffloadConfig, ranks: Ranks, folder: Path) -> list[Tensor]:
+    layout = prepare_model(build("decoder").train(), plan, ranks, accumulation=4, offload=config, folder=folder)
+    optimizer = OptimizerConfig().build(layout.model)
+    if layout.shelved is not None:
+        layout.shelved.take(optimizer)
+    parts = TrainParts(
+        layout.model,
+        loss_of,
+        optimizer,
+        backward=layout.backward,
+        reduce=layout.reduce,
+        all_backward=layout.all_backward,
+        multiply=None if layout.shelved is None else layout.shelved.multiply,
+    )
+    own = batches("decoder", layout.mesh.share)
+    for _ in range(3):
+        train_step(parts, own, num_records=RECORDS)
+    found = [local_part(p.detach()).clone() for p in layout.trained.values()]
+    found += [local_part(optimizer.state[p]["exp_avg"]).clone() for p in layout.trained.values()]
+    if layout.shelved is not None:
+        layout.shelved.close()
+    return found
+
+
+def differing(folder: Path) -> list[str]:
+    ranks = Ranks(torch.distributed.group.WORLD)
+    wrong = []
+    for name, (plan, config) in LAYOUTS.items():
+        whole = stepped(plan, OffloadConfig(), ranks, folder)
+        found = stepped(plan, config, ranks, folder)
+        if not all(torch.equal(a, b) for a, b in zip(whole, found, strict=True)):
+            wrong.append(name)
+    return wrong
+
+
+def test_layouts_are_bit_equal_wherever_their_state_lies(tmp_path: Path) -> None:
+    assert run_ranks(differing, tmp_path, world=2) == [[], []]
+
+
+def test_weights_that_are_spread_cannot_lie_on_the_disk() -> None:
+    with pytest.raises(ConfigError, match=r"weights=disk with plan shard=2.* Use memory.offload.optimizer alone"):
+        check_model(build("decoder"), PlanConfig(shard=2), ALL)

@@ -76,7 +76,7 @@ def test_a_pipeline_waits_as_its_schedule_does_and_holds_what_is_under_way() -> 
     assert found.memory_bytes == tuple(16 * 2000 + held * 2 * 5e6 for held in (4, 3, 2, 1))
 
 
-def test_gradients_of_copies_are_exchanged_once_and_spread_weights_gathered_twice() -> None:
+def test_gradients_of_copies_are_exchanged_once_and_spmapped_weights_gathered_twice() -> None:
     big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
     one = predict(big, on(1), Choice(PlanConfig(), 1)).seconds
     copies = predict(big, on(4), Choice(PlanConfig(), 1))

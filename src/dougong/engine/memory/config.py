@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.sizes import read_bytes
+from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.memory.recompute import Keep
 
 
@@ -33,6 +34,9 @@ class MemoryConfig(Config):
 
     keep: tuple[Keep, ...] | None = None
     """What each block keeps; found from the budget where it is not given."""
+
+    offload: OffloadConfig = OffloadConfig()
+    """What lies on the disk but for the blocks that are at work; `offload: disk` is all that can."""
 
     @field_validator("activations")
     @classmethod

@@ -15,6 +15,7 @@ being written meanwhile. Embedding and head are one unit more. (Rajbhandari et a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,6 +23,7 @@ from typing import Any, Final, Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from dougong.core.config import Config
@@ -62,7 +64,9 @@ class OffloadConfig(Config):
     @model_validator(mode="after")
     def _somewhere(self) -> OffloadConfig:
         if self.folder is not None and not self.on_disk:
-            raise ValueError(f"folder={self.folder} has no effect where nothing lies on the disk. Use disk, or no folder.")
+            raise ValueError(
+                f"folder={self.folder} has no effect where nothing lies on the disk. Use disk, or no folder."
+            )
         return self
 
     @property
@@ -87,6 +91,9 @@ class Offloaded:
         self._arriving: str | None = None
         """The unit whose gradients arrive."""
 
+        self._by = 1.0
+        """By what gradients are to be multiplied."""
+
         self._undo: list[Callable[[], None]] = []
         self._weights = config.weights == "disk"
         if self._weights:
@@ -97,7 +104,8 @@ class Offloaded:
         if config.gradients == "disk":
             for parameter in self._unit_of:
                 if parameter.requires_grad:
-                    self._undo.append(parameter.register_post_accumulate_grad_hook(self._arrived).remove)
+                    undo = parameter.register_post_accumulate_grad_hook(self._arrived).remove  # type: ignore[no-untyped-call]
+                    self._undo.append(undo)
 
     def _slots(self, unit: str) -> dict[str, dict[str, Slot]]:
         own = {self._name_of[p]: p for p, its in self._unit_of.items() if its == unit}
@@ -167,30 +175,43 @@ class Offloaded:
                     f"{type(optimizer).__name__}. Use memory.offload.optimizer: memory."
                 )
             for parameter in self._trained(optimizer):
-                means = {kind: self._lying(kind, parameter) for kind in MEANS}
+                means = {kind: _spread_like(parameter, self._lying(kind, parameter)) for kind in MEANS}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **means}
         step = optimizer.step
 
         def by_unit(*_: Any) -> None:
             groups = optimizer.param_groups
-            kinds = ["weight", "gradient", *MEANS]
             # From the last: those before it have been looked at last, and are needed first by the next step.
             order = self.units[::-1]
             try:
                 for place, unit in enumerate(order):
                     for following in order[place + 1 : place + 2]:
-                        self.shelf.soon(following, kinds)
+                        self.shelf.soon(following, ["weight", "gradient", *MEANS])
+                    own = [[p for p in group["params"] if self._unit_of.get(p, REST) == unit] for group in groups]
+                    if self._by != 1.0:
+                        self._multiplied([p for each in own for p in each])
                     optimizer.param_groups = [
-                        {**group, "params": [p for p in group["params"] if self._unit_of.get(p, REST) == unit]}
-                        for group in groups
+                        {**group, "params": each} for group, each in zip(groups, own, strict=True)
                     ]
                     step()
+                    for parameter in itertools.chain(*own):
+                        parameter.grad = None  # a multiplied one is in memory
                     self.shelf.behind(unit)
             finally:
                 optimizer.param_groups = groups
-            self._arriving = None
+            self._arriving, self._by = None, 1.0
 
         optimizer.step = by_unit  # type: ignore[method-assign, assignment]
+
+    def multiply(self, gradients: Sequence[Tensor], by: float) -> None:
+        """When the optimizer comes to them: they need not be read for it, nor written."""
+        self._by = by
+
+    def _multiplied(self, parameters: Sequence[nn.Parameter]) -> None:
+        """What lies on the disk stays as it is there."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad * self._by
 
     def _trained(self, optimizer: Optimizer) -> Sequence[nn.Parameter]:
         return [p for group in optimizer.param_groups for p in group["params"] if p in self._unit_of]
@@ -206,6 +227,15 @@ class Offloaded:
 def apply_offload(model: BlockStack[Any, Any], config: OffloadConfig, folder: Path) -> Offloaded:
     """Put on the disk what is to lie there, in place; after all else that is done to the model."""
     return Offloaded(model, config, folder)
+
+
+def _spread_like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """What is here of a tensor that is spread as this parameter is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def _unit_of(name: str) -> str:

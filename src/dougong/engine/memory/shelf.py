@@ -96,7 +96,7 @@ class Shelf:
     def write(self, unit: str, kind: str, name: str, tensor: Tensor) -> None:
         """Put numbers there. Unlike copying into the tensor, it does not read what was there before."""
         file = self._files[unit]
-        raw = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        raw = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         place = file.places[kind, name]
         while len(raw):
             written = os.pwrite(file.descriptor, raw, place)
@@ -194,7 +194,7 @@ def weights_in(folder: Path) -> Iterator[None]:
         known.add(lying.untyped_storage().data_ptr())
         return lying
 
-    handle = register_module_parameter_registration_hook(moved)
+    handle = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]  # it may return one
     try:
         yield
     finally:

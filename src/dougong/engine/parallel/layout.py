@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dougong.engine.parallel.clock import Clock
 from dougong.engine.parallel.hierarchical import Hierarchy
@@ -42,6 +43,22 @@ class _Agreed(NamedTuple):
     """Of what is copied: whether some rank has a gradient of it."""
 
 
+class Shelved(Protocol):
+    """State that lies on the disk (engine/memory/offload.py)."""
+
+    def take(self, optimizer: Optimizer) -> None:
+        """Have what the optimizer keeps lie there too, if it is to."""
+        ...
+
+    def multiply(self, gradients: Sequence[Tensor], by: float) -> None:
+        """When the optimizer comes to them."""
+        ...
+
+    def close(self) -> None:
+        """Nothing lies there any more."""
+        ...
+
+
 @dataclass
 class Layout:
     """A model that several ranks train, and how."""
@@ -61,6 +78,7 @@ class Layout:
     pipeline: Pipeline | None = None
     sharded: Sharded | StepShard | None = None
     clock: Clock = field(default_factory=Clock)
+    shelved: Shelved | None = None
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
 
