@@ -25,13 +25,14 @@ from dougong.engine.memory.account import StepBytes
 from dougong.engine.memory.blocks import measure_blocks
 from dougong.engine.memory.budget import fit_budget
 from dougong.engine.memory.config import budget_bytes, keep_of
+from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
-from dougong.engine.planner.predict import Choice, Prediction
+from dougong.engine.planner.predict import MIXED, Choice, Prediction
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import Found, SearchConfig, describe, divisors, find_layouts, reason
-from dougong.engine.planner.shape import ModelShape, measure_shape
+from dougong.engine.planner.shape import SHAPES, ModelShape, measure_shape
 from dougong.engine.precision.choice import Chosen
 from dougong.engine.prepare import check_model
 from dougong.nn.batch import Batch
@@ -55,7 +56,10 @@ Varied: TypeAlias = Literal["micro-batches", "precision", "recompute", "offload"
 class PlanResult(NamedTuple):
     """What was found."""
 
-    recipe: LaidOut
+    recipe: LaidOut | None
+    """None: of a shape that is known by its name."""
+
+    name: str
     cluster: ClusterConfig
     shape: ModelShape
     found: Found
@@ -71,7 +75,7 @@ class PlanResult(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "recipe": self.recipe.name,
+            "recipe": self.name,
             "cluster": self.cluster.model_dump(mode="json"),
             "parameters": self.shape.parameters,
             "considered": self.found.considered,
@@ -87,7 +91,8 @@ def plan_recipe(
 ) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
 
-    What varies is chosen with the layout. By offload, also what the engine cannot do yet; that is not rehearsed.
+    What varies is chosen with the layout. By offload, also what the engine cannot do yet; neither that nor what lies on
+    the disk is rehearsed.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
@@ -100,7 +105,8 @@ def plan_recipe(
     planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
     found = planned.search(cluster, vary=vary, most=most)
     held: tuple[StepBytes, ...] = ()
-    while found.predictions[0].choice.can_be_carried_out:
+    # What lies on the disk a rehearsal would hold.
+    while found.predictions[0].can_be_carried_out and found.predictions[0].choice.offload == "none":
         held = planned.rehearsed(found.predictions[0].choice, cluster.devices)
         if max(each.peak for each in held) <= MEMORY_SHARE * cluster.memory_bytes:
             break
@@ -110,7 +116,27 @@ def plan_recipe(
                 f"{max(each.peak for each in held) / 2**30:.3g} GiB. Use more devices or smaller batches."
             )
         found = found._replace(predictions=found.predictions[1:])
-    return PlanResult(recipe, cluster, planned.shape, found, held, tuple(notes))
+    return PlanResult(recipe, recipe.name, cluster, planned.shape, found, held, tuple(notes))
+
+
+def plan_shape(name: str, cluster: ClusterConfig, *, vary: Collection[Varied] = (), most: int = 10) -> PlanResult:
+    """The same of a model that is known by its sizes alone: one micro-batch on each rank that shares out the records,
+    products in bf16, weights in 16 bits and again in fp32 where the optimizer is. Nothing is rehearsed.
+
+    Raises:
+        ConfigError: no layout fits.
+    """
+    shape = SHAPES[name]()
+    search = SearchConfig(
+        records=round(shape.num_records) * cluster.devices,
+        micro_batches=(1,),
+        recompute=(False, True) if "recompute" in vary else (False,),
+        offload=("none", "host", "disk") if "offload" in vary else ("none",),
+        memory_share=MEMORY_SHARE,
+        most=most,
+    )
+    found = find_layouts(shape, cluster, search, MIXED)
+    return PlanResult(None, name, cluster, shape, found, ())
 
 
 def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> PlanConfig:
@@ -165,7 +191,7 @@ class Planned:
             micro_batches=tuple(divisors(self.records)) if "micro-batches" in vary else (own.micro_batches,),
             precisions=("fp32", "bf16") if "precision" in vary else (cast(Chosen, own.precision),),
             recompute=(False, True) if "recompute" in vary else (own.recompute,),
-            offload="offload" in vary,
+            offload=("none", "host", "disk") if "offload" in vary else (own.offload,),
             memory_share=MEMORY_SHARE,
             most=most,
         )
@@ -179,6 +205,7 @@ class Planned:
             plan,
             train.accumulation,
             recompute=memory.recompute == "blocks" and memory.every == 1,
+            offload="disk" if "weights" in memory.offload.on_disk else "none",
             precision="fp32" if train.precision == "auto" else train.precision,
         )
 
@@ -214,6 +241,8 @@ class Planned:
         train = self.recipe.train.model_copy(update={"accumulation": choice.micro_batches})
         check_layout(self.recipe.model_copy(update={"train": train}), choice.plan, world)
         check_model(self.model, choice.plan, self.recipe.memory.offload)
+        if choice.offload == "disk":
+            check_model(self.model, choice.plan, OffloadConfig.model_validate("disk"))
 
     def check_memory(
         self, world: int, plan: PlanConfig, per_node: int | None = None, *, keep: Sequence[Keep] | None = None
@@ -297,16 +326,18 @@ def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> 
     return parse(ClusterConfig, values, where=f"cluster {name}")
 
 
-def _as_json(found: Prediction, recipe: LaidOut) -> dict[str, Any]:
+def _as_json(found: Prediction, recipe: LaidOut | None) -> dict[str, Any]:
     return {
         "layout": describe(found.choice),
         "plan": found.choice.plan.model_dump(mode="json"),
-        "settings": _settings(found, recipe),
+        "settings": None if recipe is None else _settings(found, recipe),
         "micro_batches": found.choice.micro_batches,
         "precision": found.choice.precision,
         "recompute": found.choice.recompute,
         "offload": found.choice.offload,
-        "can_be_carried_out": found.choice.can_be_carried_out,
+        "can_be_carried_out": found.can_be_carried_out,
+        "host_bytes": found.host_bytes,
+        "disk_bytes": found.disk_bytes,
         "seconds": found.seconds,
         "records_per_second": found.records_per_second,
         "work_seconds": found.work_seconds,
@@ -332,6 +363,8 @@ def _settings(found: Prediction, recipe: LaidOut) -> list[str]:
         choice.precision == "bf16" or recipe.train.precision != "auto"
     ):
         told.append(f"train.precision={choice.precision}")
+    if choice.offload == "disk" and "weights" not in recipe.memory.offload.on_disk:
+        told.append("memory.offload=disk")
     if choice.recompute != (recipe.memory.recompute == "blocks"):
         told.append(f"memory.recompute={'blocks' if choice.recompute else 'none'}")
     return told

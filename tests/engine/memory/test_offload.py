@@ -164,6 +164,11 @@ def test_shorthand_and_refusals() -> None:
         OffloadConfig(folder="somewhere")
 
 
+def test_a_device_that_cannot_map_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the model is on meta. Train on the processor, or spread"):
+        apply_offload(build("decoder").to("meta"), ALL, tmp_path / "shelf")
+
+
 def test_an_optimizer_that_keeps_something_else_is_refused(tmp_path: Path) -> None:
     model = build("decoder")
     offloaded = apply_offload(model, ALL, tmp_path / "shelf")

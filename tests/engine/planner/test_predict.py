@@ -49,10 +49,26 @@ def test_recomputing_is_one_more_forward_and_keeps_states_and_one_block() -> Non
 def test_an_optimizer_in_the_hosts_memory_takes_none_here_and_the_way_there_and_back() -> None:
     big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
     here = predict(big, on(1), Choice(PlanConfig(), 1))
-    away = predict(big, on(1, host_bandwidth=1e9), Choice(PlanConfig(), 1, offload=True))
+    away = predict(big, on(1, host_bandwidth=1e9), Choice(PlanConfig(), 1, offload="host"))
     assert here.state_bytes[0] - away.state_bytes[0] == 8 * 8e9
     assert away.optimizer_seconds == pytest.approx((4 + 4) * 8e9 / 1e9)
-    assert not away.choice.can_be_carried_out
+    assert not away.can_be_carried_out
+    assert (away.host_bytes, away.disk_bytes) == (8 * 8e9, 0)
+
+
+def test_state_on_the_disk_leaves_two_blocks_here_and_takes_the_disks_time() -> None:
+    big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
+    here = predict(big, on(1), Choice(PlanConfig(), 2))
+    away = predict(big, on(1, disk_bandwidth=1e9, maps_files=True), Choice(PlanConfig(), 2, offload="disk"))
+    each = sum(big.blocks[0][n] for n in (3, 5))
+    assert away.state_bytes == pytest.approx((12 * each,))
+    assert away.disk_bytes == here.state_bytes[0] == pytest.approx(16 * 8e9, rel=1e-3)
+    assert away.host_bytes == pytest.approx(2 * 16 * each)
+    # Weights twice for each micro-batch and gradients once beside the work, then all read, all but gradients written.
+    streamed, stepped = (2 * 2 * 4 + 4) * 8.0, (2 * (4 + 8) + 4) * 8.0
+    assert away.seconds == pytest.approx(max(streamed, here.seconds - here.optimizer_seconds) + stepped, rel=1e-3)
+    assert away.can_be_carried_out
+    assert not predict(big, on(1), Choice(PlanConfig(), 2, offload="disk")).can_be_carried_out
 
 
 def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
@@ -124,7 +140,12 @@ def test_what_is_not_looked_at_would_not_have_been_told() -> None:
     model = transformer_shape(width=1024, num_layers=8, num_heads=8, vocabulary=32000, tokens=512, records=1)
     cluster = KNOWN["a100-80g"].model_copy(update={"devices": 8, "memory_bytes": 3e9})
     search = SearchConfig(
-        records=32, micro_batches=(1, 4, 32), precisions=("fp32", "bf16"), recompute=(False, True), offload=True, most=7
+        records=32,
+        micro_batches=(1, 4, 32),
+        precisions=("fp32", "bf16"),
+        recompute=(False, True),
+        offload=("none", "host", "disk"),
+        most=7,
     )
     few, all_of_them = (find_layouts(model, cluster, search.model_copy(update={"most": n})) for n in (7, 100_000))
     assert few.predictions == all_of_them.predictions[:7]

@@ -225,7 +225,17 @@ class Offloaded:
 
 
 def apply_offload(model: BlockStack[Any, Any], config: OffloadConfig, folder: Path) -> Offloaded:
-    """Put on the disk what is to lie there, in place; after all else that is done to the model."""
+    """Put on the disk what is to lie there, in place; after all else that is done to the model.
+
+    Raises:
+        ConfigError: the folder has no room, or the model is on a device that cannot compute with files.
+    """
+    strange = next((p.device.type for p in model.parameters() if p.device.type != "cpu"), None)
+    if strange is not None:
+        raise ConfigError(
+            f"memory.offload maps files into the processor's memory, and the model is on {strange}. Train on the "
+            "processor, or spread the state by plan.shard."
+        )
     return Offloaded(model, config, folder)
 
 

@@ -46,6 +46,12 @@ class ClusterConfig(Config):
     host_bandwidth: float = Field(default=12e9, gt=0)
     """Bytes a second between one device and the memory of its node's processor, one way."""
 
+    disk_bandwidth: float = Field(default=3e9, gt=0)
+    """Bytes a second between one device's memory and its node's disk, one way."""
+
+    maps_files: bool = False
+    """Whether what is in a file can be computed with as it is: the devices' memory is the processor's."""
+
     latency_seconds: float = Field(default=10e-6, ge=0)
     """Of one message."""
 
@@ -100,6 +106,8 @@ KNOWN: Final[dict[str, ClusterConfig]] = {
         memory_bandwidth=8e9,
         inside_bandwidth=1e9,
         across_bandwidth=1e8,
+        disk_bandwidth=1e9,
+        maps_files=True,
         latency_seconds=2e-4,
         matmul_efficiency=0.5,
         link_efficiency=0.5,

@@ -1,6 +1,6 @@
 """What a step costs on a layout, before anything runs.
 
-Here        Choice (a layout with its micro-batches), Prediction, `predict`, `predict_least`; the formulas, for
+Here        Choice (a layout with its micro-batches), Offload, Prediction, `predict`, `predict_least`; the formulas, for
             `--explain`.
 Elsewhere   shapes (shape.py), devices (cluster.py), who waits for whom (engine/parallel/schedule.py), which layouts
             there are (search.py).
@@ -20,8 +20,11 @@ Memory  parameters x (weight + gradient + optimizer bytes) / shards, and where t
         pipeline - its place); with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020;
         Korthikanti et al. 2022, arXiv:2205.05198.) In bf16 activations are half as large, and weights have a copy of
         half their bytes from forward to backward. These leave out what lies between two operations and what is on its
-        way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded:
-        no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step. (Ren et al. 2021, arXiv:2101.06840.)
+        way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded
+        to the host: no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step (Ren et al. 2021,
+        arXiv:2101.06840). To the disk: two blocks' weights and one's gradients are left; a step takes no less than
+        (2 x weight x micro-batches + gradient) / disk bandwidth beside the work, and then (2 x weight + 2 x optimizer +
+        gradient) / disk bandwidth; the host holds two blocks' state (Rajbhandari et al. 2021, arXiv:2104.07857).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -78,6 +81,13 @@ class BytesConfig(Config):
         return self.model_copy(update={"activation": self.activation / 2, "cast": self.weight / 2})
 
 
+Offload = Literal["none", "host", "disk"]
+
+
+MIXED: Final = BytesConfig(weight=2, gradient=4, optimizer=12)
+"""Weights in 16 bits, gradients added up in 32, AdamW with weights in 32."""
+
+
 class Choice(NamedTuple):
     """One way to carry out a step."""
 
@@ -88,16 +98,12 @@ class Choice(NamedTuple):
     recompute: bool = False
     """Whether each block's activations are made anew in the backward, from its state alone."""
 
-    offload: bool = False
-    """Whether the optimizer, with what it keeps, is in the host's memory. Predicted; the engine cannot do it yet."""
+    offload: Offload = "none"
+    """host: the optimizer, with what it keeps, is in the host's memory, which is predicted alone. disk: weights,
+    gradients and what the optimizer keeps are on the disk, but for the blocks at work."""
 
     precision: Chosen | None = None
     """Of products. None: as the cluster's `flops` and the bytes of activations say."""
-
-    @property
-    def can_be_carried_out(self) -> bool:
-        """Whether the engine can do all of it."""
-        return not self.offload
 
 
 class Prediction(NamedTuple):
@@ -125,6 +131,15 @@ class Prediction(NamedTuple):
     state_bytes: tuple[float, ...]
     """Of it, weights, gradients and optimizer."""
 
+    host_bytes: float
+    """Of a node's processor memory, for what is not on its devices."""
+
+    disk_bytes: float
+    """Of a node's disk."""
+
+    can_be_carried_out: bool
+    """Whether the engine can do all of it on such devices."""
+
     @property
     def peak_bytes(self) -> float:
         return max(self.memory_bytes)
@@ -137,6 +152,8 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
     pipeline_seconds, waiting, held = _pipeline(
         plan.schedule, plan.pipeline, plan.chunks, num, costs.forwards, costs.backwards, costs.sent
     )
+    # Weights come and gradients go while blocks work.
+    pipeline_seconds = max(pipeline_seconds, costs.streamed_seconds)
     seconds = pipeline_seconds + costs.data_seconds + costs.optimizer_seconds
     data = cluster.devices // (plan.tensor * plan.pipeline)
     busiest = max(costs.of_rank, key=lambda here: sum(part.work for part in here))
@@ -151,6 +168,9 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
         optimizer_seconds=costs.optimizer_seconds,
         memory_bytes=costs.memory(held),
         state_bytes=costs.states,
+        host_bytes=costs.host_bytes,
+        disk_bytes=costs.disk_bytes,
+        can_be_carried_out=choice.offload == "none" or (choice.offload == "disk" and cluster.maps_files),
     )
 
 
@@ -169,7 +189,8 @@ def predict_least(model: ModelShape, cluster: ClusterConfig, choice: Choice, siz
         sum(f + b for f, b, where in zip(costs.forwards, costs.backwards, costs.place, strict=True) if where == rank)
         for rank in ranks
     )
-    seconds = choice.micro_batches * busiest + costs.data_seconds + costs.optimizer_seconds
+    streamed = max(choice.micro_batches * busiest, costs.streamed_seconds)
+    seconds = streamed + costs.data_seconds + costs.optimizer_seconds
     return Least(seconds, max(costs.memory([1 for _ in ranks])))
 
 
@@ -196,8 +217,14 @@ class _Costs(NamedTuple):
 
     data_seconds: float
     optimizer_seconds: float
+    streamed_seconds: float
+    """What the disk takes for weights and gradients, beside the work."""
+
     states: tuple[float, ...]
     """Bytes, by rank, of weights, gradients and optimizer."""
+
+    host_bytes: float
+    disk_bytes: float
 
     activations: list[float]
     """Bytes, by rank, of one micro-batch in one of its stages."""
@@ -226,10 +253,20 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
     # The optimizer reads and writes all of its own, the weights and the gradients.
     stepped = max(common / plan.shard + experts for common, experts in (_held(own, plan) for own in of_rank))
     moved, bandwidth = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient, cluster.memory_bandwidth
-    kept = sizes
-    if choice.offload:
+    states = tuple(_state_bytes(own, plan, sizes) for own in of_rank)
+    here, away, streamed, at_work = states, 0.0, 0.0, 0.0
+    in_node = min(cluster.per_node, cluster.devices)
+    if choice.offload == "host":
         moved, bandwidth = sizes.gradient + sizes.weight, cluster.host_bandwidth * cluster.link_efficiency
-        kept = sizes.model_copy(update={"optimizer": 0.0})
+        here = tuple(_state_bytes(own, plan, sizes.model_copy(update={"optimizer": 0.0})) for own in of_rank)
+        away = max(sizes.optimizer * sum(_held(own, plan)) for own in of_rank) / plan.shard
+    elif choice.offload == "disk":
+        bandwidth = cluster.disk_bandwidth
+        streamed = stepped * (2 * choice.micro_batches * sizes.weight + sizes.gradient) / bandwidth
+        largest = max(sum(_held([part], plan)) for own in of_rank for part in own)
+        # The block at work, and the one that is on its way.
+        here = tuple((2 * sizes.weight + sizes.gradient) * largest for _ in of_rank)
+        away, at_work = max(states), 2 * largest * (sizes.weight + sizes.gradient + sizes.optimizer)
     data = cluster.devices // (plan.tensor * plan.pipeline)
     # All ranks of a tensor group send a part each, and stages stand in different nodes where those fill theirs.
     nodes = plan.tensor * plan.pipeline > cluster.per_node
@@ -245,7 +282,10 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
         sent=tuple(cluster.latency_seconds + sizes.activation * parts[s[-1]].passed / way for s in stages),
         data_seconds=max(_data_exchange(own, cluster, plan, data, choice.micro_batches, sizes) for own in of_rank),
         optimizer_seconds=stepped * moved / bandwidth,
-        states=tuple(_state_bytes(own, plan, kept) for own in of_rank),
+        streamed_seconds=streamed,
+        states=here,
+        host_bytes=in_node * (at_work if choice.offload == "disk" else away),
+        disk_bytes=in_node * (away if choice.offload == "disk" else 0.0),
         # Of what a rank has under way, each stage's share is as large as its part of the rank's stages.
         activations=[
             sum(_activation_bytes([parts[n] for n in stage], plan, recompute, sizes) for stage in own) / len(own)

@@ -21,7 +21,7 @@ from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
 from dougong.engine.planner.cluster import ClusterConfig
-from dougong.engine.planner.predict import BytesConfig, Choice, Least, Prediction, predict, predict_least
+from dougong.engine.planner.predict import BytesConfig, Choice, Least, Offload, Prediction, predict, predict_least
 from dougong.engine.planner.shape import ModelShape
 from dougong.engine.precision.choice import Chosen
 
@@ -42,8 +42,8 @@ class SearchConfig(Config):
     recompute: tuple[bool, ...] = (False,)
     """Whether activations are made anew in the backward; both: either way."""
 
-    offload: bool = False
-    """Whether the optimizer may be in the host's memory."""
+    offload: tuple[Offload, ...] = ("none",)
+    """Where state may be."""
 
     memory_share: float = Field(default=0.9, gt=0, le=1)
     """Of a device's memory, that may be planned with."""
@@ -164,9 +164,10 @@ def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) ->
                     for precision, recompute, offload in itertools.product(
                         search.precisions or (None,),
                         search.recompute,
-                        (False, True) if search.offload else (False,),
+                        search.offload,
                     ):
-                        yield Choice(plan, micro_batches, recompute, offload, precision), shape
+                        if offload != "disk" or plan.shard == 1:  # what is spread is gathered in memory
+                            yield Choice(plan, micro_batches, recompute, offload, precision), shape
 
 
 def _micro_batches(model: ModelShape, search: SearchConfig, data: int) -> Iterator[tuple[int, ModelShape]]:
@@ -223,8 +224,8 @@ def describe(choice: Choice) -> str:
         words.append(choice.precision)
     if choice.recompute:
         words.append("recompute")
-    if choice.offload:
-        words.append("optimizer in the host's memory")
+    if choice.offload != "none":
+        words.append("optimizer in the host's memory" if choice.offload == "host" else "state on the disk")
     return ", ".join(words)
 
 
