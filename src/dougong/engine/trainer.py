@@ -321,10 +321,10 @@ class _Run:
 
         self.tally = Tally()
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
-        if backward is not None and not layout.is_whole:
+        if backward is not None and not layout.has_whole_model:
             raise ConfigError(
                 "gradients are taken in a way of their own (objective.balance), which needs the whole model on every "
-                "rank. Use plan tensor, pipeline, shard and expert of 1, or balance: null."
+                "rank. Use plan tensor, pipeline, shard (but for zero1) and expert of 1, or balance: none."
             )
         if config.sampling is not None and ranks.world > 1:
             raise ConfigError(
@@ -340,6 +340,7 @@ class _Run:
 
         model.train()
         optimizer = config.optimizer.build(model)
+        layout.share_out(optimizer)
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
@@ -506,7 +507,7 @@ class _Run:
         last = self.skipped_in_a_row >= self.config.max_skipped
         if self.skipped_in_a_row == 1 or last:
             rows = [each.row_B.tolist() for each in arrays]
-            again = last and self.layout.is_whole
+            again = last and self.layout.has_whole_model
             began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
             if not last:
                 reason = began.reason
@@ -695,7 +696,7 @@ class _Run:
 
     def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
         wanted = self.config.precision
-        if wanted == "auto" and not self.layout.is_whole:
+        if wanted == "auto" and not self.layout.has_whole_model:
             return PrecisionChoice("fp32", None)
         if wanted != "auto":
             return PrecisionChoice(wanted, None)

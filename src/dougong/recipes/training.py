@@ -146,7 +146,7 @@ def train_on_ranks(
         ranks=ranks,
         layout=layout,
     )
-    if not layout.is_whole:
+    if not layout.has_whole_model:
         model = build()
     load_weights(model, best_weights(folder))
     return model

@@ -23,6 +23,7 @@ LAYOUTS = {
     "pipeline 2 zbv x data 2": PlanConfig(pipeline=2, chunks=2, schedule="zbv"),
     "zero3 over 4": PlanConfig(shard=4, gathered_bytes=0),
     "zero3 over 4, all gathered together": PlanConfig(shard=4),
+    "zero1 over 4": PlanConfig(shard=4, sharding="zero1"),
     "hybrid 2 x 2": PlanConfig(shard=2, gathered_bytes=0),
     "context 2 x data 2": PlanConfig(context=2),
     "context 4, heads for tokens": PlanConfig(context=4, context_form="swap"),
@@ -43,10 +44,12 @@ def counted(kind: str, plan: PlanConfig) -> StepBytes:
     """On a rank, in a step of the engine."""
     model = build(kind)
     layout = prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=MICRO_BATCHES)
+    optimizer = OptimizerConfig().build(model)
+    layout.share_out(optimizer)
     parts = TrainParts(
         model,
         loss_of,
-        OptimizerConfig().build(model),
+        optimizer,
         backward=layout.backward,
         reduce=layout.reduce,
         all_backward=layout.all_backward,

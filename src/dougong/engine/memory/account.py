@@ -120,20 +120,36 @@ class Account(Alive):  # type: ignore[no-untyped-call]  # as above
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(model.parameters())
+        # What is stepped may be other tensors, in the weights' own memory.
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        super().__init__(dict.fromkeys([*model.parameters(), *stepped]))
         self._optimizer = optimizer
+        self._accumulated: dict[nn.Parameter, int] = {}
+        """Bytes of gradients that a backward has left here, some of which are let go before the step."""
 
     def __enter__(self) -> Self:
         self._optimizer.zero_grad(set_to_none=True)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in self._parameters if p.requires_grad]
         return super().__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        self._accumulated[parameter] = num_bytes([parameter.grad])
 
     @property
     def bytes(self) -> StepBytes:
         """What has been counted, after the step and before the next one."""
         weights = num_bytes(self._parameters)
-        states: list[Any] = [self._optimizer.state[p] for p in self._parameters if p in self._optimizer.state]
+        states: list[Any] = list(self._optimizer.state.values())
         optimizer = num_bytes([leaf for state in states for leaf in state.values() if isinstance(leaf, Tensor)])
-        return StepBytes(weights, self.held_gradients(), optimizer, self.activations, weights + optimizer + self.peak)
+        gradients = max(self.held_gradients(), sum(self._accumulated.values()))
+        return StepBytes(weights, gradients, optimizer, self.activations, weights + optimizer + self.peak)
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:
