@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.cli.main import main
-from dougong.core.config import parse
+from dougong.core.config import from_yaml, parse
 from dougong.core.errors import BundleError, ConfigError, RunError
 from dougong.core.events import read_events
 from dougong.data.table import open_table
@@ -119,6 +119,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(run: Path, tables: Pa
     assert losses(folder) == losses(run)
     again, before = (json.loads((each / "evaluation.json").read_text()) for each in (folder, run))
     assert again["conditions"] == before["conditions"]
+
+
+@pytest.mark.parametrize("memory", [{"recompute": "blocks", "every": 2}, {"activations": 0.9}])
+def test_a_run_in_less_memory_is_the_same_run(run: Path, tables: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
+    values = recipe(tables).model_dump(mode="json") | {"memory": memory}
+    run_align(parse(AlignRecipe, values, where="test"), tmp_path / "less", quiet=True)
+
+    assert losses(tmp_path / "less") == losses(run)
+    told = from_yaml((tmp_path / "less" / "run.yaml").read_text(), where="run.yaml")["memory"]
+    assert set(told["keep"] or ["nothing"]) - {"all"}
 
 
 def test_a_bundle_gives_the_same_vectors(run: Path, tables: Path) -> None:

@@ -95,6 +95,16 @@ def test_a_resumed_run_has_the_losses_it_would_have_had(captions: Path, run: Pat
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("setting", ["memory.recompute=cheap", "memory.activations=0.8"])
+def test_a_run_in_less_memory_is_the_same_run(captions: Path, run: Path, tmp_path: Path, setting: str) -> None:
+    run_generation(small(captions, setting), tmp_path / "less", quiet=True)
+
+    assert losses(tmp_path / "less") == losses(run)
+    assert losses(tmp_path / "less" / "tokenizer") == losses(run / "tokenizer")
+    told = from_yaml((tmp_path / "less" / "run.yaml").read_text(), where="run.yaml")["memory"]
+    assert set(told["keep"] or ["products"]) - {"all"}
+
+
 def test_what_is_saved_and_loaded_writes_the_same(captions: Path, run: Path, tmp_path: Path) -> None:
     first = load_generator(run)
     second = load_generator(load_generator(run / "bundle").save(tmp_path / "copy"))

@@ -76,6 +76,7 @@ def test_every_rank_holds_what_was_said_within_a_twentieth(kind: str, name: str)
 
     for rank in (0, WORLD - 1):  # of the first stage and of the last
         said = rehearse(rehearsal(kind), LAYOUTS[name], WORLD, rank)
+        assert found[rank].gradients == pytest.approx(found[rank].weights, rel=0.05)  # all of them have one
         for what in StepBytes._fields:
             assert getattr(said, what) == pytest.approx(getattr(found[rank], what), rel=0.05), (rank, what)
 

@@ -129,7 +129,8 @@ class Account(Alive):  # type: ignore[no-untyped-call]  # as above
 
     def __enter__(self) -> Self:
         self._optimizer.zero_grad(set_to_none=True)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in self._parameters if p.requires_grad]
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._hooks = [each.register_post_accumulate_grad_hook(self._note) for each in trained]  # type: ignore[no-untyped-call]
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
@@ -140,7 +141,8 @@ class Account(Alive):  # type: ignore[no-untyped-call]  # as above
     def _note(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
-        self._accumulated[parameter] = num_bytes([parameter.grad])
+        # Of its own numbers: spread gradients lie side by side in one piece of memory.
+        self._accumulated[parameter] = sum(plain.nbytes for plain in _plain(parameter.grad))
 
     @property
     def bytes(self) -> StepBytes:

@@ -7,8 +7,8 @@ Promise     every rank has all weights of one process, within rounding and equal
 
 After Rajbhandari et al. 2020 (arXiv:1910.02054). Forward and backward are those of copies. Once a step, after the last
 micro-batch, gradients are added up, each rank getting those of its part alone; and once after it the stepped parts are
-gathered: as many bytes on the wire as adding up gradients takes. A part is whole weights next to each other, but for one
-cut between two rows at either end: so a rank steps a few large tensors and not a few rows of every small one, and
+gathered: as many bytes on the wire as adding up gradients takes. A part is whole weights next to each other, cut
+between two rows at either end: so a rank steps a few large tensors and not a few rows of every small one, and
 checkpoints can name what it holds.
 """
 
@@ -159,9 +159,7 @@ def cut_rows(shapes: Sequence[tuple[int, ...]], parts: int) -> list[list[tuple[i
     before = 0
     for place, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
         row = size // shape[0]
-        ends = [
-            min(max(round((sum(sizes) * part / parts - before) / row), 0), shape[0]) for part in range(parts + 1)
-        ]
+        ends = [min(max(round((sum(sizes) * part / parts - before) / row), 0), shape[0]) for part in range(parts + 1)]
         for part, (first, last) in enumerate(itertools.pairwise(ends)):
             if first < last:
                 cuts[part].append((place, range(first, last)))
