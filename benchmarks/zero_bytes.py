@@ -9,13 +9,13 @@ Promise     every rank is a process that trains, by gloo, with one thread; the r
             zero3 they come to more than that in a model of few blocks. Times are interleaved, in an order drawn anew.
 
 The model is a decoder of which nothing can be divided by 8, nor most by 4. zero2 and zero3 gather each block by itself,
-as large models do; "by the step" is what becomes of either in a model this small where nothing else is asked for.
+as large models do; "by the step" is what becomes of either in a model this small where nothing else is asked for: there
+all weights and gradients are held for a while until a step's end, and only then a part.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,12 +46,12 @@ from dougong.nn.block_stack import BlockStack
 from dougong.objectives.generation import words_loss
 
 WORLDS: Final = (2, 4, 8)
-STEPS: Final = 4
+STEPS: Final = 3
 RECORDS: Final = 11
 WORDS: Final = 2003
 TOKENS: Final = 9
-ROUNDS: Final = 15
-TIMED: Final = 4
+ROUNDS: Final = 11
+TIMED: Final = 3
 """Steps of a turn."""
 
 
@@ -143,7 +143,7 @@ def held(world: int, alone: Sequence[float]) -> Iterator[Figure]:
         beside = max(each.activations for each in counted) - copies
         yield Figure(name=f"{said}: held for a while, beyond what copies hold", value=beside / 2**20, unit="MiB")
         apart = max(abs(a - b) for each in found for a, b in zip(each[name][0], alone, strict=True))
-        yield Figure(name=f"{said}: losses apart from one process's", value=apart, unit="", asked="<= 0.0001")
+        yield Figure(name=f"{said}: losses apart from one process's", value=apart, unit="", asked="<= 1e-05")
 
 
 def count(rank: int, store: str, folder: str, world: int) -> None:
@@ -202,7 +202,6 @@ def on_ranks(work: Callable[..., None], world: int) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         start_processes(work, (f"{folder}/store", folder, world), nprocs=world)  # type: ignore[no-untyped-call]
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
-    assert all(math.isfinite(value) for value in np.ravel([each["copies"][0] for each in found]))
     return found
 
 

@@ -121,7 +121,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(run: Path, tables: Pa
     assert again["conditions"] == before["conditions"]
 
 
-@pytest.mark.parametrize("memory", [{"recompute": "blocks", "every": 2}, {"activations": 0.9}])
+@pytest.mark.parametrize(
+    "memory", [{"recompute": "blocks", "every": 2}, pytest.param({"activations": 0.9}, marks=pytest.mark.slow)]
+)
 def test_a_run_in_less_memory_is_the_same_run(run: Path, tables: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
     values = recipe(tables).model_dump(mode="json") | {"memory": memory}
     run_align(parse(AlignRecipe, values, where="test"), tmp_path / "less", quiet=True)

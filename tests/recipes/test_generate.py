@@ -95,7 +95,9 @@ def test_a_resumed_run_has_the_losses_it_would_have_had(captions: Path, run: Pat
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("setting", ["memory.recompute=cheap", "memory.activations=0.8"])
+@pytest.mark.parametrize(
+    "setting", [pytest.param("memory.recompute=cheap", marks=pytest.mark.slow), "memory.activations=0.9"]
+)
 def test_a_run_in_less_memory_is_the_same_run(captions: Path, run: Path, tmp_path: Path, setting: str) -> None:
     run_generation(small(captions, setting), tmp_path / "less", quiet=True)
 

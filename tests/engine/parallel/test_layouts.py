@@ -248,6 +248,10 @@ FURTHER = {
     "zbv, hybrid 2x2",
     "dualpipev, zero2 over 4",
     "1f1b, hybrid 2x2, copies by nodes of 2",
+    "zero1, hybrid 2x4, a copy on each node",
+    "zero1 over 4, zbv",
+    "zero1 over 4, experts over 2, tensor 2",
+    "zero1 over 8, context 4",
 }
 """Made of parts that other layouts have too."""
 
@@ -259,7 +263,13 @@ CASES = [
 ]
 CASES += [
     pytest.param(BLIND, name)
-    for name in ("8x1x1", "zero3 over 8", "zero3 over 8, a few together", "1f1b, zero2 over 2, tensor 2")
+    for name in (
+        "8x1x1",
+        "zero1 over 8",
+        "zero3 over 8",
+        "zero3 over 8, a few together",
+        "1f1b, zero2 over 2, tensor 2",
+    )
 ]
 assert LAYOUTS.keys() >= FURTHER
 ANEW = [
@@ -267,6 +277,7 @@ ANEW = [
     ("sandwich", "2x2x2 1f1b"),
     ("sandwich", "2x2x2 zbv"),
     ("sandwich", "zero3 over 8, a few together"),
+    ("decoder", "zero1, hybrid 2x2, tensor 2"),
     ("decoder", "2x2x2 dualpipev"),
     ("decoder", "zero2 over 8, a few together"),
     ("decoder", "1f1b, zero2 over 2, tensor 2"),

@@ -26,15 +26,22 @@ from dougong.engine.saver import Saver
 from dougong.engine.step import TrainParts, train_step
 
 WORLD = 4
-CHAIN = (
-    PlanConfig(shard=4, sharding="zero1"),
-    PlanConfig(shard=4),
-    PlanConfig(shard=2, sharding="zero1", tensor=2),
-    PlanConfig(pipeline=2, shard=2, sharding="zero1"),
-    PlanConfig(),
-    PlanConfig(shard=2, sharding="zero1"),
-    PlanConfig(tensor=2, pipeline=2),
-)
+ZERO1 = PlanConfig(shard=4, sharding="zero1")
+CHAINS = {
+    "spread, cut and whole": (
+        ZERO1,
+        PlanConfig(shard=4),
+        PlanConfig(shard=2, sharding="zero1", tensor=2),
+        PlanConfig(),
+    ),
+    "whole, hybrid and stages": (
+        PlanConfig(),
+        PlanConfig(shard=2, sharding="zero1"),
+        PlanConfig(pipeline=2, shard=2, sharding="zero1"),
+        PlanConfig(tensor=2, pipeline=2),
+        ZERO1,
+    ),
+}
 """Layouts that each go on from the checkpoint of the one before it."""
 
 
@@ -79,9 +86,9 @@ def state_at(step: int) -> RunState:
     return RunState(step=step, epoch=0, batch=0, batches_per_epoch=1, seed=0, precision="fp32", precision_ratio=None)
 
 
-def handed_on(folder: Path) -> int:
-    """Each layout of the chain restores and saves; the first trains. How many it was."""
-    for place, plan in enumerate(CHAIN):
+def handed_on(name: str, folder: Path) -> None:
+    """Each layout of the chain restores and saves; the first trains."""
+    for place, plan in enumerate(CHAINS[name]):
         layout = laid_out(plan, seed=place)
         parts = parts_of(layout)
         average = WeightAverage(layout.model, 0.5)
@@ -92,10 +99,9 @@ def handed_on(folder: Path) -> int:
         else:
             restored = check_checkpoint(checkpoints_of(folder) / f"step-{place - 1:08d}")
             restore_checkpoint(restored, layout.model, parts.optimizer, average, layout)
-        saver = Saver(checkpoints_of(folder), layout, parts.optimizer, average, keep=len(CHAIN))
+        saver = Saver(checkpoints_of(folder), layout, parts.optimizer, average, keep=9)
         saver.begin(state_at(place))
         saver.finish()
-    return len(CHAIN)
 
 
 def whole_of(folder: Path, place: int) -> dict[str, Tensor]:
@@ -110,22 +116,23 @@ def whole_of(folder: Path, place: int) -> dict[str, Tensor]:
     return found
 
 
-def test_a_checkpoint_goes_from_any_layout_to_zero1_and_back_bit_for_bit(tmp_path: Path) -> None:
-    assert run_ranks(handed_on, tmp_path, world=WORLD, limit_seconds=120)[0] == len(CHAIN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if "stages" in n else ()) for n in CHAINS])
+def test_a_checkpoint_goes_from_any_layout_to_zero1_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    run_ranks(handed_on, name, tmp_path, world=WORLD, limit_seconds=120)
 
     first = whole_of(tmp_path, 0)
     assert {name.partition("/")[0] for name in first} == {"model", "average", "exp_avg", "exp_avg_sq", "step"}
     started = build("decoder").state_dict()
     assert any(not torch.equal(first[f"model/{name}"], weight) for name, weight in started.items())
-    for place in range(1, len(CHAIN)):
+    for place, plan in enumerate(CHAINS[name]):
         again = whole_of(tmp_path, place)
         assert again.keys() == first.keys()
-        assert [name for name in first if not torch.equal(first[name], again[name])] == [], CHAIN[place].in_words()
+        assert [each for each in first if not torch.equal(first[each], again[each])] == [], plan.in_words()
 
 
 def stepped_badly() -> dict[str, Any]:
     """A step without a finite loss, between two that have one."""
-    layout = laid_out(CHAIN[0], seed=0)
+    layout = laid_out(ZERO1, seed=0)
     parts = parts_of(layout)
     own = batches("decoder", layout.mesh.share)
     train_step(parts, own, num_records=RECORDS)

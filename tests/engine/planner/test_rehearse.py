@@ -65,7 +65,7 @@ def counted(kind: str, plan: PlanConfig) -> StepBytes:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        (kind, name)
+        pytest.param(kind, name, marks=pytest.mark.slow if (kind, name) == ("sandwich", "zero1 over 4") else ())
         for kind in ("decoder", "sandwich")
         for name, plan in LAYOUTS.items()
         if kind == "decoder" or plan.context == 1

@@ -30,7 +30,8 @@ class StepBytes(NamedTuple):
 
     weights: int
     gradients: int
-    """At the end of the backward."""
+    """At the end of the backward, of the weights that are held; those of weights that were gathered for the whole step
+    are activations, until they are spread."""
 
     optimizer: int
     activations: int

@@ -355,7 +355,7 @@ def _held(parts: list[BlockShape], plan: PlanConfig) -> tuple[float, float]:
 
 
 class StateBytes(NamedTuple):
-    """What a rank holds at the end of a backward, gathered weights and what comes of micro-batches left out."""
+    """What a rank holds at the end of a backward, beside what is gathered for a while and gradients of that."""
 
     weights: float
     gradients: float
