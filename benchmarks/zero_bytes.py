@@ -5,8 +5,8 @@ Here        bytes of weights, gradients and optimizer on 2, 4 and 8 ranks, with 
 Elsewhere   the formula (engine/planner/predict.py); counting (engine/memory/account.py); options and the written result
             (harness.py).
 Promise     every rank is a process that trains, by gloo, with one thread; the rank that holds most is told. What is
-            gathered for a while, and gradients before they are spread, are told apart from what is held: with zero2 and
-            zero3 they come to more than that in a model of few blocks. Times are interleaved, in an order drawn anew.
+            gathered for a while, and gradients before they are spread, are told apart from what is held, beside what
+            copies have in their place. Times are interleaved, in an order drawn anew.
 
 The model is a decoder of which nothing can be divided by 8, nor most by 4. zero2 and zero3 gather each block by itself,
 as large models do; "by the step" is what becomes of either in a model this small where nothing else is asked for: there
@@ -140,8 +140,12 @@ def held(world: int, alone: Sequence[float]) -> Iterator[Figure]:
             )
         error = (most.weights + most.gradients + most.optimizer) / sum(formula) - 1
         yield Figure(name=f"{said}: all three, error of the formula", value=abs(error), unit="", asked="<= 0.02")
-        beside = max(each.activations for each in counted) - copies
-        yield Figure(name=f"{said}: held for a while, beyond what copies hold", value=beside / 2**20, unit="MiB")
+        yield Figure(
+            name=f"{said}: all else at its most (activations, gathered, on its way)",
+            value=max(each.activations for each in counted) / 2**20,
+            unit="MiB",
+            baseline=copies / 2**20,
+        )
         apart = max(abs(a - b) for each in found for a, b in zip(each[name][0], alone, strict=True))
         yield Figure(name=f"{said}: losses apart from one process's", value=apart, unit="", asked="<= 1e-05")
 
@@ -201,8 +205,7 @@ def on_ranks(work: Callable[..., None], world: int) -> list[Any]:
     """What each of so many processes writes of its work."""
     with tempfile.TemporaryDirectory() as folder:
         start_processes(work, (f"{folder}/store", folder, world), nprocs=world)  # type: ignore[no-untyped-call]
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
-    return found
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 if __name__ == "__main__":

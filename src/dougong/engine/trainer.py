@@ -321,10 +321,10 @@ class _Run:
 
         self.tally = Tally()
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
-        if backward is not None and not layout.has_whole_model:
+        if backward is not None and not layout.is_whole:
             raise ConfigError(
                 "gradients are taken in a way of their own (objective.balance), which needs the whole model on every "
-                "rank. Use plan tensor, pipeline, shard (but for zero1) and expert of 1, or balance: none."
+                "rank. Use plan tensor, pipeline, shard and expert of 1, or balance: null."
             )
         if config.sampling is not None and ranks.world > 1:
             raise ConfigError(

@@ -143,9 +143,8 @@ def _check_decision(recipe: Recipe, plan: PlanConfig, world: int, shares: int) -
             f"train.sampling draws for whole batches, and there are {world} ranks. "
             "Train in one process, or use data.withhold."
         )
-    spread = 1 if plan.sharding == "zero1" else plan.shard
-    if recipe.objective.balance != "none" and plan.tensor * plan.pipeline * spread * plan.expert > 1:
+    if recipe.objective.balance != "none" and plan.tensor * plan.pipeline * plan.shard * plan.expert > 1:
         raise ConfigError(
             f"objective.balance={recipe.objective.balance} needs the whole model on every rank. "
-            "Use plan tensor, pipeline, shard (but for zero1) and expert of 1, or balance: none."
+            "Use plan tensor, pipeline, shard and expert of 1, or balance: none."
         )

@@ -137,7 +137,9 @@ def test_what_is_not_looked_at_would_not_have_been_told() -> None:
     few, all_of_them = (find_layouts(model, cluster, search.model_copy(update={"most": n})) for n in (7, 100_000))
     assert few.predictions == all_of_them.predictions[:7]
     assert few.considered == all_of_them.considered > len(all_of_them.predictions) > 100
-    spread = {(p.sharding, p.pipeline > 1) for p in (each.choice.plan for each in all_of_them.predictions) if p.shard > 1}
+    spread = {
+        (p.sharding, p.pipeline > 1) for p in (each.choice.plan for each in all_of_them.predictions) if p.shard > 1
+    }
     assert spread == {("zero1", False), ("zero2", False), ("zero3", False), ("zero1", True), ("zero2", True)}
     for each in all_of_them.predictions:
         shares = 8 // (each.choice.plan.tensor * each.choice.plan.pipeline)

@@ -49,7 +49,7 @@ class _Bucket(NamedTuple):
     """Numbers of the rank that steps most of it: every rank's part is filled up to so many."""
 
     filler: Tensor
-    """So many zeros."""
+    """Zeros, as many as the rank lacks that steps least of it."""
 
     def filled(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """What one rank steps, in a row, and what fills it up."""
@@ -88,8 +88,8 @@ class StateShard:
             [_Rows(names[place], weights[place], rows) for place, rows in part]
             for part in cut_rows([tuple(weight.shape) for weight in weights], self._world)
         ]
-        longest = max(sum(each.of(each.weight).numel() for each in part) for part in by_rank)
-        return _Bucket(by_rank, longest, weights[0].detach().new_zeros(longest))
+        numbers = [sum(each.of(each.weight).numel() for each in part) for part in by_rank]
+        return _Bucket(by_rank, max(numbers), weights[0].detach().new_zeros(max(numbers) - min(numbers)))
 
     def share_out(self, optimizer: Optimizer) -> None:
         """Have an optimizer of the model's weights step this rank's part alone, in place; after each of its steps all
