@@ -34,7 +34,7 @@ from dougong.core.files import as_json, finish_folder, inside, sha256_of, sync_f
 from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
 from dougong.engine.parallel.layout import Layout
-from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, own_pieces, told
+from dougong.engine.parallel.pieces import Piece, PieceReader, all_of, index_of, own_pieces, told
 from dougong.engine.precision.adaptive import AdaptiveState
 from dougong.engine.precision.choice import Chosen
 from dougong.engine.precision.scaling import OverflowState
@@ -231,17 +231,17 @@ def _held(layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -
     model = layout.model
     parameters = dict(model.named_parameters())
 
-    def piece(name: str, tensor: Tensor) -> Piece:
-        if name in parameters and tensor.shape == local_part(parameters[name]).shape:
-            return layout.piece(name, tensor)
-        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+    def piece(name: str, tensor: Tensor, of: dict[str, nn.Parameter]) -> Piece:
+        if name in of and tensor.shape == local_part(of[name]).shape:
+            return layout.stepped_piece(name, tensor)
+        return all_of(tensor)
 
-    held = {f"model/{name}": piece(name, tensor) for name, tensor in distinct_weights(model).items()}
-    for name, parameter in parameters.items():
+    held = {f"model/{name}": piece(name, tensor, parameters) for name, tensor in distinct_weights(model).items()}
+    for name, parameter in layout.trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            held[f"optimizer/{key}/{name}"] = piece(name, local_part(value))
+            held[f"optimizer/{key}/{name}"] = piece(name, local_part(value), layout.trained)
     if average is not None:
-        held |= {f"average/{name}": piece(name, tensor) for name, tensor in average.weights().items()}
+        held |= {f"average/{name}": piece(name, tensor, parameters) for name, tensor in average.weights().items()}
     return held
 
 
@@ -433,27 +433,29 @@ class _Saved:
 def _restore_pieces(saved: _Saved, layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -> None:
     parameters = dict(layout.model.named_parameters())
 
-    def fill(kind: str, name: str, tensor: Tensor, of: str) -> None:
-        piece = layout.piece(of, tensor) if of in parameters else Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+    def fill(kind: str, name: str, piece: Piece) -> None:
         piece.local.copy_(saved.part(kind, name, piece.offset, tuple(piece.local.shape)))
 
+    def held(name: str, tensor: Tensor) -> Piece:
+        return layout.piece(name, tensor) if name in parameters else all_of(tensor)
+
     for name, tensor in distinct_weights(layout.model).items():
-        fill("model/", name, tensor, name)
+        fill("model/", name, held(name, tensor))
     if average is not None:
         for name, tensor in average.weights().items():
-            fill("average/", name, tensor, name)
+            fill("average/", name, held(name, tensor))
     kept: dict[str, dict[str, Tensor]] = {}
     for full_name in saved.names("optimizer/"):
         key, _, name = full_name.partition("/")
-        if name not in parameters:
+        if name not in layout.trained:
             continue
         if key == "step":
             kept.setdefault(name, {})[key] = saved.part("optimizer/", full_name, (), ())
             continue
-        tensor = torch.zeros_like(parameters[name])
-        fill("optimizer/", full_name, tensor, name)
+        tensor = torch.zeros_like(layout.trained[name])
+        fill("optimizer/", full_name, layout.stepped_piece(name, tensor))
         kept.setdefault(name, {})[key] = tensor
-    names = {parameter: name for name, parameter in parameters.items()}
+    names = {parameter: name for name, parameter in layout.trained.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _put_state(optimizer, {p: kept[names[p]] for p in ordered if names.get(p) in kept})
 

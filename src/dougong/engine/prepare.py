@@ -26,6 +26,7 @@ from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
 from dougong.engine.parallel.shard import apply_shard, units_of
+from dougong.engine.parallel.state_shard import StateShard, apply_state_shard
 from dougong.engine.parallel.step_shard import apply_step_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
 from dougong.engine.weights import local_part
@@ -43,12 +44,18 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig, offload: OffloadC
             f"memory.offload.{gathered[0]}=disk with plan shard={plan.shard}: weights that are spread are gathered in "
             "memory. Use memory.offload.optimizer alone, or shard: 1."
         )
+    if plan.shard > 1 and plan.sharding == "zero1" and offload is not None and offload.on_disk:
+        raise ConfigError(
+            f"memory.offload.optimizer=disk with plan sharding=zero1 and shard={plan.shard}: what each rank steps "
+            "is cut across blocks. Use sharding: zero2, or memory.offload: memory."
+        )
     check_tensor(model, plan.tensor)
     check_context(model, plan.context, plan.context_form, plan.tensor)
     check_expert(model, plan.expert)
-    if plan.shard > 1 and not model.state_types:
+    if plan.shard > 1 and plan.sharding != "zero1" and not model.state_types:
         raise ConfigError(
-            f"plan shard={plan.shard}: {type(model).__name__} does not say what its states are made of. Use shard: 1."
+            f"plan shard={plan.shard}: {type(model).__name__} does not say what its states are made of. "
+            "Use sharding: zero1, or shard: 1."
         )
     stages = plan.pipeline * plan.chunks
     if plan.pipeline > 1 and model.embed_names is None:
@@ -115,7 +122,9 @@ def prepare_model(
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
         sizes = [sum(p.nbytes for p in block.parameters() if p not in ignored) for block in model.blocks]
         units = units_of(sizes, plan.gathered_bytes)
-        if layout.pipeline is not None or len(units) < 2:
+        if plan.sharding == "zero1":
+            layout.sharded = apply_state_shard(model, shard, ignored=ignored)
+        elif layout.pipeline is not None or len(units) < 2:
             layout.sharded = apply_step_shard(model, shard, ignored=ignored)
         else:
             stay = plan.sharding == "zero2"
@@ -124,6 +133,8 @@ def prepare_model(
         assert folder is not None
         layout.shelved = apply_offload(model, offload, folder / f"rank-{ranks.rank}")
     layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(layout.sharded, StateShard):
+        layout.trained = {n: p for n, p in layout.trained.items() if n not in layout.spread} | layout.sharded.stepped
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
     return layout
@@ -150,7 +161,7 @@ def _hierarchy(layout: Layout, plan: PlanConfig, in_node: int) -> Hierarchy | No
         return None
     hierarchy = Hierarchy(group, *groups_in_nodes(layout.mesh.rows("replicate"), in_node), wire=plan.wire)
     # No message is longer.
-    sizes = [local_part(p).nbytes for name, p in layout.model.named_parameters() if name not in layout.experts]
+    sizes = [local_part(p).nbytes for name, p in layout.trained.items() if name not in layout.experts]
     longest = min(sum(sizes), max([BUCKET_BYTES, *sizes]))
     hierarchy.measure([size for size in MEASURED_BYTES if size <= longest] or MEASURED_BYTES[:1])
     return hierarchy

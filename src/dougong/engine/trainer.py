@@ -350,8 +350,7 @@ class _Run:
 
         model.train()
         optimizer = config.optimizer.build(model)
-        if layout.shelved is not None:
-            layout.shelved.take(optimizer)
+        layout.share_out(optimizer)
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
@@ -519,7 +518,7 @@ class _Run:
         last = self.skipped_in_a_row >= self.config.max_skipped
         if self.skipped_in_a_row == 1 or last:
             rows = [each.row_B.tolist() for each in arrays]
-            again = last and self.layout.is_whole
+            again = last and self.layout.has_whole_model
             began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
             if not last:
                 reason = began.reason
@@ -708,7 +707,7 @@ class _Run:
 
     def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
         wanted = self.config.precision
-        if wanted == "auto" and not self.layout.is_whole:
+        if wanted == "auto" and not self.layout.has_whole_model:
             return PrecisionChoice("fp32", None)
         if wanted != "auto":
             return PrecisionChoice(wanted, None)

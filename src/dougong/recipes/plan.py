@@ -22,9 +22,7 @@ from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
 from dougong.engine.memory.account import StepBytes
-from dougong.engine.memory.blocks import measure_blocks
-from dougong.engine.memory.budget import fit_budget
-from dougong.engine.memory.config import budget_bytes, keep_of
+from dougong.engine.memory.config import keep_of, settled_keep
 from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
 from dougong.engine.parallel.plan import PlanConfig
@@ -216,22 +214,20 @@ class Planned:
         Raises:
             ConfigError: nothing meets it.
         """
-        memory = self.recipe.memory
-        if memory.activations is None or memory.keep is not None:
-            return keep_of(memory, len(self.model.blocks))
         choice = self.choice(plan)
-        profile = measure_blocks(
-            self.model,
-            self.loss,
-            self.batches(WHOLE, 1)[0],
-            precision=choice.precision or "fp32",
-            keeps=KEEPS if makes_once(self.recipe) else ("all", "nothing"),
-        )
 
         def measured(keep: Sequence[Keep]) -> int:
             return max(each.activations for each in self.rehearsed(choice, world, keep))
 
-        return fit_budget(profile, functools.partial(budget_bytes, memory), measured).keep
+        return settled_keep(
+            self.recipe.memory,
+            self.model,
+            self.loss,
+            self.batches(WHOLE, 1)[0],
+            measured,
+            precision=choice.precision or "fp32",
+            keeps=KEEPS if makes_once(self.recipe) else ("all", "nothing"),
+        )
 
     def check(self, world: int, choice: Choice) -> None:
         """

@@ -189,8 +189,7 @@ LAYOUTS = {
 def stepped(plan: PlanConfig, config: OffloadConfig, ranks: Ranks, folder: Path) -> list[Tensor]:
     layout = prepare_model(build("decoder").train(), plan, ranks, accumulation=4, offload=config, folder=folder)
     optimizer = OptimizerConfig().build(layout.model)
-    if layout.shelved is not None:
-        layout.shelved.take(optimizer)
+    layout.share_out(optimizer)
     parts = TrainParts(
         layout.model,
         loss_of,
@@ -228,3 +227,5 @@ def test_layouts_are_bit_equal_wherever_their_state_lies(tmp_path: Path) -> None
 def test_weights_that_are_spread_cannot_lie_on_the_disk() -> None:
     with pytest.raises(ConfigError, match=r"weights=disk with plan shard=2.* Use memory.offload.optimizer alone"):
         check_model(build("decoder"), PlanConfig(shard=2), ALL)
+    with pytest.raises(ConfigError, match=r"sharding=zero1 and shard=2: what each rank steps is cut.* Use sharding: z"):
+        check_model(build("decoder"), PlanConfig(shard=2, sharding="zero1"), OffloadConfig(optimizer="disk"))

@@ -104,6 +104,12 @@ def test_gradients_of_copies_are_exchanged_once_and_spmapped_weights_gathered_tw
     assert predict(big, on(4), Choice(PlanConfig(shard=4), 5)).data_seconds == pytest.approx(5 * spread.data_seconds)
     assert predict(big, on(4), Choice(PlanConfig(), 5)).data_seconds == copies.data_seconds
     assert spread.state_bytes[0] == 16 * 8e9 / 4 + 2 * 4 * 1e9
+    # With the optimizer alone spread, gradients and weights go once a step each, as many bytes as copies exchange.
+    first = predict(big, on(4), Choice(PlanConfig(shard=4, sharding="zero1"), 5))
+    put = 2 * (4 + 4) * 8e9 / on(4).memory_bandwidth
+    assert first.data_seconds == pytest.approx(copies.data_seconds + put)
+    assert first.optimizer_seconds == pytest.approx(copies.optimizer_seconds / 4)
+    assert first.state_bytes[0] == (4 + 4 + 8 / 4) * 8e9
     # Over two nodes all devices of a node send across together.
     far = predict(big, on(16), Choice(PlanConfig(), 1))
     assert far.data_seconds == pytest.approx(2 * 15 / 16 * 4 * 8e9 / (8 * 1e11))
@@ -118,6 +124,8 @@ def test_the_published_memory_of_zero() -> None:
     spread = predict(model, on(64), Choice(PlanConfig(shard=64), 1), mixed)
     # Beside what rests, what a block needs gathered while it works: here the whole model is one block.
     assert (spread.state_bytes[0] - 4 * 7.5e9) / 1e9 == pytest.approx(1.875)
+    optimizer_alone = predict(model, on(64), Choice(PlanConfig(shard=64, sharding="zero1"), 1), mixed)
+    assert optimizer_alone.state_bytes[0] / 1e9 == pytest.approx(31.4, abs=0.05)
 
 
 def test_what_is_found_fits_and_the_fastest_comes_first() -> None:
@@ -150,6 +158,10 @@ def test_what_is_not_looked_at_would_not_have_been_told() -> None:
     few, all_of_them = (find_layouts(model, cluster, search.model_copy(update={"most": n})) for n in (7, 100_000))
     assert few.predictions == all_of_them.predictions[:7]
     assert few.considered == all_of_them.considered > len(all_of_them.predictions) > 100
+    spread = {
+        (p.sharding, p.pipeline > 1) for p in (each.choice.plan for each in all_of_them.predictions) if p.shard > 1
+    }
+    assert spread == {("zero1", False), ("zero2", False), ("zero3", False), ("zero1", True), ("zero2", True)}
     for each in all_of_them.predictions:
         shares = 8 // (each.choice.plan.tensor * each.choice.plan.pipeline)
         shape = model.of_records(math.ceil(32 / each.choice.micro_batches / shares))

@@ -1,7 +1,7 @@
 """What a step costs on a layout, before anything runs.
 
-Here        Choice (a layout with its micro-batches), Offload, Prediction, `predict`, `predict_least`; the formulas, for
-            `--explain`.
+Here        Choice (a layout with its micro-batches), Offload, Prediction, `predict`, `predict_least`; `state_bytes`, of
+            the stages of ZeRO; the formulas, for `--explain`.
 Elsewhere   shapes (shape.py), devices (cluster.py), who waits for whom (engine/parallel/schedule.py), which layouts
             there are (search.py).
 Promise     throughputs of published runs within 10 %, each left out when the constants were fitted
@@ -11,11 +11,12 @@ Time    a matrix product: flops / (tensor x peak x efficiency). Between them: by
         tensor ranks add up: 2 (t - 1) / t x bytes / bandwidth; a backward does twice the work of a forward and the same
         exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, once a step; where weights are spread
         (d - 1) / d for each gathering and each spreading, in every micro-batch, and 2 x bytes / memory bandwidth to
-        put what was gathered in its place. What starting an operation takes is not in it: small models take longer than
-        is said. (Narayanan et al. 2021,
+        put what was gathered in its place; where the optimizer alone is (zero1) one of each, once a step. What starting
+        an operation takes is not in it: small models take longer than is said. (Narayanan et al. 2021,
         arXiv:2104.04473; Rajbhandari et al. 2020, arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
-Memory  parameters x (weight + gradient + optimizer bytes) / shards, and where they are spread the weights gathered:
-        zero3 one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
+Memory  parameters x (weight + gradient + optimizer bytes / shards) where the optimizer alone is spread (zero1),
+        parameters x (weight + gradient + optimizer bytes) / shards where all is, and then the weights gathered: zero3
+        one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
         shared out) and what enters cut layers, of as many micro-batches as a rank has under way at once (1F1B:
         pipeline - its place); with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020;
         Korthikanti et al. 2022, arXiv:2205.05198.) In bf16 activations are half as large, and weights have a copy of
@@ -393,16 +394,34 @@ def _held(parts: list[BlockShape], plan: PlanConfig) -> tuple[float, float]:
     return common, sum(part.experts / (plan.tensor * plan.expert) for part in parts)
 
 
+class StateBytes(NamedTuple):
+    """What a rank holds at the end of a backward, beside what is gathered for a while and gradients of that."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def state_bytes(parameters: float, plan: PlanConfig, sizes: BytesConfig) -> StateBytes:
+    """Of so many parameters that a rank's copies begin with: by the stages of ZeRO, of which the first spreads the
+    optimizer, and the second and third spread all three. (The second of the paper has all weights at rest too; ours
+    gathers them for each step.)"""
+    spread = parameters / plan.shard
+    held = parameters if plan.sharding == "zero1" else spread
+    return StateBytes(sizes.weight * held, sizes.gradient * held, sizes.optimizer * spread)
+
+
 def _state_bytes(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> float:
     """Weights, gradients and optimizer, at rest and at work: a block's whole weights beside, where they are spread."""
     common, experts = _held(parts, plan)
     each = sizes.weight + sizes.gradient + sizes.optimizer
-    if plan.shard == 1:
-        return each * (common + experts)
+    held = sum(state_bytes(common, plan, sizes)) + each * experts
+    if plan.shard == 1 or plan.sharding == "zero1":
+        return held
     units = _units(parts, plan, sizes)
     # zero2 keeps all gathered from forward to backward, zero3 one unit at a time, and its gradient.
     gathered = sum(units) if plan.sharding == "zero2" else max(units)
-    return each * (common / plan.shard + experts) + sizes.weight * gathered + sizes.gradient * max(units)
+    return held + sizes.weight * gathered + sizes.gradient * max(units)
 
 
 def _units(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> list[float]:
@@ -444,6 +463,11 @@ def _data_exchange(
     seconds = ring(data // plan.expert, experts * sizes.gradient, 2)
     if plan.shard == 1:
         seconds += ring(data, common * sizes.gradient, 2)
+        return seconds * (1 - cluster.data_overlap)
+    if plan.sharding == "zero1":
+        seconds += ring(plan.shard, common * sizes.gradient, 1) + ring(plan.shard, common * sizes.weight, 1)
+        # Both are put in a row before they are sent, and what comes is put in its place.
+        seconds += 2 * common * (sizes.gradient + sizes.weight) / cluster.memory_bandwidth
     else:
         # Of every micro-batch, and each unit by itself; one alone is gathered for the whole step.
         units = len(_units(parts, plan, sizes))
@@ -453,7 +477,7 @@ def _data_exchange(
         seconds += ring(plan.shard, common * sizes.weight, gathers, units)
         # What has been gathered lies by rank, and is read and written once to be weights.
         seconds += gathers * 2 * common * sizes.weight / cluster.memory_bandwidth
-        seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
-        # What has a gradient, and the norm of all, are agreed on apart: two all-reduces of next to nothing.
-        seconds += ring(data, 0.0, 4)
+    seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
+    # What has a gradient, and the norm of all, are agreed on apart: two all-reduces of next to nothing.
+    seconds += ring(data, 0.0, 4)
     return seconds * (1 - cluster.data_overlap)

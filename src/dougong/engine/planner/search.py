@@ -12,13 +12,13 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from pydantic import Field
 
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
-from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.plan import PlanConfig, Sharding
 from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
 from dougong.engine.planner.cluster import ClusterConfig
 from dougong.engine.planner.predict import BytesConfig, Choice, Least, Offload, Prediction, predict, predict_least
@@ -188,14 +188,15 @@ def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batch
         if pipeline == 1:
             yield PlanConfig(**common)
             for shard in divisors(data)[1:]:
-                for sharding in ("zero2", "zero3"):
+                for sharding in get_args(Sharding):
                     yield PlanConfig(**common, shard=shard, sharding=sharding)
             continue
         for schedule, chunks in _schedules(model, pipeline, micro_batches):
             staged = {**common, "pipeline": pipeline, "schedule": schedule, "chunks": chunks}
             yield PlanConfig(**staged)
             for shard in divisors(data)[1:]:
-                yield PlanConfig(**staged, shard=shard, sharding="zero2")
+                for sharding in ("zero1", "zero2"):
+                    yield PlanConfig(**staged, shard=shard, sharding=sharding)
 
 
 def _schedules(model: ModelShape, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
