@@ -320,6 +320,45 @@ def test_a_record_shows_what_was_given_and_what_was_made_of_it(pages: dict[str, 
     assert "(target)" in page.text
 
 
+def test_switches_of_number_format_are_drawn_and_listed(tmp_path: Path, pages: dict[str, Page]) -> None:
+    assert "formats" not in pages["single_label"].ids()  # none has happened
+    folder = fake_run(tmp_path / "run")
+    switch = {"kind": "PrecisionSwitched", "time": 0.0, "scale_exponent": 12}
+    switches = [
+        {
+            **switch,
+            "step": 1,
+            "group": "block 3",
+            "modality": "image",
+            "before": "bf16",
+            "after": "fp16",
+            "reason": "fits",
+        },
+        {**switch, "step": 1, "group": "head", "modality": "", "before": "bf16", "after": "fp16", "reason": "fits"},
+        {**switch, "step": 90, "group": "head", "modality": "", "before": "fp16", "after": "bf16", "reason": HOSTILE},
+    ]
+    with (folder / "events.jsonl").open("a") as events:
+        events.writelines(json.dumps(event) + "\n" for event in switches)
+
+    page = report_of(folder)
+
+    assert "formats" in page.ids()
+    assert "Switches of number format in 300 steps: block 3 (image) 1, head 2" in page.values("aria-label")
+    assert "90 head fp16 bf16 2 12 " + HOSTILE in page.text
+    assert "<script" not in page.source
+
+
+def test_of_many_switches_the_first_are_listed(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run")
+    formats = ("bf16", "fp16")
+    with (folder / "events.jsonl").open("a") as events:
+        for step in range(60):
+            event = {"kind": "PrecisionSwitched", "time": 0.0, "step": step, "group": "head", "modality": ""}
+            event |= {"before": formats[step % 2], "after": formats[1 - step % 2], "scale_exponent": 3, "reason": "x"}
+            events.write(json.dumps(event) + "\n")
+    assert "The first 40 of 60 switches are listed." in report_of(folder).text
+
+
 @pytest.mark.parametrize(
     ("file", "part"), [("samples.json", "records"), ("events.jsonl", "curves"), ("run.yaml", "settings")]
 )

@@ -40,6 +40,7 @@ from dougong.recipes.training import (
     JUDGED_AT_ONCE,
     Learning,
     begin_run,
+    encodes_withheld,
     judging_loader,
     narrowed_corrupt,
     narrowed_views,
@@ -221,7 +222,7 @@ def _train(
     """The model with its best weights, whole on every rank."""
     task = preparation.target.task
     metric = primary_metric(task)
-    beside = recipe.model.completion is not None and recipe.objective.completion_weight > 0
+    beside = encodes_withheld(recipe)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
