@@ -139,6 +139,35 @@ def test_a_decoder_is_profiled_as_it_is_trained(colour_table: Path) -> None:
     assert found.changes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.precision=adaptive"],
+        ["train.precision=fp16", "train.loss_scale=doubling"],
+        ["train.precision=auto", "train.accumulation=3"],
+        ["objective.balance=mmpareto", "model.own_heads=taught"],
+        ["objective.balance=ogm-ge", "model.own_heads=watching"],
+        ["memory.activations=0.8"],
+        ["train.sampling={}", "train.ema=0.9"],
+        ["data.withhold=0.3", "model.completion={}"],
+    ],
+)
+def test_steps_of_every_kind_are_followed(colour_table: Path, settings: list[str]) -> None:
+    recipe = recipe_for(colour_table, *settings)
+
+    found = profile_recipe(recipe)
+
+    told = found.as_json()
+    assert sum(told["at_peak"].values()) == told["peak_bytes"] == int(found.timeline.total.max())
+    assert found.changes
+    for each in found.changes:
+        with_settings(recipe, each.settings)  # can be set
+    assert ("train.ema" in " ".join(found.notes)) == (recipe.train.ema is not None)
+    if recipe.objective.balance == "mmpareto":  # what it would refuse is not offered
+        assert not any("memory.recompute=cheap" in each.settings for each in found.changes)
+
+
 def change(name: str, saved: int, seconds: float) -> Change:
     return Change((name,), "", 1000 - saved, saved, seconds, seconds, seconds)
 
@@ -193,6 +222,7 @@ def test_a_command_tells_people_and_programs(
     assert {**kept, "page": told["page"]} == told
     assert (tmp_path / "page" / "profile.html").is_file()
     assert f"small: a step of 32 records, fp32, holds {bytes_as_text(told['peak_bytes'])} at most" in shown
+    assert "activations: photo" in shown
     for change in result.offered:
         assert " ".join(f"--set {setting}" for setting in change.settings) in shown
     assert "EncoderBlock" not in shown  # it is a modality's own, whose name is told

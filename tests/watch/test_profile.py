@@ -131,6 +131,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
         "most: 6 MiB",
         "optimizer →",  # too narrow for its name
         "activations: shared blocks",
+        '<th scope="row">activations: shared blocks</th><td class="n">2 MiB</td> <td class="n">33.3 %</td>',
         "block 1, Block",
         "1 ms + 2 ms",
     ):

@@ -228,7 +228,7 @@ def print_check(result: CheckResult) -> None:
 
 def print_profile(told: dict[str, Any], page: Path) -> None:
     """What a step holds at most and of what, its largest parts, and what would make it less."""
-    from dougong.watch.profile import SAYS, cost_in_words, during, seconds_as_text
+    from dougong.watch.profile import composition, cost_in_words, during, seconds_as_text
 
     console = Console()
     batches = f" in {told['micro_batches']} micro-batches" if told["micro_batches"] > 1 else ""
@@ -242,8 +242,8 @@ def print_profile(told: dict[str, Any], page: Path) -> None:
     made = Table(title="when it holds most")
     for name in ("of it", "bytes", "share"):
         made.add_column(name, justify="left" if name == "of it" else "right")
-    for kind, size in sorted(told["at_peak"].items(), key=lambda row: -row[1]):
-        made.add_row(SAYS[kind][0], bytes_as_text(size), f"{size / told['peak_bytes']:.1%}")
+    for row in composition(told):
+        made.add_row(row.name, bytes_as_text(row.bytes), f"{row.share:.1%}")
     console.print(made)
     parts = Table(title="part by part")
     for name in ("part", "of", "activations then", "forward ms", "backward ms"):

@@ -29,6 +29,7 @@ from dougong.core.config import override, parse
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
+from dougong.core.sizes import bytes_as_text
 from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
@@ -541,10 +542,10 @@ class _Trial:
             )
         if self.recipe.train.ema is not None:
             size = num_bytes(list(self.model.parameters()))
-            yield f"train.ema keeps the weights once more ({size:,} bytes), which is not in these figures"
+            yield f"train.ema keeps the weights once more ({bytes_as_text(size)}), which is not in these figures"
         buffers = num_bytes(list(self.model.buffers()))
         if buffers > LEAST_SAVED * num_bytes(list(self.model.parameters())):
-            yield f"buffers of the model, {buffers:,} bytes, are not in these figures"
+            yield f"buffers of the model, {bytes_as_text(buffers)}, are not in these figures"
 
 
 _ABOUT: Final = {

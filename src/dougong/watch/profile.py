@@ -1,6 +1,6 @@
 """A step's memory and time as one page.
 
-Here        `write_page`, `check_folder`, PAGE.
+Here        `write_page`, `check_folder`; `composition`, `during` and `cost_in_words`, which a terminal shows too.
 Elsewhere   what was counted and measured (recipes/profile.py); drawing (watch/charts.py); how the page looks
             (watch/profile.html).
 Promise     the page refers to nothing outside itself and runs no script; what comes from data is shown as text. What is
@@ -73,7 +73,7 @@ def write_page(folder: Path, told: Mapping[str, Any]) -> Path:
     page = environment.from_string(source).render(
         told=told,
         during=during(told),
-        composition=_composition(told),
+        composition=composition(told),
         course=_course(told),
         legend=_legend(told),
         bars=_bars(told),
@@ -99,6 +99,26 @@ def cost_in_words(change: Mapping[str, Any], step_seconds: float) -> str:
     if change["low_seconds"] < 0 < change["high_seconds"]:
         return f"no time that stands out of the noise: {told}"
     return told
+
+
+class Share(NamedTuple):
+    """Of the most that is held."""
+
+    name: str
+    about: str
+    bytes: int
+    share: float
+
+
+def composition(told: Mapping[str, Any]) -> list[Share]:
+    """What the most is made of, the largest first; activations by whose they are."""
+    found = {SAYS[kind]: size for kind, size in told["at_peak"].items() if kind != "activations"}
+    name, about = SAYS["activations"]
+    for group, part in zip(_groups(told), told["parts"], strict=True):
+        key = (f"{name}: {group}", about)
+        found[key] = found.get(key, 0) + part["bytes_at_peak"]
+    rows = [Share(*key, size, size / told["peak_bytes"]) for key, size in found.items() if size]
+    return sorted(rows, key=lambda row: -row.bytes)
 
 
 def seconds_as_text(seconds: float) -> str:
@@ -183,15 +203,6 @@ def _legend(told: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"name": SAYS[kind][0], "place": place, "strength": strength} for kind, (place, strength) in _PASSING.items()
     ]
     return [*fixed, *activations, *passing][::-1]
-
-
-def _composition(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the peak is made of, the largest first."""
-    rows = [
-        {"name": SAYS[kind][0], "is": SAYS[kind][1], "bytes": size, "share": size / told["peak_bytes"]}
-        for kind, size in told["at_peak"].items()
-    ]
-    return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def _bars(told: Mapping[str, Any]) -> list[tuple[str, list[str], Any]]:

@@ -39,7 +39,7 @@ class StepPart(NamedTuple):
     """Empty where it is no modality's own."""
 
     kind: str
-    """What its code calls it."""
+    """What its code calls it; empty where it is no module."""
 
     @property
     def label(self) -> str:
@@ -71,7 +71,7 @@ def parts_of(model: BlockStack[Any, Any]) -> list[StepPart]:
         StepPart(f"block {place}", modality, type(block).__name__)
         for place, (block, modality) in enumerate(zip(model.blocks, modalities_of_blocks(model), strict=True))
     ]
-    return [StepPart("embedding", "", "embed"), *embeds, *blocks, StepPart("head", "", "head")]
+    return [StepPart("embedding", "", ""), *embeds, *blocks, StepPart("head", "", "")]
 
 
 @contextlib.contextmanager
