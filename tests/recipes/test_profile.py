@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dougong.cli.main import main
 from dougong.core.config import override, parse, to_yaml
@@ -17,7 +18,7 @@ from dougong.core.sizes import bytes_as_text
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.recipes import profile
 from dougong.recipes.alignment import emoji_retrieval
-from dougong.recipes.build import LaidOut, learn_preparation, open_records
+from dougong.recipes.build import LaidOut, build_model, learn_preparation, open_records
 from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.known import AnyRecipe
 from dougong.recipes.plan import Planned
@@ -78,8 +79,9 @@ def test_every_change_saves_what_it_says(result: ProfileResult) -> None:
     assert kinds == {"memory.recompute", "memory.activations", "train.precision", "data.loader.batch_size"}
     for change in result.changes:
         assert change.saved_bytes == result.timeline.held.peak - change.peak_bytes > 0
-        changed = with_settings(result.recipe, change.settings)
-        assert change.peak_bytes == pytest.approx(peak_of(changed), rel=0.03), change.settings
+        if change.settings != ("memory.recompute=blocks",):  # takes as long, and tells no more than cheap
+            changed = with_settings(result.recipe, change.settings)
+            assert change.peak_bytes == pytest.approx(peak_of(changed), rel=0.03), change.settings
 
 
 def test_what_is_told_adds_up(result: ProfileResult) -> None:
@@ -99,9 +101,19 @@ def test_what_is_told_adds_up(result: ProfileResult) -> None:
     assert 1 <= len(told["offered"]) <= 3
 
 
-def test_a_recipe_that_saves_already_is_counted_so(colour_table: Path, result: ProfileResult) -> None:
+def test_a_recipe_that_saves_already_is_counted_so(
+    colour_table: Path, result: ProfileResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    monkeypatch.setattr(profile, "build_model", lambda *given: built.append(build_model(*given)) or built[-1])
+
     less = profile_recipe(recipe_for(colour_table, "memory.recompute=blocks", "train.precision=bf16"))
 
+    (model,) = built
+    fresh = build_model(less.recipe, learn_preparation(less.recipe, open_records(less.recipe))[0])
+    for name, value in fresh.state_dict().items():  # no weight was changed
+        assert torch.equal(value, model.state_dict()[name])
+    assert not any("forward" in vars(block) for block in model.blocks)
     found = {change.settings: change.peak_bytes for change in result.changes}
     assert less.timeline.held.peak < found["memory.recompute=blocks",]
     # Keeping more saves nothing, and is not said to.
@@ -178,6 +190,7 @@ def test_the_cheapest_changes_save_most_for_their_cost() -> None:
     free, faster = change("free", 100, 0.001), change("faster", 50, -0.5)
     # A hundredth of a step is noise: "free" has 100 for it, and "faster" is no faster than it.
     assert cheapest([slow, worse, good, faster, free], step_seconds=1.0) == (free, good, slow)
+    assert cheapest([slow, worse, good, faster, free], step_seconds=1.0, most=5) == (free, good, slow)
     assert cheapest([slow, good, free], step_seconds=1.0, most=2) == (free, good)
     assert cheapest([], step_seconds=1.0) == ()
     alike = change("alike", 300, 0.1)

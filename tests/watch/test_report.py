@@ -343,7 +343,10 @@ def test_switches_of_number_format_are_drawn_and_listed(tmp_path: Path, pages: d
     page = report_of(folder)
 
     assert "formats" in page.ids()
-    assert "Switches of number format in 300 steps: block 3 (image) 1, head 2" in page.values("aria-label")
+    assert (
+        "Number formats in 300 steps: block 3 (image) bf16 from step 0, fp16 from step 1; "
+        "head bf16 from step 0, fp16 from step 1, bf16 from step 90"
+    ) in page.values("aria-label")
     assert "90 head fp16 bf16 2 12 " + HOSTILE in page.text
     assert "<script" not in page.source
 

@@ -42,6 +42,9 @@ MOST_SET_ASIDE: Final = 50
 MOST_SWITCHES: Final = 40
 """Of number formats, that are listed."""
 
+MOST_SAID: Final = 8
+"""Stretches of one format that are said in words."""
+
 MOST_POINTS: Final = 240
 """Of a curve over every step."""
 
@@ -289,8 +292,11 @@ def _formats(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             for (start, end), each in zip(itertools.pairwise(edges), formats, strict=True)
         ]
         rows.append((f"{group} ({modality})" if modality else group, spans))
-    said = ", ".join(f"{name} {len(spans) - 1}" for name, spans in rows)
-    chart = charts.timeline_chart("formats", f"Switches of number format in {last} steps: {said}", rows, across="step")
+    said = "; ".join(
+        f"{name} {', '.join(f'{names[place]} from step {start:.0f}' for start, _, place in spans[:MOST_SAID])}"
+        for name, spans in rows
+    )
+    chart = charts.timeline_chart("formats", f"Number formats in {last} steps: {said}", rows, across="step")
     return {"chart": chart, "names": names, "switches": switches[:MOST_SWITCHES], "num_switches": len(switches)}
 
 

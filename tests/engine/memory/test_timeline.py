@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -23,7 +24,12 @@ from dougong.engine.step import Backward, TrainParts, train_step
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
 
-KINDS = ("decoder", "sandwich", "convnet")
+STEPS: list[tuple[str, Keep]] = [
+    ("decoder", "products"),
+    ("sandwich", "all"),
+    ("sandwich", "nothing"),
+    *(("convnet", keep) for keep in KEEPS),
+]
 
 
 class Subject(NamedTuple):
@@ -67,8 +73,7 @@ def without_repeats(values: Sequence[int]) -> list[int]:
     return [values[0], *(after for before, after in pairwise(values) if after != before)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(("kind", "keep"), STEPS)
 def test_the_series_add_up_to_what_is_there_at_every_moment(kind: str, keep: Keep) -> None:
     num_batches = 1 if kind == "decoder" else 2
     counted, followed = (subject(kind, keep, num_batches=num_batches) for _ in range(2))
@@ -89,7 +94,10 @@ def test_the_series_add_up_to_what_is_there_at_every_moment(kind: str, keep: Kee
 
 class Exponential(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
-        return x_BD.exp()
+        y_BD = x_BD.exp()
+        twice_BD = y_BD.detach() * 2  # the last that comes and goes here
+        del twice_BD
+        return y_BD
 
 
 class Tiny(BlockStack[Tensor, Tensor]):
@@ -123,7 +131,7 @@ def test_a_tiny_model_holds_what_can_be_reckoned_by_hand() -> None:
     assert most[Series("optimizer")] == 2 * weight + 4  # two means, and a count of steps
     assert most[Series("gradients")] == weight
     assert most[Series("activations", 0)] == state
-    assert most[Series("activations", 1)] == state
+    assert most[Series("activations", 1)] == state  # without what is twice as much
     # The loss before and after it is divided, and the 1 that its backward begins with.
     assert most[Series("activations", 2)] == 3 * 4
     # The gradient of what the block was given, until the embedding's backward has used it.
@@ -158,7 +166,14 @@ def test_each_part_is_visited_forwards_and_then_backwards() -> None:
     found = subject("sandwich", num_batches=1)
     model = found.parts.model
     visits: list[Visit] = []
-    with visits_told(found.parts, visits.append) as told:
+    in_loss: list[Visit] = []
+
+    def loss(output: Any, batch: Batch) -> Tensor:
+        twice_BC = 2 * output.output_BC
+        twice_BC.register_hook(lambda _: in_loss.append(visits[-1]))
+        return loss_of(output._replace(output_BC=twice_BC), batch)
+
+    with visits_told(dataclasses.replace(found.parts, loss=loss), visits.append) as told:
         found.step(told)
 
     labels = [part.label for part in parts_of(model)]
@@ -168,6 +183,7 @@ def test_each_part_is_visited_forwards_and_then_backwards() -> None:
     assert forward == [0, 1, 0, 2, 0, *range(3, last + 1)]
     assert [visit.part for visit in visits if visit.phase == "backward"] == list(range(1, last + 1))[::-1]
     assert [visits[0], visits[-1]] == [Visit("begin"), Visit("optimizer")]
+    assert in_loss == [Visit("backward", last)]  # the loss is the head's
 
 
 @pytest.mark.parametrize("keep", KEEPS)
