@@ -19,6 +19,7 @@ from dougong.engine.parallel.plan import PlanConfig
 from dougong.recipes import profile
 from dougong.recipes.alignment import emoji_retrieval
 from dougong.recipes.build import LaidOut, build_model, learn_preparation, open_records
+from dougong.recipes.check import read_recipe_or_table
 from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.known import AnyRecipe
 from dougong.recipes.plan import Planned
@@ -149,6 +150,14 @@ def test_a_decoder_is_profiled_as_it_is_trained(colour_table: Path) -> None:
     assert [visit.phase for visit, _ in found.timeline.visits].count("optimizer") == 1
     assert [visit.part for visit, _ in found.timeline.visits if visit.phase == "forward"].count(0) >= 2
     assert found.changes
+
+
+def test_settings_are_laid_over_what_a_table_would_be_trained_by(colour_table: Path) -> None:
+    recipe = read_recipe_or_table(str(colour_table), target="colour", settings=["memory.recompute=blocks"])
+    assert recipe.memory.recompute == "blocks"
+    assert recipe.data.target == "colour"
+    with pytest.raises(ConfigError, match="has no setting 'memory.recompte'"):
+        read_recipe_or_table(str(colour_table), settings=["memory.recompte=blocks"])
 
 
 @pytest.mark.slow

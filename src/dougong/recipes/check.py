@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dougong.core.config import override, parse
 from dougong.core.errors import DataError
 from dougong.data.alignment import MOST_SIDES, Alignment, find_misaligned, suspicious_rows
 from dougong.data.batch import BadRecord
@@ -95,7 +96,8 @@ def read_recipe_or_table(what: str, *, target: str | None = None, settings: Sequ
     if what in KNOWN or what.endswith((".yaml", ".yml")):
         return read_any_recipe(what, settings)
     if Path(what).exists():
-        return Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
+        recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
+        return parse(Recipe, override(recipe.model_dump(mode="json"), settings), where=f"table {what}")
     raise DataError(f"{what!r} is neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists.")
 
 
