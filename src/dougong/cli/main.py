@@ -82,12 +82,37 @@ def check(
     pictures: Annotated[
         Path | None, Option(help="An .html file to show the worst media in, by each figure of their quality.")
     ] = None,
+    profile: Annotated[
+        bool,
+        Option("--profile", help="Instead, carry out two steps: memory and time by block, and what would save most."),
+    ] = False,
+    out: Annotated[
+        Path | None, Option(help="With --profile: the folder of its page. Default: runs/NAME-profile.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every record of a table, or all that a recipe needs, and say what is wrong, without training."""
-    from dougong.cli.show import print_check
-    from dougong.recipes.check import check_recipe_or_table
+    from dougong.cli.show import print_check, print_profile
+    from dougong.recipes.check import check_recipe_or_table, read_recipe_or_table
 
+    if out is not None and not profile:
+        raise ConfigError(f"--out {out} says nothing without --profile. Add that, or leave it out.")
+    if profile:
+        from dougong.recipes.profile import check_profile, profile_recipe, write_profile
+        from dougong.watch.profile import check_folder
+
+        if pictures is not None:
+            raise ConfigError(f"--pictures {pictures} shows records, which --profile does not read. Give one of them.")
+        recipe = check_profile(read_recipe_or_table(what, target=target, settings=settings or ()))
+        folder = out or Path("runs") / f"{recipe.name}-profile"
+        check_folder(folder)
+        profiled = profile_recipe(recipe, None if as_json else _tell)
+        page = write_profile(profiled, folder)
+        if as_json:
+            print(json.dumps({**profiled.as_json(), "page": str(page)}))
+        else:
+            print_profile(profiled.as_json(), page)
+        return
     result = check_recipe_or_table(what, target=target, settings=settings or (), pictures=pictures)
     if as_json:
         print(json.dumps(result.as_json()))

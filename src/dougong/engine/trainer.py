@@ -1,6 +1,6 @@
 """The loop around the step.
 
-Here        TrainConfig, Watch, TrainResult, `train`.
+Here        TrainConfig, Watch, TrainResult, `train`; `scaling_of`, by which a run scales its loss.
 Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py,
             engine/saver.py); showing what is announced (watch/).
 Promise     the same seed gives the same losses; a run that was killed at any moment goes on to the losses that it
@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import field_validator, model_validator
+from torch import Tensor
 
 from dougong.core.config import Config
 from dougong.core.errors import CheckpointError, ConfigError, DougongError, RunError
@@ -65,7 +66,7 @@ from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.precision.adaptive import AdaptiveConfig, AdaptivePrecision, apply_adaptive
-from dougong.engine.precision.choice import Precision, PrecisionChoice, autocast, choose_precision
+from dougong.engine.precision.choice import Chosen, Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.precision.scaling import OverflowScaling, Scaling
 from dougong.engine.prepare import prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
@@ -270,6 +271,23 @@ def train(
             return run.train()
 
 
+def scaling_of(
+    config: TrainConfig,
+    precision: Chosen,
+    model: BlockStack[Any, Any],
+    device_type: str,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> AdaptivePrecision | OverflowScaling | None:
+    """What scales the loss of a new run that is computed in this precision; the model's groups then have formats of
+    their own, in place. `agree` adds up over ranks."""
+    if precision not in ("fp16", "adaptive"):
+        return None
+    if precision == "fp16" and config.loss_scale == "doubling":
+        return OverflowScaling()
+    adaptive = AdaptiveConfig(formats=("fp16",)) if precision == "fp16" else AdaptiveConfig()
+    return apply_adaptive(model, adaptive, device_type, agree)
+
+
 def _agreed_start(found: Found, folder: Path, ranks: Ranks, *, resume: bool) -> Checkpoint | None:
     """The checkpoint that the first rank has found."""
 
@@ -385,16 +403,11 @@ class _Run:
 
     def _scaling(self, model: BlockStack[Any, Any], start: Checkpoint | None) -> Scaling | None:
         """What keeps gradients in fp16's range, where one is to."""
-        precision = self.precision.precision
-        if precision not in ("fp16", "adaptive"):
+        agree = self.ranks.added_up if self.ranks.group is not None else None
+        scaling = scaling_of(self.config, self.precision.precision, model, self.device.type, agree)
+        if scaling is None:
             return None
-        scaling: AdaptivePrecision | OverflowScaling
-        if precision == "fp16" and self.config.loss_scale == "doubling":
-            scaling = OverflowScaling()
-        else:
-            config = AdaptiveConfig(formats=("fp16",)) if precision == "fp16" else AdaptiveConfig()
-            agree = self.ranks.added_up if self.ranks.group is not None else None
-            scaling = self.adaptive = apply_adaptive(model, config, self.device.type, agree)
+        self.adaptive = scaling if isinstance(scaling, AdaptivePrecision) else None
         if start is not None and start.state.scaling is not None:
             if start.state.scaling.kind != scaling.state.kind:
                 raise CheckpointError(f"{start.folder} has another train.loss_scale. Resume with that run's settings.")

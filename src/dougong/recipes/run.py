@@ -41,6 +41,7 @@ from dougong.recipes.training import (
     Learning,
     Lesson,
     begin_run,
+    encodes_withheld,
     judging_loader,
     narrowed_corrupt,
     narrowed_views,
@@ -222,7 +223,7 @@ def _train(
     """The model with its best weights, whole on every rank."""
     task = preparation.target.task
     metric = primary_metric(task)
-    beside = recipe.model.completion is not None and recipe.objective.completion_weight > 0
+    beside = encodes_withheld(recipe)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}

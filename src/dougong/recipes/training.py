@@ -1,7 +1,7 @@
 """What every run has in common, and more of it where any layout can train the model.
 
-Here        `begin_run`: settled, opened, prepared; `training_loader` and `judging_loader`; Lesson, Learning and
-            `train_on_ranks`: laid out, trained, whole again; `kept_alone`; `provenance`.
+Here        `begin_run`: settled, opened, prepared; `training_loader` and `judging_loader`; `encodes_withheld`;
+            Lesson, Learning and `train_on_ranks`: laid out, trained, whole again; `kept_alone`; `provenance`.
 Elsewhere   what each kind of run learns and judges, and what it leaves (recipes/run.py, recipes/decode.py; in one
             process recipes/align.py, recipes/generate.py).
 Promise     what a recipe says of its data holds for every kind. Many ranks do together what one does; the first one
@@ -234,6 +234,11 @@ def training_loader(
         share=share,
         note=None if ranks.heartbeat is None else ranks.heartbeat.modality,
     )
+
+
+def encodes_withheld(recipe: LaidOut) -> bool:
+    """Whether training encodes what it withholds, for a model that learns to complete it."""
+    return isinstance(recipe, Recipe) and recipe.model.completion is not None and recipe.objective.completion_weight > 0
 
 
 def judging_loader(recipe: LaidOut, table: Table, preparation: Preparation, view: View, ranks: Ranks) -> Loader:
