@@ -26,6 +26,7 @@ from dougong.engine.memory.blocks import measure_blocks
 from dougong.engine.memory.budget import fit_budget
 from dougong.engine.memory.config import budget_bytes, keep_of
 from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
+from dougong.engine.memory.segments import SegmentChoice, choose_segments
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
 from dougong.engine.planner.predict import Choice, Prediction
@@ -203,6 +204,12 @@ class Planned:
             return max(each.activations for each in self.rehearsed(choice, world, keep))
 
         return fit_budget(profile, functools.partial(budget_bytes, memory), measured).keep
+
+    def segments(self) -> SegmentChoice:
+        """How many blocks make a segment, measured on a batch of the recipe's size."""
+        return choose_segments(
+            self.model, self.loss, self.batches(WHOLE, 1)[0], precision=self.choice(PlanConfig()).precision or "fp32"
+        )
 
     def check(self, world: int, choice: Choice) -> None:
         """

@@ -17,7 +17,7 @@ from dougong.core.config import ConfigT, from_yaml, parse, to_yaml
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.files import write_atomic
 from dougong.engine.memory.recompute import Keep
-from dougong.recipes.build import LaidOut, LaidOutT, known_preparation, learn_preparation, open_records
+from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation, open_records
 from dougong.recipes.plan import Planned, chosen_plan
 
 SETTINGS: Final = "run.yaml"
@@ -44,6 +44,13 @@ def settle_recipe(recipe: ConfigT, folder: Path, *, resume: bool, world: int = 1
         assert recipe.plan is not None
         keep = _planned(recipe, folder).kept(recipe.plan, world)
         recipe = cast(ConfigT, _keeping(recipe, keep))
+    if isinstance(recipe, LaidOut) and recipe.memory.segments == "auto":
+        assert recipe.plan is not None
+        check_layout(recipe, recipe.plan, world)
+        size = _planned(recipe, folder).segments().size
+        recipe = cast(
+            ConfigT, recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"segments": size})})
+        )
     if not resume:
         write_atomic(folder / SETTINGS, to_yaml(recipe))
     return recipe

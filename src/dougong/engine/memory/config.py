@@ -34,6 +34,10 @@ class MemoryConfig(Config):
     keep: tuple[Keep, ...] | None = None
     """What each block keeps; found from the budget where it is not given."""
 
+    segments: int | Literal["auto"] | None = None
+    """recompute=blocks: so many blocks in a row are compiled into one piece, which is made anew as a whole. auto: as
+    many as are measured to be fastest without more memory, or none. Numbers are the same within rounding alone."""
+
     @field_validator("activations")
     @classmethod
     def _a_budget(cls, activations: float | str | None) -> float | str | None:
@@ -54,6 +58,17 @@ class MemoryConfig(Config):
             raise ValueError(
                 f"recompute={self.recompute} says what all blocks keep, and so does "
                 f"{'keep' if self.activations is None else 'activations'}. Give one of them."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _segments_of_something(self) -> MemoryConfig:
+        if isinstance(self.segments, int) and self.segments < 1:
+            raise ValueError(f"segments={self.segments} must be at least 1 block. Use 2, or auto.")
+        if self.segments is not None and (self.recompute != "blocks" or self.every != 1):
+            raise ValueError(
+                f"segments={self.segments} makes all blocks anew, and recompute={self.recompute} with "
+                f"every={self.every} does not. Use recompute: blocks, and leave every out."
             )
         return self
 
