@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dougong.core.errors import ConfigError
 from dougong.engine.memory.recompute import Keep, apply_recompute
+from dougong.engine.memory.saved import Saved, SavedAs, apply_saved, check_saved
 from dougong.engine.memory.segments import apply_segments, check_segments
 from dougong.engine.parallel.context import apply_context, check_context, share_tokens
 from dougong.engine.parallel.expert import apply_expert, check_expert
@@ -65,11 +67,15 @@ def prepare_model(
     costs: Sequence[float] | None = None,
     keep: Sequence[Keep] | None = None,
     segments: int | None = None,
+    saved: Saved = "kept",
+    saved_as: SavedAs = "same",
+    folder: Path | None = None,
 ) -> Layout:
     """Lay the model out, in place, on all ranks. Each must have built the whole of it.
 
     `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
     what each block keeps for its backward, None: all. `segments` of so many blocks are compiled and made anew as one.
+    What is kept then goes where `saved` and `saved_as` say; a file for it lies in `folder`.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
@@ -78,6 +84,7 @@ def prepare_model(
     check_model(model, plan)
     if segments is not None:
         check_segments(plan)
+    check_saved(saved, saved_as, next(model.parameters()).device.type, shard=plan.shard)
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -107,6 +114,8 @@ def prepare_model(
         if layout.pipeline is not None:
             bounds = enumerate(itertools.pairwise(layout.pipeline.bounds))
             layout.pipeline.undivided = {stage for stage, (a, b) in bounds if set(keep[a:b]) - {"all"}}
+    if saved != "kept" or saved_as != "same":  # around both: it sees what they leave
+        apply_saved(model, saved, saved_as, folder=folder)
     if mesh.devices is not None:  # last: it wraps finished blocks
         shard = mesh.group("shard")
         assert shard is not None

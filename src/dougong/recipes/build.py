@@ -21,6 +21,7 @@ from dougong.core.seeds import derive_seed
 from dougong.core.signature import NOTHING, Target, VolumeInput
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.target import infer_target
+from dougong.engine.memory.saved import check_saved
 from dougong.engine.memory.segments import check_segments
 from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.step import Loss
@@ -121,6 +122,7 @@ def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
             "objective.balance=mmpareto asks for gradients several times, and products that are kept can be used once. "
             "Use memory.recompute: blocks, or none."
         )
+    check_saved(recipe.memory.saved, recipe.memory.saved_as, torch.get_default_device().type, shard=plan.shard)
     if recipe.memory.segments is not None:
         _check_segments(recipe, plan)
     if isinstance(recipe, Recipe):

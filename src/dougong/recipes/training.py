@@ -133,7 +133,16 @@ def train_on_ranks(
     segments = recipe.memory.segments
     assert segments != "auto"  # it was settled
     layout = prepare_model(
-        model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs, keep=keep, segments=segments
+        model,
+        plan,
+        ranks,
+        accumulation=recipe.train.accumulation,
+        costs=costs,
+        keep=keep,
+        segments=segments,
+        saved=recipe.memory.saved,
+        saved_as=recipe.memory.saved_as,
+        folder=folder,
     )
     learning = learn(model, layout.data_ranks)
     train(

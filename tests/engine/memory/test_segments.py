@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
+from ranks import run_ranks
 from stacks import RECORDS, batches, build, loss_of
 from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError
 from dougong.data.position import Share
+from dougong.engine import prepare
 from dougong.engine.memory.account import Alive
 from dougong.engine.memory.allocated import most_allocated
 from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.memory.segments import apply_segments, check_segments, choose_segments, sizes_of
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.step import TrainParts, train_step
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
@@ -51,6 +56,8 @@ class Asks(Widen):
 
 
 class Stack(BlockStack[Tensor, Tensor]):
+    embed_names = ()
+
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -89,7 +96,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("size", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_segments_are_the_blocks_within_rounding(size: int) -> None:
     plain, model = stack(), stack()
     segments = apply_segments(model, size, backend=TRACED)
@@ -191,6 +198,32 @@ def test_models_of_every_kind(kind: str) -> None:
         parts = TrainParts(model, loss_of, OptimizerConfig().build(model))
         losses.append([train_step(parts, own, num_records=RECORDS).loss for _ in range(3)])
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_stages_have_segments_of_their_own() -> None:
+    run_ranks(as_blocks_on_ranks, world=2)
+
+
+def as_blocks_on_ranks() -> None:
+    traced = functools.partial(apply_segments, backend=TRACED)
+    for plan in (PlanConfig(), PlanConfig(pipeline=2), PlanConfig(pipeline=2, chunks=2, schedule="zbv")):
+        losses = []
+        for size in (None, 4):
+            model = stack(8)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(prepare, "apply_segments", traced)
+                layout = prepare.prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=2, segments=size)
+            parts = TrainParts(
+                model,
+                squares,
+                OptimizerConfig().build(model),
+                backward=layout.backward,
+                reduce=layout.reduce,
+                all_backward=layout.all_backward,
+            )
+            losses.append([train_step(parts, [numbers(6), numbers(9)], num_records=15).loss for _ in range(3)])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4), plan
 
 
 @pytest.mark.slow

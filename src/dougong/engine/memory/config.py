@@ -15,10 +15,12 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.sizes import read_bytes
 from dougong.engine.memory.recompute import Keep
+from dougong.engine.memory.saved import Saved, SavedAs
 
 
 class MemoryConfig(Config):
-    """How much of a step is kept, and how much made anew. Losses and weights are the same to the bit."""
+    """How much of a step is kept, where, and how much made anew. Losses and weights are the same to the bit but where a
+    setting says otherwise."""
 
     recompute: Literal["none", "cheap", "blocks"] = "none"
     """In the backward. cheap: all but products, convolutions and attention, in every block. blocks: whole blocks, from
@@ -37,6 +39,13 @@ class MemoryConfig(Config):
     segments: int | Literal["auto"] | None = None
     """recompute=blocks: so many blocks in a row are compiled into one piece, which is made anew as a whole. auto: as
     many as are measured to be fastest without more memory, or none. Numbers are the same within rounding alone."""
+
+    saved: Saved = "kept"
+    """Where what autograd saves inside blocks is until the backward. kept: where it is. host: in the host's memory,
+    from a device's. disk: in a file of the run's folder, which is gone with the run."""
+
+    saved_as: SavedAs = "same"
+    """bf16: 32-bit activations are saved in 16 bits; gradients are then not exact (docs/numerics.md)."""
 
     @field_validator("activations")
     @classmethod

@@ -8,7 +8,7 @@ Promise     names of parameters stay; a segment keeps what it was given and no m
             compiled, or comes in too many shapes, is made anew block by block instead, which is said once.
 
 Only a segment's input is kept, as Chen et al. 2016 (arXiv:1604.06174) do; that making anew and backward are compiled
-together, so that cheap operations never reach memory, is after torch's rematerialising partitioner (He and Zou 2021).
+together, so that cheap operations never reach memory, is after He and Yu 2023 (MLSys), torch's own partitioner.
 The checkpoint stands inside what is compiled: with the partitioner's own budget at 0 instead, dropout drew other
 numbers in the backward (docs/log.md).
 """
@@ -34,6 +34,7 @@ from dougong.engine.memory.allocated import most_allocated
 from dougong.engine.memory.recompute import recomputed
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.precision.choice import Chosen, autocast
+from dougong.engine.precision.widened import Widened, has_bf16_products
 from dougong.engine.random_state import random_state_kept
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -141,7 +142,12 @@ class _Piece:
         # torch's own overloads lack two of its options.
         compile_: Any = torch.compile
         self._compiled = compile_(
-            kept_less, fullgraph=True, backend=backend, recompile_limit=SHAPES, isolate_recompiles=True
+            kept_less,
+            fullgraph=True,
+            backend=backend,
+            options=_options() if backend == "inductor" else None,
+            recompile_limit=SHAPES,
+            isolate_recompiles=True,
         )
 
     @property
@@ -190,6 +196,10 @@ class _Piece:
             names = ", ".join(dict.fromkeys(type(block).__name__ for block, _ in self._blocks))
             warnings.warn(f"memory.segments: a segment of {names} {what}", stacklevel=2)
         self._told = True
+
+
+def _options() -> dict[str, Any] | None:
+    return None if has_bf16_products() else {"post_grad_custom_pre_pass": Widened()}
 
 
 def _first_line(error: Exception) -> str:
