@@ -7,8 +7,9 @@ Promise     both make all activations anew, and segments count only where they t
             the median of the pairs' ratios. Compiling is not in a step's time and is told beside it. Where nothing
             pays, segments are off, and the ratio that is told is that of the best that was tried.
 
-The processor matters: with units for bf16, casts are much of a step and compiling saves them; without, products of bf16
-are slow in themselves, and nothing that is saved around them is seen.
+The processor matters: with units for bf16, casts are much of a step and compiling saves them. Without, torch's products
+of bf16 are slow in themselves, and most of what a segment gains is that it carries them out in fp32
+(engine/precision/widened.py); so the same blocks one by one in fp32 are timed beside it, which have no such products.
 """
 
 from __future__ import annotations
@@ -76,15 +77,15 @@ def beside_blocks(name: str, subject: Subject, precision: Chosen, *, quick: bool
     if not timed:
         return  # all take more memory
     size = choice.size or max(timed, key=lambda each: each.ratio or 0.0).size
-    blocks, segments = (step_of(subject, precision, each) for each in (None, size))
+    steps = [step_of(subject, precision, None), step_of(subject, precision, size), step_of(subject, "fp32", None)]
     held = []
-    for step in (blocks, segments):
+    for step in steps:
         step()
         step()
         held.append(most_allocated(step))
-    seconds: tuple[list[float], list[float]] = ([], [])
+    seconds: list[list[float]] = [[], [], []]
     for _ in range(3 if quick else PAIRS):
-        for step, found in zip((blocks, segments), seconds, strict=True):
+        for step, found in zip(steps, seconds, strict=True):
             gc.collect()
             started = time.perf_counter()
             step()
@@ -95,8 +96,11 @@ def beside_blocks(name: str, subject: Subject, precision: Chosen, *, quick: bool
         unit="",
         asked="<= 1.00" if on else None,
     )
-    asked = ">= 1.20" if precision == "bf16" else None
-    yield ratio(f"{name}, segments of {size} ({'on' if on else 'off'}): times as fast a step", *seconds, asked)
+    blocks, segments, exact = seconds
+    told = f"{name}, segments of {size} ({'on' if on else 'off'})"
+    yield ratio(f"{told}: times as fast a step", blocks, segments, ">= 1.20" if precision == "bf16" and on else None)
+    if precision == "bf16":
+        yield ratio(f"{told}: times as fast as blocks one by one in fp32", exact, segments, None)
 
 
 def step_of(subject: Subject, precision: Chosen, size: int | None) -> Callable[[], Any]:

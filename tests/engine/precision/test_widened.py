@@ -10,11 +10,17 @@ from dougong.engine.precision.widened import Widened
 
 
 def products(a_MK: Tensor, b_KN: Tensor, c_N: Tensor, whole_KN: Tensor) -> tuple[Tensor, ...]:
-    batch = torch.ops.aten.bmm.default(a_MK[None], b_KN[None])
-    return a_MK @ b_KN, torch.addmm(c_N, a_MK, b_KN), batch[0].exp(), a_MK.float() @ whole_KN
+    a_1MK, b_1KN = a_MK[None], b_KN[None]
+    return (
+        torch.mm(a_MK, b_KN),
+        torch.addmm(c_N, a_MK, b_KN),
+        torch.bmm(a_1MK, b_1KN)[0],
+        torch.baddbmm(c_N, a_1MK, b_1KN)[0],
+        torch.mm(a_MK.float(), whole_KN),
+    )
 
 
-def test_only_products_of_bf16_are_widened_and_each_is_rounded_once() -> None:
+def test_products_of_bf16_alone_are_widened_and_each_is_rounded_once() -> None:
     torch.manual_seed(0)
     a_MK, b_KN, c_N = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (64, 7), (7,)))
     given = a_MK, b_KN, c_N, torch.randn(64, 7)
@@ -22,11 +28,13 @@ def test_only_products_of_bf16_are_widened_and_each_is_rounded_once() -> None:
     Widened()(traced.graph)
     traced.graph.lint()
     traced.recompile()
-    calls = [node for node in traced.graph.nodes if node.target in (torch.ops.aten.mm.default,)]
-    assert [node.meta["val"].dtype for node in calls] == [torch.float32] * 2
+    names = [str(node.target) for node in traced.graph.nodes if "mm" in str(node.target)]
+    wide = ["dougong.wide_mm.default", "dougong.wide_addmm.default", "dougong.wide_bmm.default"]
+    assert names == [*wide, "dougong.wide_baddbmm.default", "aten.mm.default"]
     exact = a_MK.double() @ b_KN.double()
-    plain, added, exponent, whole = traced(*given)
-    assert torch.equal(plain, exact.bfloat16())
-    assert torch.equal(added, (exact + c_N.double()).bfloat16())
-    assert torch.equal(exponent, exact.bfloat16().exp())
+    plain, added, batch, batch_added, whole = traced(*given)
+    for found in (plain, batch):
+        assert torch.equal(found, exact.bfloat16())
+    for found in (added, batch_added):
+        assert torch.equal(found, (exact + c_N.double()).bfloat16())
     assert torch.equal(whole, a_MK.float() @ given[3])
