@@ -13,6 +13,7 @@ from dougong.core.config import from_yaml, override, parse
 from dougong.core.errors import ConfigError
 from dougong.core.events import read_events
 from dougong.engine.memory.config import MemoryConfig
+from dougong.engine.memory.segments import SegmentChoice
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN
 from dougong.recipes import room
@@ -20,7 +21,7 @@ from dougong.recipes.build import check_layout, learn_preparation, open_records
 from dougong.recipes.plan import Planned
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
-from dougong.recipes.settle import lay_out
+from dougong.recipes.settle import lay_out, settle_recipe
 
 
 def recipe_for(table: Path, **changes: Any) -> Recipe:
@@ -47,7 +48,13 @@ def planned(recipe: Recipe) -> Planned:
 
 @pytest.mark.parametrize(
     "memory",
-    [{"recompute": "blocks"}, {"recompute": "cheap", "every": 2}, {"activations": "5MiB"}, {"offload": "disk"}],
+    [
+        {"recompute": "blocks"},
+        {"recompute": "cheap", "every": 2},
+        {"activations": "5MiB"},
+        {"offload": "disk"},
+        {"saved": "disk"},
+    ],
 )
 def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
     run_recipe(recipe_for(colour_table), tmp_path / "whole", quiet=True)
@@ -102,6 +109,33 @@ def test_an_average_of_weights_on_the_disk_is_refused(colour_table: Path, tmp_pa
             recipe_for(colour_table, **{"memory.offload": "disk", "train.ema": 0.9}), tmp_path / "run", quiet=True
         )
     assert not list((tmp_path / "run").glob("offload/*"))
+
+
+def test_segments_are_measured_once_and_kept_for_a_resumed_run(
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(colour_table, memory={"recompute": "blocks", "segments": "auto"})
+    for size in (2, None):
+        choice = SegmentChoice(size, 0, ())
+        monkeypatch.setattr("dougong.recipes.plan.choose_segments", lambda *_, choice=choice, **__: choice)
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        assert settle_recipe(recipe, folder, resume=False).memory.segments == size
+        monkeypatch.setattr("dougong.recipes.plan.choose_segments", None)
+        assert settle_recipe(recipe, folder, resume=True).memory.segments == size
+
+
+def test_segments_that_cannot_be_are_refused(colour_table: Path) -> None:
+    memory = {"recompute": "blocks", "segments": "auto"}
+    for changes, message in (
+        ({"train.precision": "auto"}, r"memory.segments=auto is measured before training, and train.precision=auto"),
+        ({"train.precision": "adaptive"}, r"train.precision=adaptive gives each a format of its own"),
+        ({"objective.balance": "mmpareto", "model.own_heads": "taught"}, r"compiled segments give theirs once"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_layout(recipe_for(colour_table, memory=memory, **changes), PlanConfig(), 1)
+    with pytest.raises(ConfigError, match=r"memory.saved=host moves activations from a device"):
+        check_layout(recipe_for(colour_table, **{"memory.saved": "host"}), PlanConfig(), 1)
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from typing import Any
 from dougong.core.errors import ConfigError
 from dougong.engine.memory.offload import OffloadConfig, apply_offload
 from dougong.engine.memory.recompute import Keep, apply_recompute
+from dougong.engine.memory.saved import Saved, SavedAs, apply_saved, check_saved
+from dougong.engine.memory.segments import apply_segments, check_segments
 from dougong.engine.parallel.context import apply_context, check_context, share_tokens
 from dougong.engine.parallel.expert import apply_expert, check_expert
 from dougong.engine.parallel.hierarchical import MEASURED_BYTES, Hierarchy, groups_in_nodes
@@ -79,18 +81,25 @@ def prepare_model(
     costs: Sequence[float] | None = None,
     keep: Sequence[Keep] | None = None,
     offload: OffloadConfig | None = None,
+    segments: int | None = None,
+    saved: Saved = "kept",
+    saved_as: SavedAs = "same",
     folder: Path | None = None,
 ) -> Layout:
     """Lay the model out, in place, on all ranks. Each must have built the whole of it.
 
     `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
-    what each block keeps for its backward, None: all; what `offload` puts on the disk lies in `folder`.
+    what each block keeps for its backward, None: all. `segments` of so many blocks are compiled and made anew as one.
+    What is kept then goes where `saved` and `saved_as` say. What they and `offload` put on the disk lies in `folder`.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
     """
     check_plan(plan, ranks.world, accumulation=accumulation)
     check_model(model, plan, offload)
+    if segments is not None:
+        check_segments(plan)
+    check_saved(saved, saved_as, next(model.parameters()).device.type, shard=plan.shard)
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -111,11 +120,17 @@ def prepare_model(
         layout.cuts = apply_tensor(model, tensor, layout.cuts, sequence=sequence)
     if shared is not None or (tensor is not None and sequence):
         share_tokens(model, tensor if sequence else None, shared)
-    if keep is not None:  # after what changes a block's work, which is then done anew with its exchanges
+    if segments is not None:
+        apply_segments(model, segments, bounds=() if layout.pipeline is None else layout.pipeline.bounds)
+        if layout.pipeline is not None:
+            layout.pipeline.undivided = set(layout.pipeline.stages)
+    elif keep is not None:  # after what changes a block's work, which is then done anew with its exchanges
         apply_recompute(model, keep)
         if layout.pipeline is not None:
             bounds = enumerate(itertools.pairwise(layout.pipeline.bounds))
             layout.pipeline.undivided = {stage for stage, (a, b) in bounds if set(keep[a:b]) - {"all"}}
+    if saved != "kept" or saved_as != "same":  # around both: it sees what they leave
+        apply_saved(model, saved, saved_as, folder=folder)
     if mesh.devices is not None:  # last: it wraps finished blocks
         shard = mesh.group("shard")
         assert shard is not None

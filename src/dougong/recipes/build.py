@@ -21,6 +21,8 @@ from dougong.core.seeds import derive_seed
 from dougong.core.signature import NOTHING, Target, VolumeInput
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.target import infer_target
+from dougong.engine.memory.saved import check_saved
+from dougong.engine.memory.segments import check_segments
 from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.step import Loss
 from dougong.model.decoder import Decoder
@@ -120,8 +122,31 @@ def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
             "objective.balance=mmpareto asks for gradients several times, and products that are kept can be used once. "
             "Use memory.recompute: blocks, or none."
         )
+    check_saved(recipe.memory.saved, recipe.memory.saved_as, torch.get_default_device().type, shard=plan.shard)
+    if recipe.memory.segments is not None:
+        _check_segments(recipe, plan)
     if isinstance(recipe, Recipe):
         _check_decision(recipe, plan, world, shares)
+
+
+def _check_segments(recipe: LaidOut, plan: PlanConfig) -> None:
+    check_segments(plan)
+    precision = recipe.train.precision
+    if precision == "adaptive":
+        raise ConfigError(
+            "memory.segments compiles several blocks as one, and train.precision=adaptive gives each a format of its "
+            "own. Use train.precision: bf16, or leave memory.segments out."
+        )
+    if precision == "auto" and recipe.memory.segments == "auto":
+        raise ConfigError(
+            "memory.segments=auto is measured before training, and train.precision=auto is not known by then. "
+            "Use train.precision: bf16 or fp32, or say in memory.segments how many blocks."
+        )
+    if not makes_once(recipe):
+        raise ConfigError(
+            "objective.balance=mmpareto asks for gradients several times, and compiled segments give theirs once. "
+            "Leave memory.segments out."
+        )
 
 
 def belongs_together(recipe: LaidOut) -> str | None:

@@ -25,6 +25,7 @@ from dougong.engine.memory.account import StepBytes
 from dougong.engine.memory.config import keep_of, settled_keep
 from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
+from dougong.engine.memory.segments import SegmentChoice, choose_segments
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
 from dougong.engine.planner.predict import MIXED, Choice, Prediction
@@ -227,6 +228,12 @@ class Planned:
             measured,
             precision=choice.precision or "fp32",
             keeps=KEEPS if makes_once(self.recipe) else ("all", "nothing"),
+        )
+
+    def segments(self) -> SegmentChoice:
+        """How many blocks make a segment, measured on a batch of the recipe's size."""
+        return choose_segments(
+            self.model, self.loss, self.batches(WHOLE, 1)[0], precision=self.choice(PlanConfig()).precision or "fp32"
         )
 
     def check(self, world: int, choice: Choice) -> None:

@@ -18,7 +18,7 @@ from dougong.core.config import from_yaml, parse, to_yaml
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.files import write_atomic
 from dougong.engine.memory.recompute import Keep
-from dougong.recipes.build import LaidOut, LaidOutT, known_preparation, learn_preparation, open_records
+from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation, open_records
 from dougong.recipes.known import AnyRecipe
 from dougong.recipes.plan import Planned, chosen_plan
 
@@ -61,6 +61,17 @@ def settle_recipe(
             assert kept is not None
             keep = kept(recipe)
         recipe = _keeping(recipe, keep)
+    if recipe.memory.segments == "auto":
+        if not isinstance(recipe, LaidOut):
+            raise ConfigError(
+                f"memory.segments=auto is not measured for recipes like {recipe.name}. Say how many blocks make "
+                "one, or leave it out."
+            )
+        assert recipe.plan is not None
+        check_layout(recipe, recipe.plan, world)
+        size = _planned(recipe, folder).segments().size
+        memory = recipe.memory.model_copy(update={"segments": size})
+        recipe = cast(RecipeT, recipe.model_copy(update={"memory": memory}))
     if not resume:
         write_atomic(folder / SETTINGS, to_yaml(recipe))
     return recipe

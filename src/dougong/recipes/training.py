@@ -152,6 +152,8 @@ def train_on_ranks(
     if plan.pipeline > 1:
         costs = ranks.first_says(lambda: _block_seconds(built(), own))
     keep = keep_of(recipe.memory, len(model.blocks))
+    segments = recipe.memory.segments
+    assert segments != "auto"  # it was settled
     layout = prepare_model(
         model,
         plan,
@@ -159,6 +161,9 @@ def train_on_ranks(
         accumulation=recipe.train.accumulation,
         costs=costs,
         keep=keep,
+        segments=segments,
+        saved=recipe.memory.saved,
+        saved_as=recipe.memory.saved_as,
         offload=offload,
         folder=shelf_folder(offload, folder),
     )
@@ -316,6 +321,8 @@ def _describe(recipe: LaidOut, tables: Tables, preparation: Preparation, ranks: 
         keep = recipe.memory.keep
         counts = ", ".join(f"{keep.count(each)} keep {each}" for each in KEEPS if each in keep)
         lines.append(f"  of {len(keep)} blocks {counts}, to meet memory.activations={recipe.memory.activations}")
+    if recipe.memory.segments is not None:
+        lines.append(f"  segments of {recipe.memory.segments} blocks are compiled and made anew as one")
     return "\n".join(lines)
 
 

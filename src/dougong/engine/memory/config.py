@@ -20,6 +20,7 @@ from dougong.engine.memory.blocks import measure_blocks
 from dougong.engine.memory.budget import fit_budget
 from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.memory.recompute import KEEPS, Keep
+from dougong.engine.memory.saved import Saved, SavedAs
 from dougong.engine.precision.choice import Chosen
 from dougong.engine.step import Loss
 from dougong.nn.batch import Batch
@@ -27,7 +28,8 @@ from dougong.nn.block_stack import BlockStack
 
 
 class MemoryConfig(Config):
-    """How much of a step is kept, and how much made anew. Losses and weights are the same to the bit."""
+    """How much of a step is kept, where, and how much made anew. Losses and weights are the same to the bit but where a
+    setting says otherwise."""
 
     recompute: Literal["none", "cheap", "blocks"] = "none"
     """In the backward. cheap: all but products, convolutions and attention, in every block. blocks: whole blocks, from
@@ -45,6 +47,17 @@ class MemoryConfig(Config):
 
     offload: OffloadConfig = OffloadConfig()
     """What lies on the disk but for the blocks that are at work; `offload: disk` is all that can."""
+
+    segments: int | Literal["auto"] | None = None
+    """recompute=blocks: so many blocks in a row are compiled into one piece, which is made anew as a whole. auto: as
+    many as are measured to be fastest without more memory, or none. Numbers are the same within rounding alone."""
+
+    saved: Saved = "kept"
+    """Where what autograd saves inside blocks is until the backward. kept: where it is. host: in the host's memory,
+    from a device's. disk: in a file of the run's folder, which is gone with the run."""
+
+    saved_as: SavedAs = "same"
+    """bf16: 32-bit activations are saved in 16 bits; gradients are then not exact (docs/numerics.md)."""
 
     @field_validator("activations")
     @classmethod
@@ -66,6 +79,17 @@ class MemoryConfig(Config):
             raise ValueError(
                 f"recompute={self.recompute} says what all blocks keep, and so does "
                 f"{'keep' if self.activations is None else 'activations'}. Give one of them."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _segments_of_something(self) -> MemoryConfig:
+        if isinstance(self.segments, int) and self.segments < 1:
+            raise ValueError(f"segments={self.segments} must be at least 1 block. Use 2, or auto.")
+        if self.segments is not None and (self.recompute != "blocks" or self.every != 1):
+            raise ValueError(
+                f"segments={self.segments} makes all blocks anew, and recompute={self.recompute} with "
+                f"every={self.every} does not. Use recompute: blocks, and leave every out."
             )
         return self
 

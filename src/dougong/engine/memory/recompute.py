@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dougong.nn.block_stack import BlockStack
@@ -77,7 +78,13 @@ def recomputed(block: nn.Module, forward: Callable[..., Any], keep: Keep) -> Cal
     def kept_less(*given: Any) -> Any:  # a block may be asked to show something besides
         if not torch.is_grad_enabled():
             return forward(*given)
-        return checkpoint(forward, *given, use_reentrant=False, context_fn=contexts)
+        # Tensor by tensor: of a state in one piece, none would be what autograd saves, and could be put elsewhere.
+        leaves, outline = tree_flatten(given)
+
+        def with_state(*leaves: Any) -> Any:
+            return forward(*tree_unflatten(leaves, outline))
+
+        return checkpoint(with_state, *leaves, use_reentrant=False, context_fn=contexts)
 
     return kept_less
 
