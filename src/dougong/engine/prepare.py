@@ -1,6 +1,6 @@
 """Lays a model out on the ranks: the one place where techniques are put in order.
 
-Here        `prepare_model`.
+Here        `prepare_model`; `check_model`, `check_precision`.
 Elsewhere   the techniques themselves, each usable alone (engine/parallel/); the layout (engine/parallel/plan.py).
 Promise     what a layout cannot do is refused before the model is changed. Names of parameters stay as they are.
 """
@@ -26,6 +26,8 @@ from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
 from dougong.engine.parallel.shard import apply_shard, units_of
 from dougong.engine.parallel.step_shard import apply_step_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
+from dougong.engine.precision.states import States
+from dougong.engine.precision.weights import Weights, apply_weights
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
@@ -55,6 +57,24 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig) -> None:
         )
 
 
+def check_precision(plan: PlanConfig, weights: Weights, states: States) -> None:
+    """
+    Raises:
+        ConfigError: weights or an optimizer's state of few bits cannot be laid out so; the message says what fits.
+    """
+    if weights != "fp32" and plan.shard > 1 and plan.sharding == "zero3":
+        raise ConfigError(
+            f"plan sharding=zero3 gathers weights of one type, and with train.weights={weights} matrices are bf16 and "
+            "the rest fp32. Use sharding: zero2, or weights: fp32."
+        )
+    for name in ("tensor", "shard", "expert"):
+        if states != "fp32" and getattr(plan, name) > 1:
+            raise ConfigError(
+                f"plan {name}={getattr(plan, name)} cuts weights, and the scales of train.optimizer.states={states} "
+                f"are of blocks of whole ones. Use {name}: 1, or states: fp32."
+            )
+
+
 def prepare_model(
     model: BlockStack[Any, Any],
     plan: PlanConfig,
@@ -63,17 +83,19 @@ def prepare_model(
     accumulation: int = 1,
     costs: Sequence[float] | None = None,
     keep: Sequence[Keep] | None = None,
+    weights: Weights = "fp32",
 ) -> Layout:
     """Lay the model out, in place, on all ranks. Each must have built the whole of it.
 
     `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
-    what each block keeps for its backward, None: all.
+    what each block keeps for its backward, None: all; `weights` is in what format they are, and how they are stepped.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
     """
     check_plan(plan, ranks.world, accumulation=accumulation)
     check_model(model, plan)
+    check_precision(plan, weights, "fp32")
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -105,11 +127,12 @@ def prepare_model(
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
         sizes = [sum(p.nbytes for p in block.parameters() if p not in ignored) for block in model.blocks]
         units = units_of(sizes, plan.gathered_bytes)
-        if layout.pipeline is not None or len(units) < 2:
+        if layout.pipeline is not None or len(units) < 2 or weights != "fp32":
             layout.sharded = apply_step_shard(model, shard, ignored=ignored)
         else:
             stay = plan.sharding == "zero2"
             layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=stay, ignored=ignored)
+    layout.narrowed = apply_weights(model, weights, accumulation=accumulation)  # of what is here
     layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)

@@ -130,7 +130,15 @@ def train_on_ranks(
     if plan.pipeline > 1:
         costs = ranks.first_says(lambda: _block_seconds(build(), own))
     keep = keep_of(recipe.memory, len(model.blocks))
-    layout = prepare_model(model, plan, ranks, accumulation=recipe.train.accumulation, costs=costs, keep=keep)
+    layout = prepare_model(
+        model,
+        plan,
+        ranks,
+        accumulation=recipe.train.accumulation,
+        costs=costs,
+        keep=keep,
+        weights=recipe.train.weights,
+    )
     learning = learn(model, layout.data_ranks)
     train(
         model,
