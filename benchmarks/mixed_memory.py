@@ -91,6 +91,9 @@ WAYS: Final[dict[str, Way]] = {
     "layers anew, Kahan": Way(weights="bf16-kahan", keep="nothing", together=BLOCKS, asked=">= 0.8"),
     "layers anew, 4-bit state": Way(states="4bit", keep="nothing", together=BLOCKS, asked=">= 0.8"),
 }
+SHALLOW: Final = (3, 2, 2, 1)
+"""Layers of what `check` carries out for real."""
+
 BASELINE: Final = "fp32, SGD with momentum"
 OF_QUICK: Final = (BASELINE, "16-bit weights, 8-bit state", "norms and ReLU anew", "layers anew")
 
@@ -139,16 +142,18 @@ def total(found: StepBytes) -> int:
     return found.weights + found.gradients + found.optimizer + found.activations
 
 
-def counted(way: Way, records: int, pixels: int, *, real: bool = False) -> StepBytes:
+def counted(
+    way: Way, records: int, pixels: int, *, depths: Sequence[int] = RESNET_152, real: bool = False
+) -> StepBytes:
     """A step's bytes."""
     gc.collect()
     rehearsal = Rehearsal(
-        build=lambda: ResNet(RESNET_152, together=way.together),
+        build=lambda: ResNet(depths, together=way.together),
         batches=lambda share: [pictures(records, pixels)],
         loss=loss_of,
         optimizer=functools.partial(optimizer_of, way),
         precision=way.precision,
-        keep=all_alike(way.keep, len(ResNet(RESNET_152, together=way.together).blocks)),
+        keep=all_alike(way.keep, len(ResNet(depths, together=way.together).blocks)),
         unreal=not real,
         weights=way.weights,
     )
@@ -167,14 +172,14 @@ def loss_of(output: Any, batch: Batch) -> Tensor:
 
 
 def check(quick: bool) -> Iterator[Figure]:
-    """Counts without numbers beside counts of real steps, of two small pictures."""
+    """Counts without numbers beside counts of real steps: of a network of fewer layers, as wide, and small pictures."""
     for name in OF_QUICK[1:] if quick else (*OF_QUICK, "norms and ReLU anew, Kahan"):
         way = WAYS[name]
-        unreal, real = (counted(way, 2, 32, real=real) for real in (False, True))
+        unreal, real = (counted(way, 4, 64, depths=SHALLOW, real=real) for real in (False, True))
         yield Figure(
             name=f"{name}: counted without numbers over a real step", value=total(unreal) / total(real), unit=""
         )
-        layers = sum(isinstance(module, nn.Conv2d) for module in ResNet(RESNET_152).modules())
+        layers = sum(isinstance(module, nn.Conv2d) for module in ResNet(SHALLOW).modules())
         yield Figure(
             name=f"{name}: convolutions carried out, of what the network has",
             value=convolutions(way) / layers,
@@ -195,12 +200,12 @@ class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
 def convolutions(way: Way) -> int:
     """Forward ones, in a step."""
-    model = ResNet(RESNET_152, together=way.together).train()
+    model = ResNet(SHALLOW, together=way.together).train()
     narrowed = apply_weights(model, way.weights)
     apply_recompute(model, all_alike(way.keep, len(model.blocks)))
     parts = TrainParts(model, loss_of, optimizer_of(way, model, narrowed), precision=way.precision)
     with _Convolutions() as counting:
-        train_step(parts, [pictures(2, 32)], num_records=2)
+        train_step(parts, [pictures(4, 64)], num_records=4)
     return int(counting.count)
 
 

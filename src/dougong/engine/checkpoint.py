@@ -329,9 +329,12 @@ def load_weights(model: nn.Module, checkpoint_folder: Path) -> None:
     Raises:
         CheckpointError: the folder is damaged, or of another model.
     """
-    check_checkpoint(checkpoint_folder)
+    kept_beside = check_checkpoint(checkpoint_folder).state.weights in ("bf16-kahan", "bf16-masters")
     saved = _Saved(checkpoint_folder)
-    found = saved.all("average/") if saved.has_average else saved.exact()
+    if saved.has_average:
+        found = saved.all("average/")
+    else:
+        found = saved.exact() if kept_beside else saved.all("model/")
     put_weights(model, found, where=str(checkpoint_folder))
 
 

@@ -6,7 +6,7 @@ Elsewhere   what is built of them, with gradients (exchange.py, gather.py); grad
 Promise     none of torch's warnings about a name that it is giving up. A sum of 16-bit numbers that is rounded once is
             made in fp32, however many ranks there are; every rank has the same.
 
-torch adds up 16-bit numbers in 16 bits, rank by rank: of 256 equal ones the last has no part in the sum. Here each rank
+torch adds up 16-bit numbers in 16 bits, rank by rank: of 257 equal ones the last has no part in the sum. Here each rank
 gets its share of everybody's numbers, adds that up, and tells the sum: as many bytes on the wire as torch's own takes.
 """
 
