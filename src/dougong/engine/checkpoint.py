@@ -38,6 +38,8 @@ from dougong.engine.parallel.pieces import Piece, PieceReader, all_of, index_of,
 from dougong.engine.precision.adaptive import AdaptiveState
 from dougong.engine.precision.choice import Chosen
 from dougong.engine.precision.scaling import OverflowState
+from dougong.engine.precision.states import States
+from dougong.engine.precision.weights import Weights
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.sampling import SamplingState
 from dougong.engine.staging import Staging
@@ -65,6 +67,8 @@ class RunState(Config):
 
     seed: int
     precision: Chosen
+    weights: Weights = "fp32"
+    states: States = "fp32"
     precision_ratio: float | None
     """How much faster bf16 was measured to be; None where it was not measured."""
 
@@ -321,14 +325,19 @@ def restore_checkpoint(
 
 
 def load_weights(model: nn.Module, checkpoint_folder: Path) -> None:
-    """Put a checkpoint's result into the model: its averaged weights if it has them, else its weights.
+    """Put a checkpoint's result into the model: its averaged weights if it has them, else its weights, as exact as
+    they are known: of bf16 ones their masters, or with what was kept beside them.
 
     Raises:
         CheckpointError: the folder is damaged, or of another model.
     """
-    check_checkpoint(checkpoint_folder)
+    kept_beside = check_checkpoint(checkpoint_folder).state.weights in ("bf16-kahan", "bf16-masters")
     saved = _Saved(checkpoint_folder)
-    put_weights(model, saved.all("average/" if saved.has_average else "model/"), where=str(checkpoint_folder))
+    if saved.has_average:
+        found = saved.all("average/")
+    else:
+        found = saved.exact() if kept_beside else saved.all("model/")
+    put_weights(model, found, where=str(checkpoint_folder))
 
 
 def best_weights(run: Path) -> Path:
@@ -411,6 +420,21 @@ class _Saved:
             return {n.removeprefix(kind): self.reader.read(n) for n in self.reader.index if n.startswith(kind)}
         return mapped_weights(self._folder / {"model/": MODEL, "optimizer/": OPTIMIZER, "average/": AVERAGE}[kind])
 
+    def exact(self) -> dict[str, Tensor]:
+        """The weights; of those in 16 bits, with what the optimizer knows besides."""
+        found = self.all("model/")
+        for full_name, kept in self.all("optimizer/").items():
+            key, _, name = full_name.partition("/")
+            if key == "master":
+                found[name] = kept
+            elif key == "compensation":
+                found[name] = found[name].float() + kept.float()
+        return found
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One tensor."""
+        return self.all(kind)[name] if self.reader is None else self.reader.read(kind + name)
+
     def part(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A box of one of them."""
         if self.reader is not None:
@@ -452,8 +476,13 @@ def _restore_pieces(saved: _Saved, layout: Layout, optimizer: Optimizer, average
         if key == "step":
             kept.setdefault(name, {})[key] = saved.part("optimizer/", full_name, (), ())
             continue
-        tensor = torch.zeros_like(layout.trained[name])
-        fill("optimizer/", full_name, layout.stepped_piece(name, tensor))
+        if key.endswith(("_codes", "_scale")):  # a layout that has them has whole weights
+            kept.setdefault(name, {})[key] = saved.whole("optimizer/", full_name)
+            continue
+        here = layout.stepped_piece(name, layout.trained[name].detach())
+        box = saved.part("optimizer/", full_name, here.offset, tuple(here.local.shape))
+        tensor = torch.zeros_like(layout.trained[name], dtype=box.dtype)  # a master is no bf16
+        layout.stepped_piece(name, tensor).local.copy_(box)
         kept.setdefault(name, {})[key] = tensor
     names = {parameter: name for name, parameter in layout.trained.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]

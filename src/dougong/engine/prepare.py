@@ -1,6 +1,6 @@
 """Lays a model out on the ranks: the one place where techniques are put in order.
 
-Here        `prepare_model`.
+Here        `prepare_model`; `check_model`, `check_precision`.
 Elsewhere   the techniques themselves, each usable alone (engine/parallel/); the layout (engine/parallel/plan.py).
 Promise     what a layout cannot do is refused before the model is changed. Names of parameters stay as they are.
 """
@@ -31,6 +31,8 @@ from dougong.engine.parallel.shard import apply_shard, units_of
 from dougong.engine.parallel.state_shard import StateShard, apply_state_shard
 from dougong.engine.parallel.step_shard import apply_step_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
+from dougong.engine.precision.states import States
+from dougong.engine.precision.weights import Weights, apply_weights
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
@@ -72,6 +74,29 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig, offload: OffloadC
         )
 
 
+def check_precision(plan: PlanConfig, weights: Weights, states: States) -> None:
+    """
+    Raises:
+        ConfigError: weights or an optimizer's state of few bits cannot be laid out so; the message says what fits.
+    """
+    if weights != "fp32" and plan.shard > 1 and plan.sharding == "zero3":
+        raise ConfigError(
+            f"plan sharding=zero3 gathers weights of one type, and with train.weights={weights} matrices are bf16 and "
+            "the rest fp32. Use sharding: zero2, or weights: fp32."
+        )
+    if weights != "fp32" and plan.shard > 1 and plan.sharding == "zero1":
+        raise ConfigError(
+            f"plan sharding=zero1 cuts what each rank steps between rows, and with train.weights={weights} what is "
+            "stepped is kept of whole weights. Use sharding: zero2, or weights: fp32."
+        )
+    for name in ("tensor", "shard", "expert"):
+        if states != "fp32" and getattr(plan, name) > 1:
+            raise ConfigError(
+                f"plan {name}={getattr(plan, name)} cuts weights, and the scales of train.optimizer.states={states} "
+                f"are of blocks of whole ones. Use {name}: 1, or states: fp32."
+            )
+
+
 def prepare_model(
     model: BlockStack[Any, Any],
     plan: PlanConfig,
@@ -80,6 +105,7 @@ def prepare_model(
     accumulation: int = 1,
     costs: Sequence[float] | None = None,
     keep: Sequence[Keep] | None = None,
+    weights: Weights = "fp32",
     offload: OffloadConfig | None = None,
     segments: int | None = None,
     saved: Saved = "kept",
@@ -90,7 +116,8 @@ def prepare_model(
 
     `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
     what each block keeps for its backward, None: all. `segments` of so many blocks are compiled and made anew as one.
-    What is kept then goes where `saved` and `saved_as` say. What they and `offload` put on the disk lies in `folder`.
+    What is kept then goes where `saved` and `saved_as` say. `weights` is in what format they are, and how they are
+    stepped. What `saved` and `offload` put on the disk lies in `folder`.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
@@ -100,6 +127,12 @@ def prepare_model(
     if segments is not None:
         check_segments(plan)
     check_saved(saved, saved_as, next(model.parameters()).device.type, shard=plan.shard)
+    check_precision(plan, weights, "fp32")
+    if weights != "fp32" and offload is not None and offload.on_disk:
+        raise ConfigError(
+            f"memory.offload puts weights in fp32 and their means on the disk, and train.weights is {weights}. Use "
+            "train.weights: fp32, or no offload."
+        )
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -139,11 +172,12 @@ def prepare_model(
         units = units_of(sizes, plan.gathered_bytes)
         if plan.sharding == "zero1":
             layout.sharded = apply_state_shard(model, shard, ignored=ignored)
-        elif layout.pipeline is not None or len(units) < 2:
+        elif layout.pipeline is not None or len(units) < 2 or weights != "fp32":
             layout.sharded = apply_step_shard(model, shard, ignored=ignored)
         else:
             stay = plan.sharding == "zero2"
             layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=stay, ignored=ignored)
+    layout.narrowed = apply_weights(model, weights, accumulation=accumulation)  # of what is here
     if offload is not None and offload.on_disk:
         assert folder is not None
         layout.shelved = apply_offload(model, offload, folder / f"rank-{ranks.rank}")

@@ -65,10 +65,12 @@ from dougong.engine.parallel.heartbeat import following
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
+from dougong.engine.precision.adamw import NarrowAdamW
 from dougong.engine.precision.adaptive import AdaptiveConfig, AdaptivePrecision, apply_adaptive
 from dougong.engine.precision.choice import Chosen, Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.precision.scaling import OverflowScaling, Scaling
-from dougong.engine.prepare import prepare_model
+from dougong.engine.precision.weights import Weights, widen_weights
+from dougong.engine.prepare import check_precision, prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
 from dougong.engine.saver import Saved, Saver
@@ -98,8 +100,14 @@ class TrainConfig(Config):
     """Longer gradients are shortened to it. None: never."""
 
     precision: Precision = "auto"
-    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model. Any other for
-    runs that must repeat exactly. adaptive: fp16 or bf16 for each block, by the range that its numbers have had."""
+    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model, bf16 where weights
+    are. Any other for runs that must repeat exactly. adaptive: fp16 or bf16 for each block, by the range that its
+    numbers have had."""
+
+    weights: Weights = "fp32"
+    """bf16-...: matrices of 16 bits, gradients and activations too. A step smaller than their last bit counts as
+    stochastic: up or down by chance; kahan: with what rounding took from the steps before, kept in 16 bits more;
+    masters: in fp32 weights that the optimizer keeps beside."""
 
     loss_scale: Literal["history", "doubling"] = "history"
     """precision=fp16: the loss is multiplied by what the range of gradients asks for; or by twice as much after 2,000
@@ -170,6 +178,15 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _weights_of_products(self) -> TrainConfig:
+        if self.weights != "fp32" and self.precision not in ("auto", "bf16"):
+            raise ValueError(
+                f"weights={self.weights} are multiplied in bf16, and precision={self.precision} is not. "
+                "Use precision: bf16, or weights: fp32."
+            )
+        return self
+
     def total_steps(self, batches_per_epoch: int) -> int:
         """The steps of a whole run."""
         return self.steps or max(1, round(self.epochs * batches_per_epoch / self.accumulation))
@@ -229,7 +246,7 @@ def train(
 ) -> TrainResult:
     """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
 
-    The model ends with its last weights; `best_weights(folder)` says where the best are. `backward` takes the
+    The model ends with its last weights, in fp32; `best_weights(folder)` says where the best are. `backward` takes the
     gradients in another way than the plain one.
     With `resume`, go on from the newest whole checkpoint, or start where there is none.
 
@@ -254,7 +271,15 @@ def train(
     announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
     with interruptible() as interruption, following(model, ranks.heartbeat):
         # Before anything on the disk changes: a run that is refused stays as it was.
-        laid_out = layout or prepare_model(model, PlanConfig(), ranks, accumulation=config.accumulation)
+        laid_out = layout or prepare_model(
+            model, PlanConfig(), ranks, accumulation=config.accumulation, weights=config.weights
+        )
+        if laid_out.narrowed.how != config.weights:
+            raise ConfigError(
+                f"train.weights={config.weights}, and the model was laid out with {laid_out.narrowed.how}. "
+                "Lay it out by prepare_model with the same."
+            )
+        check_precision(laid_out.mesh.plan, config.weights, config.optimizer.states)
         run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, laid_out)
         ranks.wait()  # all have read what the first may now change
         if not ranks.first:
@@ -367,7 +392,7 @@ class _Run:
         self.sampler = None if config.sampling is None else ModalitySampler(config.sampling, seed)
 
         model.train()
-        optimizer = config.optimizer.build(model)
+        optimizer = config.optimizer.build(model, layout.narrowed, seed=seed)
         layout.share_out(optimizer)
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
@@ -425,6 +450,9 @@ class _Run:
         finally:
             if self.adaptive is not None:
                 self.adaptive.remove()
+            optimizer = self.parts.optimizer
+            if isinstance(optimizer, NarrowAdamW):
+                widen_weights(optimizer.exact_weights())
 
     def _train(self) -> TrainResult:
         self.announce(
@@ -664,6 +692,8 @@ class _Run:
             seed=self.seed,
             precision=self.precision.precision,
             precision_ratio=self.precision.ratio,
+            weights=self.config.weights,
+            states=self.config.optimizer.states,
             best_metric=self.best_metric,
             best_step=self.best_step,
             evaluations_without_gain=self.evaluations_without_gain,
@@ -696,6 +726,8 @@ class _Run:
             ("seed", state.seed, self.seed),
             ("number of batches in an epoch", state.batches_per_epoch, self.batches_per_epoch),
             ("precision", state.precision, self.config.precision),
+            ("format of weights", state.weights, self.config.weights),
+            ("format of the optimizer's state", state.states, self.config.optimizer.states),
         ):
             if here not in (there, "auto"):
                 raise CheckpointError(
@@ -719,7 +751,7 @@ class _Run:
         self.tally = Tally(Position(state.epoch, state.batch), state.seen, set(state.bad_rows), list(state.first_bad))
 
     def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
-        wanted = self.config.precision
+        wanted = "bf16" if self.config.weights != "fp32" else self.config.precision
         if wanted == "auto" and not self.layout.has_whole_model:
             return PrecisionChoice("fp32", None)
         if wanted != "auto":

@@ -200,12 +200,15 @@ class Planned:
         """This layout, and all else as the recipe has it. Where precision is to be measured, fp32 is reckoned with,
         which takes more."""
         train, memory = self.recipe.train, self.recipe.memory
+        precision: Chosen = "fp32" if train.precision == "auto" else train.precision
+        if train.weights != "fp32":
+            precision = "bf16"
         return Choice(
             plan,
             train.accumulation,
             recompute=memory.recompute == "blocks" and memory.every == 1,
             offload="disk" if "weights" in memory.offload.on_disk else "none",
-            precision="fp32" if train.precision == "auto" else train.precision,
+            precision=precision,
         )
 
     def kept(self, plan: PlanConfig, world: int) -> tuple[Keep, ...] | None:
@@ -289,6 +292,7 @@ class Planned:
             optimizer=self.recipe.train.optimizer.build,
             precision=choice.precision or "fp32",
             keep=keep,
+            weights=self.recipe.train.weights,
         )
         last = [(place + 1) * world // places - 1 for place in range(places)]
         return tuple(rehearse(what, choice.plan, world, rank) for rank in last)

@@ -161,6 +161,7 @@ def train_on_ranks(
         accumulation=recipe.train.accumulation,
         costs=costs,
         keep=keep,
+        weights=recipe.train.weights,
         segments=segments,
         saved=recipe.memory.saved,
         saved_as=recipe.memory.saved_as,

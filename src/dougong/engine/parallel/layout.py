@@ -30,6 +30,7 @@ from dougong.engine.parallel.shard import Sharded
 from dougong.engine.parallel.state_shard import StateShard
 from dougong.engine.parallel.step_shard import StepShard
 from dougong.engine.parallel.tensor import Cuts
+from dougong.engine.precision.weights import Narrowed
 from dougong.engine.step import AllBackward, Backward, Moved, Reduced, norm_of, one_by_one
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
@@ -82,6 +83,9 @@ class Layout:
     shelved: Shelved | None = None
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
+
+    narrowed: Narrowed = field(default_factory=lambda: Narrowed("fp32", {}))
+    """What has become of weights that are in 16 bits."""
 
     @torch.no_grad()
     def reduce(self, loss: Tensor, moved: Sequence[Moved]) -> Reduced:
