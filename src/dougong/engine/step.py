@@ -134,7 +134,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     shorter = 1.0
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         shorter = parts.max_grad_norm / grad_norm
-    if shorter / scale != 1.0:
+    if gradients and shorter / scale != 1.0:  # what is stepped here may have none
         torch._foreach_mul_([local_part(gradient) for gradient in gradients], shorter / scale)
     parts.optimizer.step()
     parts.model.after_step()
