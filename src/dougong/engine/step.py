@@ -137,7 +137,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     shorter = 1.0
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         shorter = parts.max_grad_norm / grad_norm
-    if shorter / scale != 1.0:
+    if gradients and shorter / scale != 1.0:  # what is stepped here may have none
         (parts.multiply or multiply)(gradients, shorter / scale)
     parts.optimizer.step()
     parts.model.after_step()
