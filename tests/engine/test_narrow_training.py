@@ -15,7 +15,7 @@ from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.precision.states import States
 from dougong.engine.precision.weights import Weights
 from dougong.engine.trainer import TrainConfig
-from dougong.engine.weights import read_weights
+from dougong.engine.weights import mapped_weights
 
 WAYS: tuple[Weights, ...] = ("bf16-stochastic", "bf16-kahan", "bf16-masters")
 
@@ -59,7 +59,7 @@ def test_a_run_leaves_the_best_known_weights_in_fp32(tmp_path: Path, weights: We
     loaded = Wide()
     load_weights(loaded, folder)
     assert same_weights(loaded, model)
-    kept = read_weights(folder / "model.safetensors")
+    kept = mapped_weights(folder / "model.safetensors")
     assert kept["last.weight"].dtype == torch.bfloat16
     narrow = torch.equal(model.last.weight, kept["last.weight"].float())
     assert narrow is (weights == "bf16-stochastic")
@@ -68,7 +68,7 @@ def test_a_run_leaves_the_best_known_weights_in_fp32(tmp_path: Path, weights: We
 
 def test_an_average_of_narrow_weights_is_fp32(tmp_path: Path) -> None:
     _, model = trained(tmp_path, "bf16-kahan", ema=0.9, watch=watch_scores(*[0.5] * 9))
-    kept = read_weights(best_weights(tmp_path) / "average.safetensors")
+    kept = mapped_weights(best_weights(tmp_path) / "average.safetensors")
     assert kept["last.weight"].dtype == torch.float32
     load_weights(model, best_weights(tmp_path))
     assert torch.equal(model.last.weight, kept["last.weight"])

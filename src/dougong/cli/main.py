@@ -223,7 +223,7 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, Argument(help="A recipe's name or YAML file.")],
+    recipe: Annotated[str, Argument(help="A recipe's name or YAML file; or llama-70b, by its sizes alone.")],
     devices: Annotated[int, Option(min=1, help="How many.")] = 8,
     cluster: Annotated[str, Option(help="What they are: cpu, a100-80g, h100, or a cluster's YAML file.")] = "cpu",
     memory: Annotated[str | None, Option(help="Of one device, like 80GiB. Default: what the kind has.")] = None,
@@ -231,7 +231,7 @@ def plan(
         list[str] | None,
         Option(
             help="What else may be chosen: micro-batches, precision, recompute (of activations), offload (of the "
-            "optimizer), or all. May be repeated."
+            "optimizer to the host, of all state to the disk), or all. May be repeated."
         ),
     ] = None,
     explain: Annotated[bool, Option("--explain", help="Print the formulas, with their sources.")] = False,
@@ -242,13 +242,20 @@ def plan(
     from dougong.cli.show import print_plan
     from dougong.core.sizes import read_bytes
     from dougong.engine.planner import predict
+    from dougong.engine.planner.shape import SHAPES
     from dougong.recipes.known import read_laid_out
-    from dougong.recipes.plan import plan_recipe, read_cluster, read_varied
+    from dougong.recipes.plan import plan_recipe, plan_shape, read_cluster, read_varied
 
     if explain:
         print(predict.__doc__)
     found = read_cluster(cluster, devices, None if memory is None else read_bytes(memory))
-    result = plan_recipe(read_laid_out(recipe, settings or ()), found, vary=read_varied(vary or ()))
+    varied = read_varied(vary or ())
+    if recipe in SHAPES:
+        if settings:
+            raise ConfigError(f"{recipe} is known by its sizes alone and has no settings. Leave --set out.")
+        result = plan_shape(recipe, found, vary=varied)
+    else:
+        result = plan_recipe(read_laid_out(recipe, settings or ()), found, vary=varied)
     if as_json:
         print(json.dumps(result.as_json()))
     else:

@@ -246,8 +246,14 @@ def print_plan(result: PlanResult) -> None:
         console.print(
             f"rehearsed, pipeline rank {place}: {bytes_as_text(held['peak'])} at most ({parts})", soft_wrap=True
         )
-    if not told["layouts"][0]["can_be_carried_out"]:
+    first = told["layouts"][0]
+    for where, size in (("host's memory", first["host_bytes"]), ("disk", first["disk_bytes"])):
+        if size:
+            console.print(f"the first layout needs {bytes_as_text(size)} of each {where}", soft_wrap=True)
+    if result.recipe is None:
+        return
+    if not first["can_be_carried_out"]:
         console.print("predicted only: the engine cannot do all of the first layout yet", soft_wrap=True)
         return
-    chosen = " ".join(f"--set {setting}" for setting in told["layouts"][0]["settings"])
+    chosen = " ".join(f"--set {setting}" for setting in first["settings"])
     console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False, soft_wrap=True)

@@ -346,6 +346,16 @@ class _Run:
 
         self.tally = Tally()
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        if layout.shelved is not None and config.ema is not None:
+            raise ConfigError(
+                f"train.ema={config.ema} keeps all weights in memory once more, and memory.offload is to save it. Use "
+                "ema: null."
+            )
+        if backward is not None and layout.shelved is not None:
+            raise ConfigError(
+                "gradients are taken in a way of their own (objective.balance), which memory.offload does not know. "
+                "Use balance: none, or no offload."
+            )
         if backward is not None and not layout.is_whole:
             raise ConfigError(
                 "gradients are taken in a way of their own (objective.balance), which needs the whole model on every "
@@ -365,6 +375,7 @@ class _Run:
 
         model.train()
         optimizer = config.optimizer.build(model, layout.narrowed, seed=seed)
+        layout.share_out(optimizer)
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
@@ -393,6 +404,7 @@ class _Run:
             backward or layout.backward,
             None if ranks.group is None else layout.reduce,
             layout.all_backward,
+            None if layout.shelved is None else layout.shelved.multiply,
             scaling,
         )
 
@@ -534,7 +546,7 @@ class _Run:
         last = self.skipped_in_a_row >= self.config.max_skipped
         if self.skipped_in_a_row == 1 or last:
             rows = [each.row_B.tolist() for each in arrays]
-            again = last and self.layout.is_whole
+            again = last and self.layout.has_whole_model
             began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
             if not last:
                 reason = began.reason
@@ -727,7 +739,7 @@ class _Run:
 
     def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
         wanted = "bf16" if self.config.weights != "fp32" else self.config.precision
-        if wanted == "auto" and not self.layout.is_whole:
+        if wanted == "auto" and not self.layout.has_whole_model:
             return PrecisionChoice("fp32", None)
         if wanted != "auto":
             return PrecisionChoice(wanted, None)

@@ -39,6 +39,7 @@ from dougong.recipes.tables import Tables
 from dougong.recipes.training import (
     JUDGED_AT_ONCE,
     Learning,
+    Lesson,
     begin_run,
     judging_loader,
     narrowed_corrupt,
@@ -250,7 +251,7 @@ def _train(
     def build() -> Sandwich:
         return build_model(recipe, preparation)
 
-    model = train_on_ranks(recipe, build, loader, learn, folder, listeners, resume=resume, ranks=ranks)
+    model = train_on_ranks(recipe, Lesson(build, loader, learn), folder, listeners, resume=resume, ranks=ranks)
     if recipe.model.decide == "weighed":
         weigh_votes(model, _unseen(recipe, tables, preparation), task)
     return model

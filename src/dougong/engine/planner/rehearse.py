@@ -85,17 +85,19 @@ def rehearse(what: Rehearsal, plan: PlanConfig, world: int, rank: int) -> StepBy
             group = layout.mesh.group("pipeline")
             assert group is not None
             pipeline.post = _Prepared(group, pipeline, states)
+        optimizer = what.optimizer(layout.model, layout.narrowed)
+        layout.share_out(optimizer)
         parts = TrainParts(
             layout.model,
             what.loss,
-            what.optimizer(layout.model, layout.narrowed),
+            optimizer,
             precision=what.precision,
             backward=layout.backward,
             reduce=layout.reduce,
             all_backward=layout.all_backward,
         )
         num_records = layout.mesh.share.world * max(1, sum(batch.num_records for batch in batches))
-        account = Account(layout.model, parts.optimizer)
+        account = Account(layout.model, optimizer)
         with _numbers(mode):
             # In the first step the optimizer makes what it keeps; how much was to be done for it does not matter.
             train_step(parts, batches if pipeline is not None else batches[:1], num_records=num_records)
