@@ -477,7 +477,8 @@ def _restore_pieces(saved: _Saved, layout: Layout, optimizer: Optimizer, average
             kept.setdefault(name, {})[key] = saved.part("optimizer/", full_name, (), ())
             continue
         if key.endswith(("_codes", "_scale")):  # a layout that has them has whole weights
-            kept.setdefault(name, {})[key] = saved.whole("optimizer/", full_name)
+            device = layout.trained[name].device
+            kept.setdefault(name, {})[key] = saved.whole("optimizer/", full_name).to(device)
             continue
         here = layout.stepped_piece(name, layout.trained[name].detach())
         box = saved.part("optimizer/", full_name, here.offset, tuple(here.local.shape))
@@ -526,4 +527,4 @@ def _put_state(optimizer: Optimizer, found: Mapping[nn.Parameter, Mapping[str, T
             if key in own:
                 own[key].copy_(tensor)
             else:
-                own[key] = tensor.clone()
+                own[key] = tensor.to(parameter.device, copy=True)

@@ -74,7 +74,7 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig, offload: OffloadC
         )
 
 
-def check_precision(plan: PlanConfig, weights: Weights, states: States) -> None:
+def check_precision(plan: PlanConfig, weights: Weights, states: States, offload: OffloadConfig | None = None) -> None:
     """
     Raises:
         ConfigError: weights or an optimizer's state of few bits cannot be laid out so; the message says what fits.
@@ -86,8 +86,14 @@ def check_precision(plan: PlanConfig, weights: Weights, states: States) -> None:
         )
     if weights != "fp32" and plan.shard > 1 and plan.sharding == "zero1":
         raise ConfigError(
-            f"plan sharding=zero1 cuts what each rank steps between rows, and with train.weights={weights} what is "
-            "stepped is kept of whole weights. Use sharding: zero2, or weights: fp32."
+            f"plan sharding=zero1 steps rows of fp32 weights, and train.weights={weights} are bf16. "
+            "Use sharding: zero2, which spreads the optimizer's state too, or weights: fp32."
+        )
+    if (weights, states) != ("fp32", "fp32") and offload is not None and offload.on_disk:
+        setting = f"train.weights={weights}" if weights != "fp32" else f"train.optimizer.states={states}"
+        raise ConfigError(
+            f"memory.offload lays fp32 weights and what AdamW keeps of them on the disk, and {setting} is another "
+            "format. Use memory.offload: memory, or fp32."
         )
     for name in ("tensor", "shard", "expert"):
         if states != "fp32" and getattr(plan, name) > 1:
@@ -127,12 +133,7 @@ def prepare_model(
     if segments is not None:
         check_segments(plan)
     check_saved(saved, saved_as, next(model.parameters()).device.type, shard=plan.shard)
-    check_precision(plan, weights, "fp32")
-    if weights != "fp32" and offload is not None and offload.on_disk:
-        raise ConfigError(
-            f"memory.offload puts weights in fp32 and their means on the disk, and train.weights is {weights}. Use "
-            "train.weights: fp32, or no offload."
-        )
+    check_precision(plan, weights, "fp32", offload)
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})

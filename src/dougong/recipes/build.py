@@ -112,7 +112,7 @@ def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
         ConfigError: so many ranks cannot train this recipe so; the message says what would work.
     """
     shares = check_plan(plan, world, accumulation=recipe.train.accumulation)
-    check_precision(plan, recipe.train.weights, recipe.train.optimizer.states)
+    check_precision(plan, recipe.train.weights, recipe.train.optimizer.states, recipe.memory.offload)
     if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
         raise ConfigError(
             f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "

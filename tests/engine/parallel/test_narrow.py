@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dougong.core.errors import ConfigError
 from dougong.data.position import Share
 from dougong.engine.checkpoint import RunState, latest_checkpoint, restore_checkpoint
+from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.collectives import begin_sum, scatter_sum
 from dougong.engine.parallel.layout import Layout
@@ -183,6 +184,16 @@ def test_what_cannot_be_laid_out_is_said_before_anything_changes() -> None:
         ConfigError, match=r"plan tensor=2 cuts weights, and the scales of .*states=4bit.*Use tensor: 1"
     ):
         check_precision(PlanConfig(tensor=2), "fp32", "4bit")
+    with pytest.raises(ConfigError, match=r"sharding=zero1 steps rows of fp32 .* Use sharding: zero2"):
+        check_precision(PlanConfig(shard=2, sharding="zero1"), "bf16-kahan", "fp32")
+    disk = OffloadConfig(optimizer="disk")
+    with pytest.raises(
+        ConfigError, match=r"memory.offload lays fp32 .* train.weights=bf16-kahan is another format. Use"
+    ):
+        check_precision(PlanConfig(), "bf16-kahan", "fp32", disk)
+    with pytest.raises(ConfigError, match=r"train.optimizer.states=8bit is another format. Use memory.offload: memory"):
+        check_precision(PlanConfig(), "fp32", "8bit", disk)
+    check_precision(PlanConfig(), "fp32", "fp32", disk)
     model = TinyModel()
     found = run_ranks(refused, world=2)
     assert all(message.startswith("plan sharding=zero3 gathers") and whole for message, whole in found)

@@ -131,6 +131,21 @@ def test_rounding_draws_from_no_generator_of_the_run(how: Weights) -> None:
     assert torch.equal(found[0], found[2]) is (how != "bf16-stochastic")
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_its_state_comes_back_in_its_own_formats(how: Weights) -> None:
+    (model, first), (other, second) = one(1.0, how, states="8bit"), one(1.0, how, states="8bit")
+    for _ in range(2):
+        model.weight.grad = torch.ones_like(model.weight)
+        first.step()
+    second.load_state_dict(first.state_dict())
+    kept, found = first.state[model.weight], second.state[other.weight]
+    assert kept.keys() == found.keys()
+    for key, value in kept.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+        assert found[key] is not value
+
+
 @pytest.mark.parametrize("accumulation", [1, 256])
 def test_micro_batches_are_added_up_in_fp32(accumulation: int) -> None:
     model = nn.Linear(2, 2, bias=False)
