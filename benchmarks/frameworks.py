@@ -51,6 +51,7 @@ KINDS: Final[dict[int, dict[str, tuple[str, ...]]]] = {
     1: {"alone": ("bare loop", "accelerate", "Fabric")},
     2: {
         "copies": ("DDP", "accelerate", "Fabric", "DeepSpeed 0"),
+        "zero1": ("DeepSpeed 1",),
         "zero2": ("FSDP2 kept", "DeepSpeed 1", "DeepSpeed 2"),
         "zero3": ("FSDP2", "Fabric FSDP2", "DeepSpeed 3"),
     },
@@ -163,6 +164,7 @@ def _contenders(world: int) -> dict[str, Contender]:
             "ours zero3": _ours({"shard": world}),
             "FSDP2 kept": _fsdp2(kept=True),
             "ours zero2": _ours({"shard": world, "sharding": "zero2"}),
+            "ours zero1": _ours({"shard": world, "sharding": "zero1"}),
             "Fabric FSDP2": _fabric(spread=True),
             **{f"DeepSpeed {stage}": _deepspeed(stage) for stage in range(4)},
         }

@@ -53,7 +53,7 @@ from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig
-from dougong.engine.planner.predict import BytesConfig, Choice, Prediction, predict
+from dougong.engine.planner.predict import MIXED, Choice, Prediction, predict
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import SearchConfig, describe, find_layouts
 from dougong.engine.planner.shape import ModelShape, measure_shape, transformer_shape
@@ -67,8 +67,6 @@ from dougong.nn.block_stack import BlockStack
 from dougong.objectives.generation import words_loss
 
 PUBLISHED: Final = Path(__file__).parent / "data" / "published_runs.json"
-MIXED: Final = BytesConfig(weight=2, gradient=4, optimizer=12)
-"""Weights in 16 bits, gradients added up in 32, AdamW with weights in 32."""
 
 
 class Series(NamedTuple):

@@ -1,7 +1,7 @@
 """ResNets of transformers' configuration as a stack of blocks, for the benchmarks of memory and precision.
 
 Here        ResNet, and the batches that it reads.
-Elsewhere   what is measured with it (activations.py).
+Elsewhere   what is measured with it (activations.py, mixed_memory.py).
 Promise     transformers' own layers, one a block; random weights, the same each time.
 """
 
@@ -25,7 +25,10 @@ class Answer(NamedTuple):
 
 
 class ResNet(BlockStack[Tensor, Answer]):
-    """By the layers of its four stages, bottlenecks or (basic) pairs of convolutions."""
+    """By the layers of its stages, bottlenecks or (basic) pairs of convolutions.
+
+    A block is a layer; or as many layers as `together` says for each stage, where the stem is a block too.
+    """
 
     embed_names = ("stem",)
 
@@ -37,9 +40,11 @@ class ResNet(BlockStack[Tensor, Answer]):
         widths: Sequence[int] = (256, 512, 1024, 2048),
         basic: bool = False,
         channels: int = 3,
+        together: Sequence[int] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = ResNetConfig(
             depths=list(depths),
             id2label={number: str(number) for number in range(classes)},
@@ -49,11 +54,13 @@ class ResNet(BlockStack[Tensor, Answer]):
             embedding_size=min(64, widths[0]),
         )
         whole = ResNetForImageClassification(config)
-        self.stem = whole.resnet.embedder
-        layers: list[nn.Module] = []
-        for stage in whole.resnet.encoder.stages:
-            layers += list(stage.get_submodule("layers").children())
-        self.blocks = nn.ModuleList(layers)
+        self.stem = whole.resnet.embedder if together is None else nn.Identity()
+        blocks: list[nn.Module] = [] if together is None else [whole.resnet.embedder]
+        for place, stage in enumerate(whole.resnet.encoder.stages):
+            layers = list(stage.get_submodule("layers").children())
+            count = 1 if together is None else together[place]
+            blocks += [nn.Sequential(*layers[first : first + count]) for first in range(0, len(layers), count)]
+        self.blocks = nn.ModuleList(blocks)
         self.classifier = whole.classifier
 
     def embed(self, batch: Batch) -> Tensor:

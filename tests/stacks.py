@@ -65,7 +65,7 @@ def batches(kind: str, share: Share) -> list[Batch]:
         if kind != "decoder":
             pixels = torch.randn(num_records, 3, 16, 16, generator=generator)[share.of(num_records)]
             media["photo"] = MediaBatch({"pixels_UCHW": pixels}, index_B, present_B)
-        made.append(Batch(media, index_B % 3))
+        made.append(Batch(media, (torch.arange(num_records) % 3)[share.of(num_records)]))
     return made
 
 

@@ -7,11 +7,17 @@ Promise     `import dougong` loads no tensor library.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dougong.recipes.fit import fit
     from dougong.serve.model import Model, load
+
+# transformers loads torchao where it is installed, which then warns of kernels that this machine cannot load, and torch
+# of what torchao registers.
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Model", "fit", "load"]

@@ -2,7 +2,8 @@
 
 Forked from here rather than started anew, since loading torch takes longer than the training.
 `kill_and_resume.py FOLDER SEED` trains FOLDER/whole without a stop and FOLDER/killed with many, and prints as JSON
-the step that each process got to before it was killed, and what stood in the checkpoints' folder after it.
+the step that each process got to before it was killed, and what stood in the checkpoints' folder after it. With `disk`
+besides, the state of those that are killed lies on the disk, and that of the one which is not in memory.
 """
 
 import functools
@@ -14,19 +15,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tiny_run import Judged, TinyLoader, TinyModel, TinyOutput, losses_of, tiny_loss
 from torch import Tensor
 
+from dougong.engine.memory.offload import OffloadConfig
+from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.ranks import ALONE
+from dougong.engine.prepare import prepare_model
 from dougong.engine.trainer import TrainConfig, Watch, train
 from dougong.nn.batch import Batch
 
 STEPS = 60
 
 
-def run(folder: Path, before: Callable[[], None]) -> None:
+def run(folder: Path, before: Callable[[], None], *, averaged: bool = True, on_disk: bool = False) -> None:
     """Train to the end, or to the kill. Every source of chance has a part in the loss."""
     before()
     model = TinyModel()
@@ -39,10 +45,21 @@ def run(folder: Path, before: Callable[[], None]) -> None:
         return {"all": Judged({"sum": float(model.last.weight.detach().sum())})}
 
     config = TrainConfig(
-        steps=STEPS, accumulation=2, precision="fp32", checkpoint_every=4, evaluate_every=10, ema=0.9, keep=2
+        steps=STEPS,
+        accumulation=2,
+        precision="fp32",
+        checkpoint_every=4,
+        evaluate_every=10,
+        ema=0.9 if averaged else None,
+        keep=2,
     )
     loader = TinyLoader(44, 8, bad={3}, delay=0.001)
-    train(model, loss, loader, config, folder=folder, watch=Watch(judge, "sum"), seed=5, resume=True)
+    offload = OffloadConfig.model_validate("disk" if on_disk else {})
+    layout = prepare_model(model, PlanConfig(), ALONE, accumulation=2, offload=offload, folder=folder / "offload")
+    watch = Watch(judge, "sum")
+    train(model, loss, loader, config, folder=folder, watch=watch, seed=5, resume=True, layout=layout)
+    if layout.shelved is not None:
+        layout.shelved.close()
 
 
 def forked(work: Callable[[], None], *, kill_after: float | None = None) -> int:
@@ -61,41 +78,46 @@ def forked(work: Callable[[], None], *, kill_after: float | None = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def at_sync(number: int) -> Callable[[], None]:
-    """Die at the `number`th time that something is put on the disk: in the middle of a checkpoint."""
+def at_sync(number: int, name: Literal["fsync", "fdatasync"]) -> Callable[[], None]:
+    """Die at the `number`th time that something is put on the disk: in the middle of a checkpoint (fsync), or while a
+    block's state is written behind (fdatasync)."""
 
     def arm() -> None:
         count = 0
 
-        def fsync(handle: int) -> None:
+        def sync(handle: int) -> None:
             nonlocal count
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync = fsync
+        setattr(os, name, sync)
 
     return arm
 
 
 def main() -> None:
     os.fsync = lambda handle: None  # a kill loses nothing that was written; only a power failure would
-    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    os.fdatasync = lambda handle: None
+    folder, seed, on_disk = Path(sys.argv[1]), int(sys.argv[2]), "disk" in sys.argv[3:]
+    averaged = not on_disk  # an average would be in memory
     chance = random.Random(seed)
     torch.set_num_threads(1)
     whole, killed = folder / "whole", folder / "killed"
-    run(folder / "warm-up", lambda: None)  # loads what torch loads late, once for every child
+    run(folder / "warm-up", lambda: None, averaged=averaged)  # loads what torch loads late, once for every child
     started = time.perf_counter()
-    assert forked(lambda: run(whole, lambda: None)) == 0
+    assert forked(lambda: run(whole, lambda: None, averaged=averaged)) == 0
     seconds = time.perf_counter() - started
+    go_on = functools.partial(run, killed, averaged=averaged, on_disk=on_disk)
 
     kills = []
     for number in range(40):
         if number % 2:
-            status = forked(lambda: run(killed, lambda: None), kill_after=chance.uniform(0.05, 0.4) * seconds)
+            status = forked(lambda: go_on(lambda: None), kill_after=chance.uniform(0.05, 0.4) * seconds)
+        elif on_disk and number % 4:
+            status = forked(functools.partial(go_on, at_sync(chance.randrange(1, 60), "fdatasync")))
         else:
-            sync = chance.randrange(1, 40)
-            status = forked(functools.partial(run, killed, at_sync(sync)))
+            status = forked(functools.partial(go_on, at_sync(chance.randrange(1, 40), "fsync")))
         if status == 0:
             break
         assert status == signal.SIGKILL, f"the process ended with {status}"
@@ -104,9 +126,10 @@ def main() -> None:
             {
                 "step": losses_of(killed)[-1][0] if events.exists() and losses_of(killed) else 0,
                 "names": sorted(path.name for path in (killed / "checkpoints").glob("*")),
+                "left": sorted(path.name for path in (killed / "offload").glob("*/*")),
             }
         )
-    status = forked(lambda: run(killed, lambda: None))
+    status = forked(lambda: go_on(lambda: None))
     assert status == 0, f"the last process ended with {status}"
     print(json.dumps(kills))
 

@@ -23,10 +23,11 @@ class Killed(NamedTuple):
     kills: list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=[1])
+@pytest.fixture(scope="module", params=["memory", "disk"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """With `disk`, the state of the run that was killed lay there, and that of the other in memory."""
     folder = tmp_path_factory.mktemp("kill")
-    command = [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(request.param)]
+    command = [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), "1", request.param]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return Killed(folder / "whole", folder / "killed", json.loads(done.stdout))
@@ -49,11 +50,22 @@ def test_every_step_has_the_loss_that_it_would_have_had_and_stands_there_once(ru
 def test_weights_optimizer_averages_and_random_states_end_bit_for_bit_the_same(runs: Killed) -> None:
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (runs.whole, runs.killed)]
     assert names[0] == names[1]
-    for file in ("model.safetensors", "optimizer.safetensors", "average.safetensors", "random.json", "state.json"):
-        for name in names[0]:
-            assert (runs.killed / "checkpoints" / name / file).read_bytes() == (
-                runs.whole / "checkpoints" / name / file
-            ).read_bytes()
+    for name in names[0]:
+        left, right = (run / "checkpoints" / name for run in (runs.killed, runs.whole))
+        files = sorted(path.name for path in right.iterdir())
+        assert {"model.safetensors", "optimizer.safetensors", "random.json", "state.json"} <= set(files)
+        assert sorted(path.name for path in left.iterdir()) == files
+        for file in files:
+            assert (left / file).read_bytes() == (right / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_what_a_kill_leaves_of_state_on_the_disk_is_gone_in_the_end(runs: Killed) -> None:
+    on_disk = any(kill["left"] for kill in runs.kills)
+    assert on_disk or not (runs.killed / "offload").exists()
+    if on_disk:
+        assert sum(bool(kill["left"]) for kill in runs.kills) >= 3
+    assert not list((runs.killed / "offload").glob("*"))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from tiny_run import TinyModel, same_weights, weights
 from torch import nn
 
 from dougong.core.errors import CheckpointError
-from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.engine.weights import distinct_weights, mapped_weights, put_weights, write_weights
 
 
 class Tied(nn.Module):
@@ -20,7 +20,7 @@ def test_weights_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
     model, other = TinyModel(), TinyModel(seed=1)
     write_weights(tmp_path / "w", distinct_weights(model))
 
-    put_weights(other, read_weights(tmp_path / "w"), where="here")
+    put_weights(other, mapped_weights(tmp_path / "w"), where="here")
 
     assert same_weights(model, other)
 
@@ -28,7 +28,7 @@ def test_weights_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
 def test_a_weight_that_stands_twice_is_written_once(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
     write_weights(tmp_path / "w", distinct_weights(model))
-    kept = read_weights(tmp_path / "w")
+    kept = mapped_weights(tmp_path / "w")
 
     put_weights(other, kept, where="here")
 
@@ -44,13 +44,14 @@ def test_empty_weights_are_not_taken_for_each_other() -> None:
     assert set(distinct_weights(model)) == {"a", "b"}
 
 
-def test_read_weights_do_not_change_with_their_file(tmp_path: Path) -> None:
-    write_weights(tmp_path / "w", {"a": torch.arange(1000.0)})
-    kept = read_weights(tmp_path / "w")
+def test_weights_that_were_put_do_not_change_with_their_file(tmp_path: Path) -> None:
+    model = nn.Linear(1000, 1, bias=False)
+    write_weights(tmp_path / "w", {"weight": torch.arange(1000.0).view(1, 1000)})
+    put_weights(model, mapped_weights(tmp_path / "w"), where="w")
     with (tmp_path / "w").open("r+b") as file:  # the same file, not a new one of its name
         file.seek(-4000, 2)
         file.write(bytes(4000))
-    assert kept["a"].sum() == 499500
+    assert model.weight.sum() == 499500
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle, perhaps", None])
@@ -58,7 +59,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes |
     if content is not None:
         (tmp_path / "w").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"cannot be read as safetensors .* Use another checkpoint\.$"):
-        read_weights(tmp_path / "w")
+        mapped_weights(tmp_path / "w")
 
 
 def test_weights_of_another_model_are_refused_and_nothing_changes() -> None:

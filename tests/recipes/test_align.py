@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.cli.main import main
-from dougong.core.config import parse
+from dougong.core.config import from_yaml, parse
 from dougong.core.errors import BundleError, ConfigError, RunError
 from dougong.core.events import read_events
 from dougong.data.table import open_table
+from dougong.engine import prepare
+from dougong.engine.memory.recompute import Keep, apply_recompute
+from dougong.nn.block_stack import BlockStack
 from dougong.recipes.align import run_align
 from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.known import read_any_recipe, read_recipe
@@ -119,6 +123,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(run: Path, tables: Pa
     assert losses(folder) == losses(run)
     again, before = (json.loads((each / "evaluation.json").read_text()) for each in (folder, run))
     assert again["conditions"] == before["conditions"]
+
+
+@pytest.mark.parametrize(
+    "memory", [{"recompute": "blocks", "every": 2}, pytest.param({"activations": 0.9}, marks=pytest.mark.slow)]
+)
+def test_a_run_in_less_memory_is_the_same_run(
+    run: Path, tables: Path, tmp_path: Path, memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Sequence[Keep]] = []
+
+    def noted(model: BlockStack[Any, Any], keep: Sequence[Keep]) -> None:
+        kept.append(keep)
+        apply_recompute(model, keep)
+
+    monkeypatch.setattr(prepare, "apply_recompute", noted)
+    values = recipe(tables).model_dump(mode="json") | {"memory": memory}
+    run_align(parse(AlignRecipe, values, where="test"), tmp_path / "less", quiet=True)
+
+    assert losses(tmp_path / "less") == losses(run)
+    told = from_yaml((tmp_path / "less" / "run.yaml").read_text(), where="run.yaml")["memory"]
+    assert set(kept[-1]) - {"all"}  # the run's own: what rehearsed it came before
+    assert told["keep"] in (None, list(kept[-1]))
 
 
 def test_a_bundle_gives_the_same_vectors(run: Path, tables: Path) -> None:

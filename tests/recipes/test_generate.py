@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError, DataError, RunError
 from dougong.core.events import read_events
 from dougong.data.sources.captions import prepare_captions
+from dougong.engine import prepare
+from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.model.sampling import SamplingConfig
+from dougong.nn.block_stack import BlockStack
 from dougong.recipes.generate import judge_writer, run_generation
 from dougong.recipes.generation import GenerateRecipe, pretrain_joint
 from dougong.recipes.known import read_any_recipe, read_recipe
@@ -93,6 +97,28 @@ def test_a_resumed_run_has_the_losses_it_would_have_had(captions: Path, run: Pat
     assert losses(folder / "tokenizer") == losses(run / "tokenizer")
     told = [json.loads((each / "evaluation.json").read_text())["directions"] for each in (folder, run)]
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param("memory.recompute=cheap", marks=pytest.mark.slow), "memory.activations=0.9"]
+)
+def test_a_run_in_less_memory_is_the_same_run(
+    captions: Path, run: Path, tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Sequence[Keep]] = []
+
+    def noted(model: BlockStack[Any, Any], keep: Sequence[Keep]) -> None:
+        kept.append(keep)
+        apply_recompute(model, keep)
+
+    monkeypatch.setattr(prepare, "apply_recompute", noted)
+    run_generation(small(captions, setting), tmp_path / "less", quiet=True)
+
+    assert losses(tmp_path / "less") == losses(run)
+    assert losses(tmp_path / "less" / "tokenizer") == losses(run / "tokenizer")
+    told = from_yaml((tmp_path / "less" / "run.yaml").read_text(), where="run.yaml")["memory"]
+    assert set(kept[-1]) - {"all"}  # the run's own: what rehearsed it came before
+    assert told["keep"] in (None, list(kept[-1]))
 
 
 def test_what_is_saved_and_loaded_writes_the_same(captions: Path, run: Path, tmp_path: Path) -> None:

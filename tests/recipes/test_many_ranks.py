@@ -196,10 +196,11 @@ LAYOUTS: list[dict[str, Any]] = [
     {"shard": 2, "tensor": 2},
     {"pipeline": 2, "chunks": 2, "schedule": "zbv"},
     {"pipeline": 2, "shard": 2, "sharding": "zero2"},
+    {"shard": 4, "sharding": "zero1"},
 ]
 
 
-@pytest.mark.parametrize("place", range(len(LAYOUTS)))
+@pytest.mark.parametrize("place", [*range(4), pytest.param(4, marks=pytest.mark.slow)])
 def test_a_recipe_on_any_layout_is_as_in_one_process_and_goes_on_at_any_other(
     place: int, colour_table: Path, tmp_path: Path
 ) -> None:

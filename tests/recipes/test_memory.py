@@ -11,11 +11,12 @@ from ranks import run_ranks
 
 from dougong.core.config import from_yaml, override, parse
 from dougong.core.errors import ConfigError
-from dougong.core.events import StepDone, read_events
+from dougong.core.events import read_events
 from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.memory.segments import SegmentChoice
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN
+from dougong.recipes import room
 from dougong.recipes.build import check_layout, learn_preparation, open_records
 from dougong.recipes.plan import Planned
 from dougong.recipes.recipe import Recipe
@@ -35,7 +36,9 @@ def recipe_for(table: Path, **changes: Any) -> Recipe:
 
 
 def losses(folder: Path) -> list[float]:
-    return [event.loss for event in read_events(folder / "events.jsonl") if isinstance(event, StepDone)]
+    found = [event["loss"] for event in read_events(folder / "events.jsonl") if event["kind"] == "StepDone"]
+    assert found
+    return found
 
 
 def planned(recipe: Recipe) -> Planned:
@@ -45,7 +48,13 @@ def planned(recipe: Recipe) -> Planned:
 
 @pytest.mark.parametrize(
     "memory",
-    [{"recompute": "blocks"}, {"recompute": "cheap", "every": 2}, {"activations": "5MiB"}, {"saved": "disk"}],
+    [
+        {"recompute": "blocks"},
+        {"recompute": "cheap", "every": 2},
+        {"activations": "5MiB"},
+        {"offload": "disk"},
+        {"saved": "disk"},
+    ],
 )
 def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
     run_recipe(recipe_for(colour_table), tmp_path / "whole", quiet=True)
@@ -53,6 +62,53 @@ def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path
     assert losses(tmp_path / "less") == losses(tmp_path / "whole")
     told = from_yaml((tmp_path / "less" / "run.yaml").read_text(), where="run.yaml")["memory"]
     assert (told["keep"] is not None) == ("activations" in memory)
+    assert not list((tmp_path / "less").glob("offload/*"))
+
+
+def test_a_run_in_memory_goes_on_from_one_on_the_disk(colour_table: Path, tmp_path: Path) -> None:
+    """And the other way round: what lies on the disk is no part of a checkpoint."""
+    whole = recipe_for(colour_table, **{"train.checkpoint_every": 2, "memory.offload.folder": None})
+    run_recipe(whole, tmp_path / "whole", quiet=True)
+    away = tmp_path / "away"
+    there = recipe_for(
+        colour_table, **{"memory.offload": {"weights": "disk", "optimizer": "disk", "folder": str(away)}}
+    )
+    run_recipe(there, tmp_path / "there", quiet=True)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ends = [next((tmp_path / run / "checkpoints").glob("step-00000004")) / file for run in ("whole", "there")]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert away.is_dir()
+    assert not list(away.glob("*/*"))
+
+
+def test_state_that_has_no_room_is_refused_before_it_takes_any(
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(colour_table)
+    weights = sum(p.nbytes for p in planned(recipe).model.parameters())
+    for free, message in (
+        (0.9 * weights, r"the model's weights alone take more than the .* KiB that may be planned with. Use memory"),
+        (
+            2.5 * weights,
+            r"beside its weights a step holds .* KiB of gradients and .* KiB that the optimizer keeps, and",
+        ),
+    ):
+        monkeypatch.setattr(room, "free_bytes", lambda free=free: free)
+        with pytest.raises(ConfigError, match=message):
+            run_recipe(recipe, tmp_path / f"refused at {free:.0f}", quiet=True)
+        run_recipe(
+            recipe_for(colour_table, **{"memory.offload": "disk", "train.steps": 1}),
+            tmp_path / f"on the disk at {free:.0f}",
+            quiet=True,
+        )
+
+
+def test_an_average_of_weights_on_the_disk_is_refused(colour_table: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.ema=0.9 keeps all weights in memory once more.* Use ema: null"):
+        run_recipe(
+            recipe_for(colour_table, **{"memory.offload": "disk", "train.ema": 0.9}), tmp_path / "run", quiet=True
+        )
+    assert not list((tmp_path / "run").glob("offload/*"))
 
 
 def test_segments_are_measured_once_and_kept_for_a_resumed_run(
@@ -120,7 +176,7 @@ def test_what_the_planner_recomputes_the_engine_can(colour_table: Path) -> None:
     ours = planned(recipe_for(colour_table))
     found = ours.search(KNOWN["cpu"].model_copy(update={"devices": 1}), vary=["recompute"], most=10)
     for each in found.predictions:
-        assert each.choice.can_be_carried_out
+        assert each.can_be_carried_out
     kept, anew = sorted(
         (ours.rehearsed(each.choice, 1)[0].activations, each.choice.recompute) for each in found.predictions
     )

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,34 @@ def test_the_command_prints_the_layouts_and_what_to_set(
 
 def test_what_the_engine_cannot_do_is_predicted_and_never_chosen(colour_table: Path) -> None:
     table = plan_recipe(recipe_for(colour_table), read_cluster("cpu", 2), vary=["offload"], most=100)
-    kinds = {found.choice.can_be_carried_out for found in table.found.predictions}
-    assert kinds == {True, False}
-    assert table.best.choice.can_be_carried_out == bool(table.held)
+    kinds = {(found.choice.offload, found.can_be_carried_out) for found in table.found.predictions}
+    assert kinds == {("none", True), ("host", False), ("disk", True)}
+    assert all(found.choice.plan.shard == 1 for found in table.found.predictions if found.choice.offload == "disk")
+    assert (table.best.can_be_carried_out and table.best.choice.offload == "none") == bool(table.held)
+    told = {each["offload"]: each["settings"] for each in table.as_json()["layouts"]}
+    assert "memory.offload=disk" in told["disk"]
+
+
+def test_seventy_billion_parameters_on_one_card_are_told_what_they_need(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["dougong", "plan", "llama-70b", "--cluster", "a100-80g", "--devices", "1", "--vary", "all"]
+    monkeypatch.setattr("sys.argv", [*command, "--json"])
+    assert main() == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"] == pytest.approx(69e9, rel=0.01)
+    (best, *_) = told["layouts"]
+    assert best["offload"] == "disk"
+    assert best["disk_bytes"] == pytest.approx(18 * told["parameters"])
+    assert max(best["memory_bytes"]) < 0.9 * 80e9
+    monkeypatch.setattr("sys.argv", command)
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert re.search(r"needs [\d.]+ GiB of each host's memory", said)
+    assert "needs 1.13 TiB of each disk" in said
+    monkeypatch.setattr("sys.argv", [*command, "--set", "seed=1"])
+    assert main() == 2
+    assert "known by its sizes alone and has no settings" in capsys.readouterr().err
 
 
 def test_micro_batches_and_precision_vary_with_the_same_records_a_step(colour_table: Path) -> None:

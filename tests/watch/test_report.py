@@ -22,7 +22,7 @@ from dougong.core.events import (
     StepDone,
 )
 from dougong.core.files import write_atomic, write_json
-from dougong.watch import cards
+from dougong.watch import cards, report
 from dougong.watch.report import write_report
 
 HOSTILE = '<script>alert(1)</script>" onload="x'
@@ -318,6 +318,51 @@ def test_a_record_shows_what_was_given_and_what_was_made_of_it(pages: dict[str, 
     assert page.values("class").count("token") == 3 * 8
     assert page.values("class").count("token special") == 3 * 2
     assert "(target)" in page.text
+
+
+def test_switches_of_number_format_are_drawn_and_the_first_listed(
+    tmp_path: Path, pages: dict[str, Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MOST_SWITCHES", 3)
+    assert "formats" not in pages["single_label"].ids()  # none has happened
+    folder = fake_run(tmp_path / "run")
+    switch = {"kind": "PrecisionSwitched", "time": 0.0, "scale_exponent": 12}
+    switches = [
+        {
+            **switch,
+            "step": 1,
+            "group": "block 3",
+            "modality": "image",
+            "before": "bf16",
+            "after": "fp16",
+            "reason": "fits",
+        },
+        {**switch, "step": 1, "group": "head", "modality": "", "before": "bf16", "after": "fp16", "reason": "fits"},
+        {**switch, "step": 90, "group": "head", "modality": "", "before": "fp16", "after": "bf16", "reason": HOSTILE},
+        {
+            **switch,
+            "step": 95,
+            "group": "head",
+            "modality": "",
+            "before": "bf16",
+            "after": "fp16",
+            "reason": "unlisted",
+        },
+    ]
+    with (folder / "events.jsonl").open("a") as events:
+        events.writelines(json.dumps(event) + "\n" for event in switches)
+
+    page = report_of(folder)
+
+    assert "formats" in page.ids()
+    assert (
+        "Number formats in 300 steps: block 3 (image) bf16 from step 0, fp16 from step 1; "
+        "head bf16 from step 0, fp16 from step 1, bf16 from step 90, fp16 from step 95"
+    ) in page.values("aria-label")
+    assert "90 head fp16 bf16 2 12 " + HOSTILE in page.text
+    assert "unlisted" not in page.text
+    assert "The first 3 of 4 switches are listed." in page.text
+    assert "<script" not in page.source
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,37 @@ def check(
     pictures: Annotated[
         Path | None, Option(help="An .html file to show the worst media in, by each figure of their quality.")
     ] = None,
+    profile: Annotated[
+        bool,
+        Option("--profile", help="Instead, carry out two steps: memory and time by block, and what would save most."),
+    ] = False,
+    out: Annotated[
+        Path | None, Option(help="With --profile: the folder of its page. Default: runs/NAME-profile.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every record of a table, or all that a recipe needs, and say what is wrong, without training."""
-    from dougong.cli.show import print_check
-    from dougong.recipes.check import check_recipe_or_table
+    from dougong.cli.show import print_check, print_profile
+    from dougong.recipes.check import check_recipe_or_table, read_recipe_or_table
 
+    if out is not None and not profile:
+        raise ConfigError(f"--out {out} says nothing without --profile. Add that, or leave it out.")
+    if profile:
+        from dougong.recipes.profile import check_profile, profile_recipe, write_profile
+        from dougong.watch.profile import check_folder
+
+        if pictures is not None:
+            raise ConfigError(f"--pictures {pictures} shows records, which --profile does not read. Give one of them.")
+        recipe = check_profile(read_recipe_or_table(what, target=target, settings=settings or ()))
+        folder = out or Path("runs") / f"{recipe.name}-profile"
+        check_folder(folder)
+        profiled = profile_recipe(recipe, None if as_json else _tell)
+        page = write_profile(profiled, folder)
+        if as_json:
+            print(json.dumps({**profiled.as_json(), "page": str(page)}))
+        else:
+            print_profile(profiled.as_json(), page)
+        return
     result = check_recipe_or_table(what, target=target, settings=settings or (), pictures=pictures)
     if as_json:
         print(json.dumps(result.as_json()))
@@ -223,7 +248,7 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, Argument(help="A recipe's name or YAML file.")],
+    recipe: Annotated[str, Argument(help="A recipe's name or YAML file; or llama-70b, by its sizes alone.")],
     devices: Annotated[int, Option(min=1, help="How many.")] = 8,
     cluster: Annotated[str, Option(help="What they are: cpu, a100-80g, h100, or a cluster's YAML file.")] = "cpu",
     memory: Annotated[str | None, Option(help="Of one device, like 80GiB. Default: what the kind has.")] = None,
@@ -231,7 +256,7 @@ def plan(
         list[str] | None,
         Option(
             help="What else may be chosen: micro-batches, precision, recompute (of activations), offload (of the "
-            "optimizer), or all. May be repeated."
+            "optimizer to the host, of all state to the disk), or all. May be repeated."
         ),
     ] = None,
     explain: Annotated[bool, Option("--explain", help="Print the formulas, with their sources.")] = False,
@@ -242,13 +267,20 @@ def plan(
     from dougong.cli.show import print_plan
     from dougong.core.sizes import read_bytes
     from dougong.engine.planner import predict
+    from dougong.engine.planner.shape import SHAPES
     from dougong.recipes.known import read_laid_out
-    from dougong.recipes.plan import plan_recipe, read_cluster, read_varied
+    from dougong.recipes.plan import plan_recipe, plan_shape, read_cluster, read_varied
 
     if explain:
         print(predict.__doc__)
     found = read_cluster(cluster, devices, None if memory is None else read_bytes(memory))
-    result = plan_recipe(read_laid_out(recipe, settings or ()), found, vary=read_varied(vary or ()))
+    varied = read_varied(vary or ())
+    if recipe in SHAPES:
+        if settings:
+            raise ConfigError(f"{recipe} is known by its sizes alone and has no settings. Leave --set out.")
+        result = plan_shape(recipe, found, vary=varied)
+    else:
+        result = plan_recipe(read_laid_out(recipe, settings or ()), found, vary=varied)
     if as_json:
         print(json.dumps(result.as_json()))
     else:

@@ -7,7 +7,7 @@ Promise     figures are printed as they were measured, each table with the numbe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,7 +15,12 @@ from rich.table import Table
 
 from dougong.core.sizes import bytes_as_text
 
+MOST_PARTS: Final = 8
+"""Of a profile: those that hold most, and those that take longest."""
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dougong.engine.robustness import Robustness
     from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
@@ -221,6 +226,58 @@ def print_check(result: CheckResult) -> None:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
 
 
+def print_profile(told: dict[str, Any], page: Path) -> None:
+    """What a step holds at most and of what, its largest parts, and what would make it less."""
+    from dougong.watch.profile import composition, cost_in_words, during, seconds_as_text
+
+    console = Console()
+    batches = f" in {told['micro_batches']} micro-batches" if told["micro_batches"] > 1 else ""
+    console.print(
+        f"{told['recipe']}: a step of {told['records']} records{batches}, {told['precision']}, holds "
+        f"{bytes_as_text(told['peak_bytes'])} at most, {during(told)}, and takes "
+        f"{seconds_as_text(told['step_seconds'])}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    made = Table(title="when it holds most")
+    for name in ("of it", "bytes", "share"):
+        made.add_column(name, justify="left" if name == "of it" else "right")
+    for row in composition(told):
+        made.add_row(row.name, bytes_as_text(row.bytes), f"{row.share:.1%}")
+    console.print(made)
+    parts = Table(title="part by part")
+    for name in ("part", "of", "activations then", "forward ms", "backward ms"):
+        parts.add_column(name, justify="left" if name in ("part", "of") else "right")
+    met = [part for part in told["parts"] if part["most_bytes"] or part["forward_seconds"]]
+    large = sorted(met, key=lambda part: -part["bytes_at_peak"])[:MOST_PARTS]
+    large += sorted(met, key=lambda part: -part["forward_seconds"] - part["backward_seconds"])[:MOST_PARTS]
+    for part in met:
+        if part in large:
+            times = [f"{1e3 * part[name]:.3g}" for name in ("forward_seconds", "backward_seconds")]
+            whose = part["modality"] or part["kind"]
+            parts.add_row(part["name"], whose, bytes_as_text(part["bytes_at_peak"]), *times)
+    parts.add_row("optimizer", "", "", "", f"{1e3 * told['optimizer_seconds']:.3g}")
+    console.print(parts)
+    unshown = sum(part not in large for part in met)
+    if unshown:
+        console.print(f"smaller parts that are left out: {unshown}; --json and the page have them")
+    if not told["offered"]:
+        console.print("no setting that was tried lowers the peak by a hundredth or more")
+    for change in told["offered"]:
+        share = change["saved_bytes"] / told["peak_bytes"]
+        console.print(
+            f"{' '.join(f'--set {setting}' for setting in change['settings'])}\n    saves "
+            f"{bytes_as_text(change['saved_bytes'])} ({share:.0%} of the peak); costs "
+            f"{cost_in_words(change, told['step_seconds'])}. {change['about']}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    for note in told["notes"]:
+        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+    console.print(f"page  {page}", highlight=False, soft_wrap=True)
+
+
 def print_plan(result: PlanResult) -> None:
     """One row per layout, the fastest first, and why it is."""
     told = result.as_json()
@@ -246,8 +303,14 @@ def print_plan(result: PlanResult) -> None:
         console.print(
             f"rehearsed, pipeline rank {place}: {bytes_as_text(held['peak'])} at most ({parts})", soft_wrap=True
         )
-    if not told["layouts"][0]["can_be_carried_out"]:
+    first = told["layouts"][0]
+    for where, size in (("host's memory", first["host_bytes"]), ("disk", first["disk_bytes"])):
+        if size:
+            console.print(f"the first layout needs {bytes_as_text(size)} of each {where}", soft_wrap=True)
+    if result.recipe is None:
+        return
+    if not first["can_be_carried_out"]:
         console.print("predicted only: the engine cannot do all of the first layout yet", soft_wrap=True)
         return
-    chosen = " ".join(f"--set {setting}" for setting in told["layouts"][0]["settings"])
+    chosen = " ".join(f"--set {setting}" for setting in first["settings"])
     console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False, soft_wrap=True)

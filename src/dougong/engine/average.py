@@ -25,12 +25,14 @@ class WeightAverage:
         weights = {name: w for name, w in distinct_weights(model).items() if w.is_floating_point()}
         self._names = list(weights)
         self._weights = list(weights.values())
-        self._averages = [weight.clone() for weight in self._weights]
+        # Of 16 bits, what a step moves an average by would be rounded away.
+        self._averages = [w.float() if w.dtype == torch.bfloat16 else w.clone() for w in self._weights]
 
     def update(self, num_updates: int) -> None:
         """Move towards the weights after `num_updates` steps; the first steps count more, as in TensorFlow's."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        weights = [weight.to(average.dtype) for weight, average in zip(self._weights, self._averages, strict=True)]
+        torch._foreach_lerp_(self._averages, weights, 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's weights with the averages in their places."""

@@ -34,14 +34,16 @@ from dougong.core.files import as_json, finish_folder, inside, sha256_of, sync_f
 from dougong.core.seeds import derive_seed
 from dougong.engine.average import WeightAverage
 from dougong.engine.parallel.layout import Layout
-from dougong.engine.parallel.pieces import Piece, PieceReader, index_of, own_pieces, told
+from dougong.engine.parallel.pieces import Piece, PieceReader, all_of, index_of, own_pieces, told
 from dougong.engine.precision.adaptive import AdaptiveState
 from dougong.engine.precision.choice import Chosen
 from dougong.engine.precision.scaling import OverflowState
+from dougong.engine.precision.states import States
+from dougong.engine.precision.weights import Weights
 from dougong.engine.random_state import random_state, restore_random_state, seed_all
 from dougong.engine.sampling import SamplingState
 from dougong.engine.staging import Staging
-from dougong.engine.weights import distinct_weights, local_part, put_weights, read_weights, write_weights
+from dougong.engine.weights import distinct_weights, local_part, mapped_weights, put_weights, write_weights
 
 FORMAT = 2
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
@@ -65,6 +67,8 @@ class RunState(Config):
 
     seed: int
     precision: Chosen
+    weights: Weights = "fp32"
+    states: States = "fp32"
     precision_ratio: float | None
     """How much faster bf16 was measured to be; None where it was not measured."""
 
@@ -142,22 +146,24 @@ def copy_whole(
     optimizer: Optimizer,
     average: WeightAverage | None,
     random_states: Sequence[dict[str, Any]],
-    staging: Staging,
+    staging: Staging | None,
 ) -> Copied:
-    """All of a checkpoint of a model that this rank holds whole."""
+    """All of a checkpoint of a model that this rank holds whole. Without `staging` it is not copied, and must be
+    written before anything changes."""
     tensors = {MODEL: distinct_weights(model), OPTIMIZER: _optimizer_tensors(model, optimizer)}
     if average is not None:
         tensors[AVERAGE] = average.weights()
     texts = {STATE: as_json(state.model_dump(mode="json"))}
     for rank, kept in enumerate(random_states or (random_state(),)):
         texts[_random_name(rank)] = json.dumps(kept)
-    return Copied(state.step, staging.copy(tensors), texts)
+    return Copied(state.step, tensors if staging is None else staging.copy(tensors), texts)
 
 
 def copy_pieces(
-    state: RunState, layout: Layout, optimizer: Optimizer, average: WeightAverage | None, staging: Staging
+    state: RunState, layout: Layout, optimizer: Optimizer, average: WeightAverage | None, staging: Staging | None
 ) -> Copied:
-    """This rank's part of a checkpoint of a model that no rank holds whole. All ranks call this."""
+    """This rank's part of a checkpoint of a model that no rank holds whole, copied or not as above. All ranks call
+    this."""
     ranks = layout.mesh.ranks
     if layout.sharded is not None:
         layout.sharded.let_go()
@@ -169,7 +175,7 @@ def copy_pieces(
     if layout.mesh.place("tensor") == layout.mesh.place("pipeline") == 0:  # those beside it draw the same numbers
         texts[_random_name(layout.mesh.share.rank)] = json.dumps(random_state())
     tensors = {_pieces_name(ranks.rank): own_pieces(held, index, ranks.rank)}
-    return Copied(state.step, staging.copy(tensors), texts)
+    return Copied(state.step, tensors if staging is None else staging.copy(tensors), texts)
 
 
 def write_copied(folder: Path, copied: Copied) -> dict[str, str]:
@@ -229,17 +235,17 @@ def _held(layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -
     model = layout.model
     parameters = dict(model.named_parameters())
 
-    def piece(name: str, tensor: Tensor) -> Piece:
-        if name in parameters and tensor.shape == local_part(parameters[name]).shape:
-            return layout.piece(name, tensor)
-        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+    def piece(name: str, tensor: Tensor, of: dict[str, nn.Parameter]) -> Piece:
+        if name in of and tensor.shape == local_part(of[name]).shape:
+            return layout.stepped_piece(name, tensor)
+        return all_of(tensor)
 
-    held = {f"model/{name}": piece(name, tensor) for name, tensor in distinct_weights(model).items()}
-    for name, parameter in parameters.items():
+    held = {f"model/{name}": piece(name, tensor, parameters) for name, tensor in distinct_weights(model).items()}
+    for name, parameter in layout.trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            held[f"optimizer/{key}/{name}"] = piece(name, local_part(value))
+            held[f"optimizer/{key}/{name}"] = piece(name, local_part(value), layout.trained)
     if average is not None:
-        held |= {f"average/{name}": piece(name, tensor) for name, tensor in average.weights().items()}
+        held |= {f"average/{name}": piece(name, tensor, parameters) for name, tensor in average.weights().items()}
     return held
 
 
@@ -319,14 +325,19 @@ def restore_checkpoint(
 
 
 def load_weights(model: nn.Module, checkpoint_folder: Path) -> None:
-    """Put a checkpoint's result into the model: its averaged weights if it has them, else its weights.
+    """Put a checkpoint's result into the model: its averaged weights if it has them, else its weights, as exact as
+    they are known: of bf16 ones their masters, or with what was kept beside them.
 
     Raises:
         CheckpointError: the folder is damaged, or of another model.
     """
-    check_checkpoint(checkpoint_folder)
+    kept_beside = check_checkpoint(checkpoint_folder).state.weights in ("bf16-kahan", "bf16-masters")
     saved = _Saved(checkpoint_folder)
-    put_weights(model, saved.all("average/" if saved.has_average else "model/"), where=str(checkpoint_folder))
+    if saved.has_average:
+        found = saved.all("average/")
+    else:
+        found = saved.exact() if kept_beside else saved.all("model/")
+    put_weights(model, found, where=str(checkpoint_folder))
 
 
 def best_weights(run: Path) -> Path:
@@ -407,7 +418,22 @@ class _Saved:
         """All tensors of a kind, whole."""
         if self.reader is not None:
             return {n.removeprefix(kind): self.reader.read(n) for n in self.reader.index if n.startswith(kind)}
-        return read_weights(self._folder / {"model/": MODEL, "optimizer/": OPTIMIZER, "average/": AVERAGE}[kind])
+        return mapped_weights(self._folder / {"model/": MODEL, "optimizer/": OPTIMIZER, "average/": AVERAGE}[kind])
+
+    def exact(self) -> dict[str, Tensor]:
+        """The weights; of those in 16 bits, with what the optimizer knows besides."""
+        found = self.all("model/")
+        for full_name, kept in self.all("optimizer/").items():
+            key, _, name = full_name.partition("/")
+            if key == "master":
+                found[name] = kept
+            elif key == "compensation":
+                found[name] = found[name].float() + kept.float()
+        return found
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One tensor."""
+        return self.all(kind)[name] if self.reader is None else self.reader.read(kind + name)
 
     def part(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A box of one of them."""
@@ -431,30 +457,36 @@ class _Saved:
 def _restore_pieces(saved: _Saved, layout: Layout, optimizer: Optimizer, average: WeightAverage | None) -> None:
     parameters = dict(layout.model.named_parameters())
 
-    def fill(kind: str, name: str, tensor: Tensor, of: str) -> None:
-        piece = layout.piece(of, tensor) if of in parameters else Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+    def fill(kind: str, name: str, piece: Piece) -> None:
         piece.local.copy_(saved.part(kind, name, piece.offset, tuple(piece.local.shape)))
 
+    def held(name: str, tensor: Tensor) -> Piece:
+        return layout.piece(name, tensor) if name in parameters else all_of(tensor)
+
     for name, tensor in distinct_weights(layout.model).items():
-        fill("model/", name, tensor, name)
+        fill("model/", name, held(name, tensor))
     if average is not None:
         for name, tensor in average.weights().items():
-            fill("average/", name, tensor, name)
+            fill("average/", name, held(name, tensor))
     kept: dict[str, dict[str, Tensor]] = {}
     for full_name in saved.names("optimizer/"):
         key, _, name = full_name.partition("/")
-        if name not in parameters:
+        if name not in layout.trained:
             continue
         if key == "step":
             kept.setdefault(name, {})[key] = saved.part("optimizer/", full_name, (), ())
             continue
-        tensor = torch.zeros_like(parameters[name])
-        fill("optimizer/", full_name, tensor, name)
+        if key.endswith(("_codes", "_scale")):  # a layout that has them has whole weights
+            kept.setdefault(name, {})[key] = saved.whole("optimizer/", full_name)
+            continue
+        here = layout.stepped_piece(name, layout.trained[name].detach())
+        box = saved.part("optimizer/", full_name, here.offset, tuple(here.local.shape))
+        tensor = torch.zeros_like(layout.trained[name], dtype=box.dtype)  # a master is no bf16
+        layout.stepped_piece(name, tensor).local.copy_(box)
         kept.setdefault(name, {})[key] = tensor
-    names = {parameter: name for name, parameter in parameters.items()}
+    names = {parameter: name for name, parameter in layout.trained.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: kept[names[p]] for index, p in enumerate(ordered) if names.get(p) in kept}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    _put_state(optimizer, {p: kept[names[p]] for p in ordered if names.get(p) in kept})
 
 
 def _pieces_name(rank: int) -> str:
@@ -482,5 +514,16 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str
         raise CheckpointError(
             f"{where} trained {sorted(unknown)[0]!r} and this run does not. Freeze the same parameters as that run."
         )
-    state = {index: by_name[names[p]] for index, p in enumerate(ordered) if names[p] in by_name}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    _put_state(optimizer, {p: by_name[names[p]] for p in ordered if names[p] in by_name})
+
+
+@torch.no_grad()
+def _put_state(optimizer: Optimizer, found: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+    """Into the memory where the optimizer has it already, if it has: that may be a file."""
+    for parameter, tensors in found.items():
+        own = optimizer.state[parameter]
+        for key, tensor in tensors.items():
+            if key in own:
+                own[key].copy_(tensor)
+            else:
+                own[key] = tensor.clone()

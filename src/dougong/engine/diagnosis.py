@@ -151,7 +151,7 @@ def _in_passes(parts: TrainParts, batches: Sequence[Batch], num_records: int) ->
     finally:
         for handle in handles:
             handle.remove()
-        parts.optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)

@@ -1,7 +1,7 @@
 """How far each step moves the weights.
 
 Here        OptimizerConfig: AdamW, its warm-up and its way down.
-Elsewhere   taking the step (engine/step.py).
+Elsewhere   taking the step (engine/step.py); AdamW of weights and state in few bits (engine/precision/adamw.py).
 Promise     the learning rate depends on the step and the number of steps alone, so a resumed run needs no
             scheduler state.
 """
@@ -16,10 +16,13 @@ import torch
 from pydantic import field_validator
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
+from dougong.engine.precision.adamw import NarrowAdamW
+from dougong.engine.precision.states import StateFormat, States
+from dougong.engine.precision.weights import Narrowed
 from dougong.nn.block_stack import BlockStack
 
 
@@ -46,6 +49,10 @@ class OptimizerConfig(Config):
 
     final_ratio: float = 0.0
     """Where the cosine ends, as a ratio of `learning_rate`."""
+
+    states: States = "fp32"
+    """Of the gradient's mean and its square, for every weight: 8 bytes, or 2 (8bit), or 1 (4bit). Needs
+    dougong[lowbit]."""
 
     @field_validator("learning_rate")
     @classmethod
@@ -94,11 +101,13 @@ class OptimizerConfig(Config):
         ratio = self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * ratio
 
-    def build(self, model: nn.Module) -> AdamW:
+    def build(self, model: nn.Module, narrowed: Narrowed | None = None, *, seed: int = 0) -> Optimizer:
         """The optimizer of every parameter that is to be trained; each group holds its `multiplier`.
 
+        `narrowed` is what has become of the weights, where they are in 16 bits; the seed is of what rounding draws.
+
         Raises:
-            ConfigError: a multiplier is for no part of this model.
+            ConfigError: a multiplier is for no part of this model; `states` needs what is not installed.
         """
         parts = model.parts() if isinstance(model, BlockStack) else {}
         strange = [name for name in self.multipliers if name not in parts]
@@ -123,7 +132,16 @@ class OptimizerConfig(Config):
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         # An optimizer wants something; a rank of a pipeline may have nothing that is to be trained.
         groups = groups or [{"params": [nn.Parameter(torch.zeros(()))], "multiplier": 1.0}]
-        return AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+        if self.states == "fp32" and (narrowed is None or narrowed.how == "fp32"):
+            return AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+        return NarrowAdamW(
+            groups,
+            lr=self.learning_rate,
+            betas=self.betas,
+            narrowed=narrowed or Narrowed("fp32", {}),
+            states=StateFormat(self.states),
+            seed=seed,
+        )
 
 
 def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -1,6 +1,6 @@
 """Lays a model out on the ranks: the one place where techniques are put in order.
 
-Here        `prepare_model`.
+Here        `prepare_model`; `check_model`, `check_precision`.
 Elsewhere   the techniques themselves, each usable alone (engine/parallel/); the layout (engine/parallel/plan.py).
 Promise     what a layout cannot do is refused before the model is changed. Names of parameters stay as they are.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dougong.core.errors import ConfigError
+from dougong.engine.memory.offload import OffloadConfig, apply_offload
 from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.engine.memory.saved import Saved, SavedAs, apply_saved, check_saved
 from dougong.engine.memory.segments import apply_segments, check_segments
@@ -27,23 +28,38 @@ from dougong.engine.parallel.plan import PlanConfig, check_plan
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.replicate import BUCKET_BYTES, copy_from_first
 from dougong.engine.parallel.shard import apply_shard, units_of
+from dougong.engine.parallel.state_shard import StateShard, apply_state_shard
 from dougong.engine.parallel.step_shard import apply_step_shard
 from dougong.engine.parallel.tensor import apply_tensor, check_tensor
+from dougong.engine.precision.states import States
+from dougong.engine.precision.weights import Weights, apply_weights
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
 
-def check_model(model: BlockStack[Any, Any], plan: PlanConfig) -> None:
+def check_model(model: BlockStack[Any, Any], plan: PlanConfig, offload: OffloadConfig | None = None) -> None:
     """
     Raises:
         ConfigError: the model cannot be laid out so; the message says what fits.
     """
+    gathered = [kind for kind in ("weights", "gradients") if offload is not None and kind in offload.on_disk]
+    if plan.shard > 1 and gathered:
+        raise ConfigError(
+            f"memory.offload.{gathered[0]}=disk with plan shard={plan.shard}: weights that are spread are gathered in "
+            "memory. Use memory.offload.optimizer alone, or shard: 1."
+        )
+    if plan.shard > 1 and plan.sharding == "zero1" and offload is not None and offload.on_disk:
+        raise ConfigError(
+            f"memory.offload.optimizer=disk with plan sharding=zero1 and shard={plan.shard}: what each rank steps "
+            "is cut across blocks. Use sharding: zero2, or memory.offload: memory."
+        )
     check_tensor(model, plan.tensor)
     check_context(model, plan.context, plan.context_form, plan.tensor)
     check_expert(model, plan.expert)
-    if plan.shard > 1 and not model.state_types:
+    if plan.shard > 1 and plan.sharding != "zero1" and not model.state_types:
         raise ConfigError(
-            f"plan shard={plan.shard}: {type(model).__name__} does not say what its states are made of. Use shard: 1."
+            f"plan shard={plan.shard}: {type(model).__name__} does not say what its states are made of. "
+            "Use sharding: zero1, or shard: 1."
         )
     stages = plan.pipeline * plan.chunks
     if plan.pipeline > 1 and model.embed_names is None:
@@ -58,6 +74,29 @@ def check_model(model: BlockStack[Any, Any], plan: PlanConfig) -> None:
         )
 
 
+def check_precision(plan: PlanConfig, weights: Weights, states: States) -> None:
+    """
+    Raises:
+        ConfigError: weights or an optimizer's state of few bits cannot be laid out so; the message says what fits.
+    """
+    if weights != "fp32" and plan.shard > 1 and plan.sharding == "zero3":
+        raise ConfigError(
+            f"plan sharding=zero3 gathers weights of one type, and with train.weights={weights} matrices are bf16 and "
+            "the rest fp32. Use sharding: zero2, or weights: fp32."
+        )
+    if weights != "fp32" and plan.shard > 1 and plan.sharding == "zero1":
+        raise ConfigError(
+            f"plan sharding=zero1 cuts what each rank steps between rows, and with train.weights={weights} what is "
+            "stepped is kept of whole weights. Use sharding: zero2, or weights: fp32."
+        )
+    for name in ("tensor", "shard", "expert"):
+        if states != "fp32" and getattr(plan, name) > 1:
+            raise ConfigError(
+                f"plan {name}={getattr(plan, name)} cuts weights, and the scales of train.optimizer.states={states} "
+                f"are of blocks of whole ones. Use {name}: 1, or states: fp32."
+            )
+
+
 def prepare_model(
     model: BlockStack[Any, Any],
     plan: PlanConfig,
@@ -66,6 +105,8 @@ def prepare_model(
     accumulation: int = 1,
     costs: Sequence[float] | None = None,
     keep: Sequence[Keep] | None = None,
+    weights: Weights = "fp32",
+    offload: OffloadConfig | None = None,
     segments: int | None = None,
     saved: Saved = "kept",
     saved_as: SavedAs = "same",
@@ -75,16 +116,23 @@ def prepare_model(
 
     `costs` are those of embedding, each block and the head, by which a pipeline is cut (`block_seconds`); `keep` is
     what each block keeps for its backward, None: all. `segments` of so many blocks are compiled and made anew as one.
-    What is kept then goes where `saved` and `saved_as` say; a file for it lies in `folder`.
+    What is kept then goes where `saved` and `saved_as` say. `weights` is in what format they are, and how they are
+    stepped. What `saved` and `offload` put on the disk lies in `folder`.
 
     Raises:
         ConfigError: the layout cannot be; nothing has been changed.
     """
     check_plan(plan, ranks.world, accumulation=accumulation)
-    check_model(model, plan)
+    check_model(model, plan, offload)
     if segments is not None:
         check_segments(plan)
     check_saved(saved, saved_as, next(model.parameters()).device.type, shard=plan.shard)
+    check_precision(plan, weights, "fp32")
+    if weights != "fp32" and offload is not None and offload.on_disk:
+        raise ConfigError(
+            f"memory.offload puts weights in fp32 and their means on the disk, and train.weights is {weights}. Use "
+            "train.weights: fp32, or no offload."
+        )
     in_node = _copies_in_node(plan, ranks.world)
     mesh = Mesh(ranks, plan)
     layout = Layout(model, mesh, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -122,12 +170,20 @@ def prepare_model(
         ignored = {parameter for name, parameter in model.named_parameters() if name in layout.experts}
         sizes = [sum(p.nbytes for p in block.parameters() if p not in ignored) for block in model.blocks]
         units = units_of(sizes, plan.gathered_bytes)
-        if layout.pipeline is not None or len(units) < 2:
+        if plan.sharding == "zero1":
+            layout.sharded = apply_state_shard(model, shard, ignored=ignored)
+        elif layout.pipeline is not None or len(units) < 2 or weights != "fp32":
             layout.sharded = apply_step_shard(model, shard, ignored=ignored)
         else:
             stay = plan.sharding == "zero2"
             layout.sharded = apply_shard(model, mesh.devices, units, keep_gathered=stay, ignored=ignored)
+    layout.narrowed = apply_weights(model, weights, accumulation=accumulation)  # of what is here
+    if offload is not None and offload.on_disk:
+        assert folder is not None
+        layout.shelved = apply_offload(model, offload, folder / f"rank-{ranks.rank}")
     layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(layout.sharded, StateShard):
+        layout.trained = {n: p for n, p in layout.trained.items() if n not in layout.spread} | layout.sharded.stepped
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
     return layout
@@ -154,7 +210,7 @@ def _hierarchy(layout: Layout, plan: PlanConfig, in_node: int) -> Hierarchy | No
         return None
     hierarchy = Hierarchy(group, *groups_in_nodes(layout.mesh.rows("replicate"), in_node), wire=plan.wire)
     # No message is longer.
-    sizes = [local_part(p).nbytes for name, p in layout.model.named_parameters() if name not in layout.experts]
+    sizes = [local_part(p).nbytes for name, p in layout.trained.items() if name not in layout.experts]
     longest = min(sum(sizes), max([BUCKET_BYTES, *sizes]))
     hierarchy.measure([size for size in MEASURED_BYTES if size <= longest] or MEASURED_BYTES[:1])
     return hierarchy

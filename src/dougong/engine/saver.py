@@ -2,7 +2,8 @@
 
 Here        Saver, Saved.
 Elsewhere   what a checkpoint holds, and what counts as one (engine/checkpoint.py); when to save (engine/trainer.py).
-Promise     training stands still for a copy in memory. A checkpoint counts from the moment in which all of its files
+Promise     training stands still for a copy in memory; where state lies on the disk because there is no room for it,
+            until it is written. A checkpoint counts from the moment in which all of its files
             are on the disk, on whichever ranks they were written: a kill before leaves the one before. Ranks agree in
             exchanges of the training thread alone; the thread beside it touches the disk and nothing else.
 """
@@ -94,7 +95,7 @@ class Saver:
         """`folder` is that of all checkpoints, of which the last `keep` stay, and the best."""
         self.folder, self.layout, self.optimizer, self.average, self.keep = folder, layout, optimizer, average, keep
         self._ranks = layout.mesh.ranks
-        self._staging = Staging()
+        self._staging = Staging() if layout.shelved is None else None
         self._now: _UnderWay | None = None
 
     @property
@@ -128,6 +129,8 @@ class Saver:
         else:
             copied = copy_pieces(state, self.layout, self.optimizer, self.average, self._staging)
         beside = _Beside(lambda: {} if copied is None else write_copied(self.folder, copied))
+        if self._staging is None:
+            beside.wait()  # what it writes is what training will change
         self._now = _UnderWay(state, time.perf_counter() - began, waited, beside)
         return before
 

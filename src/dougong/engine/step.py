@@ -83,6 +83,9 @@ class TrainParts:
     all_backward: AllBackward | None = None
     """None: one micro-batch after the other."""
 
+    multiply: Callable[[Sequence[Tensor], float], None] | None = None
+    """Makes all gradients so many times as long before the optimizer steps. None: at once, in place."""
+
     scaling: Scaling | None = None
     """Of the loss, whose gradients must fit fp16. None: it is not scaled."""
 
@@ -134,8 +137,8 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     shorter = 1.0
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         shorter = parts.max_grad_norm / grad_norm
-    if shorter / scale != 1.0:
-        torch._foreach_mul_([local_part(gradient) for gradient in gradients], shorter / scale)
+    if gradients and shorter / scale != 1.0:  # what is stepped here may have none
+        (parts.multiply or multiply)(gradients, shorter / scale)
     parts.optimizer.step()
     parts.model.after_step()
     return StepReport(loss, grad_norm, skipped=False)
@@ -153,6 +156,11 @@ def plain_backward(parts: TrainParts, batch: Batch, num_records: float) -> Tenso
         loss = parts.loss(parts.model(batch), batch).float() / num_records
     loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
     return loss.detach()
+
+
+def multiply(gradients: Sequence[Tensor], by: float) -> None:
+    """In place, at once."""
+    torch._foreach_mul_([local_part(gradient) for gradient in gradients], by)
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The loop around the step.
 
-Here        TrainConfig, Watch, TrainResult, `train`.
+Here        TrainConfig, Watch, TrainResult, `train`; `scaling_of`, by which a run scales its loss.
 Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py,
             engine/saver.py); showing what is announced (watch/).
 Promise     the same seed gives the same losses; a run that was killed at any moment goes on to the losses that it
@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import field_validator, model_validator
+from torch import Tensor
 
 from dougong.core.config import Config
 from dougong.core.errors import CheckpointError, ConfigError, DougongError, RunError
@@ -64,10 +65,12 @@ from dougong.engine.parallel.heartbeat import following
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
+from dougong.engine.precision.adamw import NarrowAdamW
 from dougong.engine.precision.adaptive import AdaptiveConfig, AdaptivePrecision, apply_adaptive
-from dougong.engine.precision.choice import Precision, PrecisionChoice, autocast, choose_precision
+from dougong.engine.precision.choice import Chosen, Precision, PrecisionChoice, autocast, choose_precision
 from dougong.engine.precision.scaling import OverflowScaling, Scaling
-from dougong.engine.prepare import prepare_model
+from dougong.engine.precision.weights import Weights, widen_weights
+from dougong.engine.prepare import check_precision, prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
 from dougong.engine.saver import Saved, Saver
@@ -97,8 +100,14 @@ class TrainConfig(Config):
     """Longer gradients are shortened to it. None: never."""
 
     precision: Precision = "auto"
-    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model. Any other for
-    runs that must repeat exactly. adaptive: fp16 or bf16 for each block, by the range that its numbers have had."""
+    """auto measures once, and a resumed run keeps what was chosen; fp32 where a plan cuts the model, bf16 where weights
+    are. Any other for runs that must repeat exactly. adaptive: fp16 or bf16 for each block, by the range that its
+    numbers have had."""
+
+    weights: Weights = "fp32"
+    """bf16-...: matrices of 16 bits, gradients and activations too. A step smaller than their last bit counts as
+    stochastic: up or down by chance; kahan: with what rounding took from the steps before, kept in 16 bits more;
+    masters: in fp32 weights that the optimizer keeps beside."""
 
     loss_scale: Literal["history", "doubling"] = "history"
     """precision=fp16: the loss is multiplied by what the range of gradients asks for; or by twice as much after 2,000
@@ -169,6 +178,15 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _weights_of_products(self) -> TrainConfig:
+        if self.weights != "fp32" and self.precision not in ("auto", "bf16"):
+            raise ValueError(
+                f"weights={self.weights} are multiplied in bf16, and precision={self.precision} is not. "
+                "Use precision: bf16, or weights: fp32."
+            )
+        return self
+
     def total_steps(self, batches_per_epoch: int) -> int:
         """The steps of a whole run."""
         return self.steps or max(1, round(self.epochs * batches_per_epoch / self.accumulation))
@@ -228,7 +246,7 @@ def train(
 ) -> TrainResult:
     """Train `model`, in place, and keep `folder/checkpoints` and `folder/events.jsonl`.
 
-    The model ends with its last weights; `best_weights(folder)` says where the best are. `backward` takes the
+    The model ends with its last weights, in fp32; `best_weights(folder)` says where the best are. `backward` takes the
     gradients in another way than the plain one.
     With `resume`, go on from the newest whole checkpoint, or start where there is none.
 
@@ -253,7 +271,15 @@ def train(
     announcer = Announcer(*(announce.listeners if announce is not None and ranks.first else ()))
     with interruptible() as interruption, following(model, ranks.heartbeat):
         # Before anything on the disk changes: a run that is refused stays as it was.
-        laid_out = layout or prepare_model(model, PlanConfig(), ranks, accumulation=config.accumulation)
+        laid_out = layout or prepare_model(
+            model, PlanConfig(), ranks, accumulation=config.accumulation, weights=config.weights
+        )
+        if laid_out.narrowed.how != config.weights:
+            raise ConfigError(
+                f"train.weights={config.weights}, and the model was laid out with {laid_out.narrowed.how}. "
+                "Lay it out by prepare_model with the same."
+            )
+        check_precision(laid_out.mesh.plan, config.weights, config.optimizer.states)
         run = _Run(model, loss, loader, config, folder, watch, announcer, seed, start, interruption, backward, laid_out)
         ranks.wait()  # all have read what the first may now change
         if not ranks.first:
@@ -268,6 +294,23 @@ def train(
                 announcer(CheckpointSkipped(step=run.step, path=str(skipped.folder), reason=skipped.reason))
             prune_checkpoints(checkpoints_of(folder), config.keep)  # a kill may have come before it
             return run.train()
+
+
+def scaling_of(
+    config: TrainConfig,
+    precision: Chosen,
+    model: BlockStack[Any, Any],
+    device_type: str,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> AdaptivePrecision | OverflowScaling | None:
+    """What scales the loss of a new run that is computed in this precision; the model's groups then have formats of
+    their own, in place. `agree` adds up over ranks."""
+    if precision not in ("fp16", "adaptive"):
+        return None
+    if precision == "fp16" and config.loss_scale == "doubling":
+        return OverflowScaling()
+    adaptive = AdaptiveConfig(formats=("fp16",)) if precision == "fp16" else AdaptiveConfig()
+    return apply_adaptive(model, adaptive, device_type, agree)
 
 
 def _agreed_start(found: Found, folder: Path, ranks: Ranks, *, resume: bool) -> Checkpoint | None:
@@ -321,6 +364,16 @@ class _Run:
 
         self.tally = Tally()
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        if layout.shelved is not None and config.ema is not None:
+            raise ConfigError(
+                f"train.ema={config.ema} keeps all weights in memory once more, and memory.offload is to save it. Use "
+                "ema: null."
+            )
+        if backward is not None and layout.shelved is not None:
+            raise ConfigError(
+                "gradients are taken in a way of their own (objective.balance), which memory.offload does not know. "
+                "Use balance: none, or no offload."
+            )
         if backward is not None and not layout.is_whole:
             raise ConfigError(
                 "gradients are taken in a way of their own (objective.balance), which needs the whole model on every "
@@ -339,7 +392,8 @@ class _Run:
         self.sampler = None if config.sampling is None else ModalitySampler(config.sampling, seed)
 
         model.train()
-        optimizer = config.optimizer.build(model)
+        optimizer = config.optimizer.build(model, layout.narrowed, seed=seed)
+        layout.share_out(optimizer)
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
@@ -368,21 +422,17 @@ class _Run:
             backward or layout.backward,
             None if ranks.group is None else layout.reduce,
             layout.all_backward,
+            None if layout.shelved is None else layout.shelved.multiply,
             scaling,
         )
 
     def _scaling(self, model: BlockStack[Any, Any], start: Checkpoint | None) -> Scaling | None:
         """What keeps gradients in fp16's range, where one is to."""
-        precision = self.precision.precision
-        if precision not in ("fp16", "adaptive"):
+        agree = self.ranks.added_up if self.ranks.group is not None else None
+        scaling = scaling_of(self.config, self.precision.precision, model, self.device.type, agree)
+        if scaling is None:
             return None
-        scaling: AdaptivePrecision | OverflowScaling
-        if precision == "fp16" and self.config.loss_scale == "doubling":
-            scaling = OverflowScaling()
-        else:
-            config = AdaptiveConfig(formats=("fp16",)) if precision == "fp16" else AdaptiveConfig()
-            agree = self.ranks.added_up if self.ranks.group is not None else None
-            scaling = self.adaptive = apply_adaptive(model, config, self.device.type, agree)
+        self.adaptive = scaling if isinstance(scaling, AdaptivePrecision) else None
         if start is not None and start.state.scaling is not None:
             if start.state.scaling.kind != scaling.state.kind:
                 raise CheckpointError(f"{start.folder} has another train.loss_scale. Resume with that run's settings.")
@@ -400,6 +450,9 @@ class _Run:
         finally:
             if self.adaptive is not None:
                 self.adaptive.remove()
+            optimizer = self.parts.optimizer
+            if isinstance(optimizer, NarrowAdamW):
+                widen_weights(optimizer.exact_weights())
 
     def _train(self) -> TrainResult:
         self.announce(
@@ -506,7 +559,7 @@ class _Run:
         last = self.skipped_in_a_row >= self.config.max_skipped
         if self.skipped_in_a_row == 1 or last:
             rows = [each.row_B.tolist() for each in arrays]
-            again = last and self.layout.is_whole
+            again = last and self.layout.has_whole_model
             began = agree(diagnose(self.parts, batches, rows, num_records=num_records, again=again), self.ranks)
             if not last:
                 reason = began.reason
@@ -639,6 +692,8 @@ class _Run:
             seed=self.seed,
             precision=self.precision.precision,
             precision_ratio=self.precision.ratio,
+            weights=self.config.weights,
+            states=self.config.optimizer.states,
             best_metric=self.best_metric,
             best_step=self.best_step,
             evaluations_without_gain=self.evaluations_without_gain,
@@ -671,6 +726,8 @@ class _Run:
             ("seed", state.seed, self.seed),
             ("number of batches in an epoch", state.batches_per_epoch, self.batches_per_epoch),
             ("precision", state.precision, self.config.precision),
+            ("format of weights", state.weights, self.config.weights),
+            ("format of the optimizer's state", state.states, self.config.optimizer.states),
         ):
             if here not in (there, "auto"):
                 raise CheckpointError(
@@ -694,8 +751,8 @@ class _Run:
         self.tally = Tally(Position(state.epoch, state.batch), state.seen, set(state.bad_rows), list(state.first_bad))
 
     def _choose_precision(self, model: BlockStack[Any, Any], loss: Loss) -> PrecisionChoice:
-        wanted = self.config.precision
-        if wanted == "auto" and not self.layout.is_whole:
+        wanted = "bf16" if self.config.weights != "fp32" else self.config.precision
+        if wanted == "auto" and not self.layout.has_whole_model:
             return PrecisionChoice("fp32", None)
         if wanted != "auto":
             return PrecisionChoice(wanted, None)

@@ -1,6 +1,6 @@
 """A model's weights by name, to a file and back.
 
-Here        `distinct_weights`, `write_weights`, `read_weights`, `put_weights`.
+Here        `distinct_weights`, `write_weights`, `mapped_weights`, `put_weights`.
 Elsewhere   checkpoints (engine/checkpoint.py); bundles (above).
 Promise     a weight that stands in a model twice stands in the file once; nothing is ever unpickled; weights go
             into a model that has exactly these names and shapes, or not at all.
@@ -42,15 +42,15 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read tensors from a safetensors file.
+def mapped_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, which is mapped: to be copied at once, and read no further than they are.
 
     Raises:
         CheckpointError: it is not one.
     """
     try:
-        # Cloned: a tensor that maps the file would change or fail with it.
-        return {name: weight.clone() for name, weight in load_file(path).items()}
+        found: dict[str, Tensor] = load_file(path)
+        return found
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}). Use another checkpoint.") from None
 

@@ -106,6 +106,8 @@ class DualOutput(NamedTuple):
 class Dual(BlockStack[SandwichState, DualOutput]):
     """Shapes: U distinct media, B records, T tokens, D channels."""
 
+    state_types = (SandwichState,)
+
     def __init__(self, config: DualConfig, signature: Signature) -> None:
         super().__init__()
         settled = settled_encoders(config.encoders, signature, config.width)

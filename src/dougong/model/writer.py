@@ -155,6 +155,8 @@ class WriterOutput(NamedTuple):
 class Writer(BlockStack[WriterState, WriterOutput]):
     """Shapes: B records, R of them in a stream, U distinct media, T tokens, P cells, D channels, V words or codes."""
 
+    state_types = (WriterState, SandwichState, Stream)
+
     def __init__(self, config: WriterConfig, signature: Signature, tokenizer: PictureTokenizer | None) -> None:
         super().__init__()
         self.picture, image = _only(signature, ImageInput)

@@ -49,6 +49,9 @@ class Routed(NamedTuple):
 class Router(nn.Module):
     """Chooses experts for each token. Shapes: N tokens, E experts, G groups, A chosen."""
 
+    exact_weights = ("weight_ED",)
+    """Stay in fp32 where others have 16 bits."""
+
     def __init__(
         self,
         *,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dougong.engine.precision.choice import autocast
+from dougong.engine.precision.weights import add_gradient
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
 
@@ -185,4 +186,4 @@ def _gradients(loss: Tensor, model: nn.Module, *, keep: bool = False) -> dict[nn
 def _add(gradients: Mapping[nn.Parameter, Tensor]) -> None:
     """As `backward` would: to what earlier micro-batches have left."""
     for parameter, gradient in gradients.items():
-        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        add_gradient(parameter, gradient)

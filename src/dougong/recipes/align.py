@@ -24,7 +24,7 @@ from torch import Tensor
 import dougong
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
-from dougong.core.events import Announcer, Listener
+from dougong.core.events import Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import Target
@@ -32,13 +32,15 @@ from dougong.data.columns import ColumnRole, infer_role
 from dougong.data.modality.image import open_picture
 from dougong.data.modality.medium import BadValue, media_bytes
 from dougong.data.pairs import PairLoader
+from dougong.data.position import Share
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.sources.emoji import TABLE, prepare_emoji, split_emoji
 from dougong.data.split import part_of
 from dougong.data.table import Table, cells_of, open_table, table_of_rows
-from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.memory.recompute import Keep
+from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.retrieval import Retrieved, ranks, retrieval_metrics
-from dougong.engine.trainer import Watch, train
+from dougong.engine.trainer import Watch
 from dougong.model.dual import Dual, DualOutput
 from dougong.nn.batch import Batch
 from dougong.objectives.contrastive import all_pairs_loss
@@ -47,6 +49,7 @@ from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
 from dougong.recipes.result import result_as_json
 from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import cache_folder
+from dougong.recipes.training import Learning, Lesson, kept_alone, train_on_ranks
 from dougong.serve.aligner import KIND, Aligner, vectors_of_cells
 from dougong.watch.progress import Progress
 from dougong.watch.retrieval import MOST_FOUND, RETRIEVALS, write_retrieval_report
@@ -99,17 +102,15 @@ def run_align(recipe: AlignRecipe, folder: Path, *, resume: bool = False, quiet:
         ConfigError: a side's columns are not there, or not of one kind.
         DataError: the records cannot be fetched or read.
     """
-    recipe = settle_recipe(recipe, folder, resume=resume)
+    recipe = settle_recipe(recipe, folder, resume=resume, kept=_kept_blocks)
     tables = open_align_tables(recipe.data, seed=recipe.seed, quiet=quiet)
     preparation = _kept_preparation(recipe.data, tables.train, folder)
 
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    model = recipe.model.build(preparation.signature())
     listeners: list[Listener] = [TensorBoard(folder / "tensorboard")]
     if not quiet:
         listeners.append(Progress())
     started = time.perf_counter()
-    _train(recipe, model, tables, preparation, folder, listeners, resume=resume)
+    model = train_on_ranks(recipe, _lesson(recipe, tables, preparation), folder, tuple(listeners), resume=resume)
     train_seconds = time.perf_counter() - started
 
     evaluations = judge_alignment(model, tables.test, preparation, recipe.data, model.pairs)
@@ -239,45 +240,39 @@ def side_role(side: str, columns: tuple[str, ...], table: Table) -> ColumnRole:
 # Training --------------------------------------------------------------------------------------------------------
 
 
-def _train(
-    recipe: AlignRecipe,
-    model: Dual,
-    tables: AlignTables,
-    preparation: Preparation,
-    folder: Path,
-    listeners: list[Listener],
-    *,
-    resume: bool,
-) -> None:
-    loader = PairLoader(
-        tables.train,
-        preparation,
-        recipe.data.sides,
-        batch_size=recipe.data.batch_size,
-        views=recipe.data.views,
-        key=recipe.data.spare,
-        seed=recipe.seed,
-        train=True,
-    )
+def _lesson(recipe: AlignRecipe, tables: AlignTables, preparation: Preparation) -> Lesson[Dual]:
+    def build() -> Dual:
+        torch.manual_seed(derive_seed(recipe.seed, "model"))
+        return recipe.model.build(preparation.signature())
 
-    def loss(output: DualOutput, batch: Batch) -> Tensor:
-        return alignment_loss(output, batch, pairs=model.pairs, matching_weight=recipe.objective.matching_weight)
+    def loader(_: Share) -> PairLoader:
+        return PairLoader(
+            tables.train,
+            preparation,
+            recipe.data.sides,
+            batch_size=recipe.data.batch_size,
+            views=recipe.data.views,
+            key=recipe.data.spare,
+            seed=recipe.seed,
+            train=True,
+        )
 
-    def judge() -> dict[str, Retrieved]:
-        return judge_alignment(model, tables.validation, preparation, recipe.data, model.pairs)
+    def learn(model: Dual, _: Ranks) -> Learning:
+        def loss(output: DualOutput, batch: Batch) -> Tensor:
+            return alignment_loss(output, batch, pairs=model.pairs, matching_weight=recipe.objective.matching_weight)
 
-    train(
-        model,
-        loss,
-        loader,
-        recipe.train,
-        folder=folder,
-        watch=Watch(judge, METRIC),
-        announce=Announcer(*listeners),
-        seed=recipe.seed,
-        resume=resume,
-    )
-    load_weights(model, best_weights(folder))
+        def judge() -> dict[str, Retrieved]:
+            return judge_alignment(model, tables.validation, preparation, recipe.data, model.pairs)
+
+        return Learning(loss, Watch(judge, METRIC))
+
+    return Lesson(build, loader, learn)
+
+
+def _kept_blocks(recipe: AlignRecipe) -> tuple[Keep, ...] | None:
+    """What each block keeps to meet the recipe's budget."""
+    tables = open_align_tables(recipe.data, seed=recipe.seed)
+    return kept_alone(recipe, _lesson(recipe, tables, fit_sides(recipe.data, tables.train)))
 
 
 def alignment_loss(

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from dougong.core.config import Config
 from dougong.data.modality.image import ImageAugment
 from dougong.data.preparation import PreparationConfig
+from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.trainer import TrainConfig
 from dougong.model.dual import DualConfig
@@ -127,6 +128,7 @@ class AlignRecipe(Config):
     model: DualConfig = DualConfig()
     objective: AlignObjectiveConfig = AlignObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
 
 
 def emoji_retrieval() -> AlignRecipe:

@@ -24,6 +24,7 @@ from dougong.data.target import infer_target
 from dougong.engine.memory.saved import check_saved
 from dougong.engine.memory.segments import check_segments
 from dougong.engine.parallel.plan import PlanConfig, check_plan
+from dougong.engine.prepare import check_precision
 from dougong.engine.step import Loss
 from dougong.model.decoder import Decoder
 from dougong.model.sandwich import Sandwich
@@ -111,6 +112,7 @@ def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:
         ConfigError: so many ranks cannot train this recipe so; the message says what would work.
     """
     shares = check_plan(plan, world, accumulation=recipe.train.accumulation)
+    check_precision(plan, recipe.train.weights, recipe.train.optimizer.states)
     if shares > 1 and recipe.data.corrupt is not None and recipe.data.corrupt.spare_one:
         raise ConfigError(
             f"data.corrupt.spare_one looks at all records of a batch, and {shares} ranks share each out. "

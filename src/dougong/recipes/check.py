@@ -1,8 +1,8 @@
 """What a run would meet, said before it starts.
 
-Here        check_recipe_or_table, CheckResult.
-Elsewhere   reading every record (data/check.py); duplicates, leaks and pairs that do not fit (data/duplicates.py,
-            data/leak.py, data/alignment.py).
+Here        check_recipe_or_table, CheckResult; `read_recipe_or_table`.
+Elsewhere   what a step would take (recipes/profile.py); reading every record (data/check.py); duplicates, leaks and
+            pairs that do not fit (data/duplicates.py, data/leak.py, data/alignment.py).
 Promise     nothing is trained, and nothing is written but the sheet that was asked for; every record is read.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dougong.core.config import override, parse
 from dougong.core.errors import DataError
 from dougong.data.alignment import MOST_SIDES, Alignment, find_misaligned, suspicious_rows
 from dougong.data.batch import BadRecord
@@ -86,6 +87,20 @@ class CheckResult(NamedTuple):
         }
 
 
+def read_recipe_or_table(what: str, *, target: str | None = None, settings: Sequence[str] = ()) -> AnyRecipe:
+    """What a recipe's name or file stands for; for a table's path, the recipe that would be trained on it.
+
+    Raises:
+        DougongError: it is neither.
+    """
+    if what in KNOWN or what.endswith((".yaml", ".yml")):
+        return read_any_recipe(what, settings)
+    if Path(what).exists():
+        recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
+        return parse(Recipe, override(recipe.model_dump(mode="json"), settings), where=f"table {what}")
+    raise DataError(f"{what!r} is neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists.")
+
+
 def check_recipe_or_table(
     what: str, *, target: str | None = None, settings: Sequence[str] = (), pictures: Path | None = None
 ) -> CheckResult:
@@ -96,12 +111,7 @@ def check_recipe_or_table(
     """
     if pictures is not None:
         check_sheet(pictures)
-    if what in KNOWN or what.endswith((".yaml", ".yml")):
-        recipe: AnyRecipe = read_any_recipe(what, settings)
-    elif Path(what).exists():
-        recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
-    else:
-        raise DataError(f"{what!r} is neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists.")
+    recipe = read_recipe_or_table(what, target=target, settings=settings)
     if isinstance(recipe, AlignRecipe):
         return _check_alignment(what, recipe)
     # What leaks is told here; only a run refuses it.

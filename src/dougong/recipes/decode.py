@@ -36,6 +36,7 @@ from dougong.recipes.result import result_as_json, write_words
 from dougong.recipes.tables import Tables
 from dougong.recipes.training import (
     Learning,
+    Lesson,
     begin_run,
     judging_loader,
     provenance,
@@ -142,7 +143,7 @@ def _train(
 
         return Learning(loss_of(recipe, preparation, together.group), Watch(judge, "loss", higher_is_better=False))
 
-    return train_on_ranks(recipe, build, loader, learn, folder, listeners, resume=resume, ranks=ranks)
+    return train_on_ranks(recipe, Lesson(build, loader, learn), folder, listeners, resume=resume, ranks=ranks)
 
 
 def _judged(

@@ -8,8 +8,9 @@ Promise     a run folder is never overwritten; one that was stopped goes on with
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,11 +26,13 @@ from dougong.core.seeds import derive_seed
 from dougong.core.signature import ImageInput, Target
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.modality.text import TextModality
+from dougong.data.position import Share
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
-from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.evaluate import evaluating
+from dougong.engine.memory.recompute import Keep
+from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.trainer import Watch, train
 from dougong.engine.words import WordsJudged, WordSums
 from dougong.model.vq import Coded, PictureTokenizer
@@ -43,7 +46,7 @@ from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.result import result_as_json, write_words
 from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import Tables, open_tables
-from dougong.recipes.training import provenance
+from dougong.recipes.training import Learning, Lesson, kept_alone, provenance, train_on_ranks
 from dougong.serve.generator import KIND, Generator, load_generator
 from dougong.watch.gallery import write_gallery
 from dougong.watch.progress import Progress
@@ -85,17 +88,15 @@ def run_generation(
         RunError: the folder holds a run already, or none to resume.
         ConfigError: the records are not of one picture and one text, or the tokenizer to take is another one.
     """
-    recipe = settle_recipe(recipe, folder, resume=resume)
+    recipe = settle_recipe(recipe, folder, resume=resume, kept=_kept_blocks)
     tables = open_tables(recipe.data, seed=recipe.seed)
     preparation = _prepare(recipe, tables, folder)
     listeners: list[Listener] = [] if quiet else [Progress()]
     tokenizer = _tokenizer(recipe, tables, preparation, folder, listeners, resume=resume)
 
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    settings = recipe.model.model_copy(update={"end_of_words": _end_of_words(preparation)})
-    model = settings.build(preparation.signature(), tokenizer)
+    lesson = _lesson(recipe, tables, preparation, lambda: tokenizer)
     started = time.perf_counter()
-    _train(recipe, model, tables, preparation, folder, [*listeners, TensorBoard(folder / "tensorboard")], resume=resume)
+    model = train_on_ranks(recipe, lesson, folder, (*listeners, TensorBoard(folder / "tensorboard")), resume=resume)
     train_seconds = time.perf_counter() - started
 
     notes = (
@@ -183,6 +184,26 @@ def _end_of_words(preparation: Preparation) -> int:
     return int(text.tokenizer.encode("").ids[-1])
 
 
+def _picture(preparation: Preparation) -> str:
+    name = next((n for n, one in preparation.signature().inputs.items() if isinstance(one, ImageInput)), None)
+    if name is None:
+        raise ConfigError("a writer needs one picture, and the records have none. Name it in data.modalities.")
+    return name
+
+
+def _first_tokenizer(recipe: GenerateRecipe, preparation: Preparation) -> PictureTokenizer:
+    """Taken, or before its first step."""
+    if recipe.tokenizer.take is not None:
+        taken = load_generator(recipe.tokenizer.take).network.tokenizer
+        if taken.config != recipe.model.tokenizer:
+            raise ConfigError(f"the tokenizer of {recipe.tokenizer.take} is not as model.tokenizer says. Set it alike.")
+        return taken
+    torch.manual_seed(derive_seed(recipe.seed, "tokenizer"))
+    shape = preparation.signature().inputs[_picture(preparation)]
+    assert isinstance(shape, ImageInput)
+    return recipe.model.tokenizer.build(shape)
+
+
 def _tokenizer(
     recipe: GenerateRecipe,
     tables: Tables,
@@ -193,19 +214,11 @@ def _tokenizer(
     resume: bool,
 ) -> PictureTokenizer:
     """Taken, or trained in a folder of its own inside the run's."""
-    name = next((n for n, one in preparation.signature().inputs.items() if isinstance(one, ImageInput)), None)
-    if name is None:
-        raise ConfigError("a writer needs one picture, and the records have none. Name it in data.modalities.")
+    name = _picture(preparation)
+    tokenizer = _first_tokenizer(recipe, preparation)
     if recipe.tokenizer.take is not None:
-        taken = load_generator(recipe.tokenizer.take).network.tokenizer
-        if taken.config != recipe.model.tokenizer:
-            raise ConfigError(f"the tokenizer of {recipe.tokenizer.take} is not as model.tokenizer says. Set it alike.")
-        return taken
+        return tokenizer
     pictures = preparation.only([name])
-    torch.manual_seed(derive_seed(recipe.seed, "tokenizer"))
-    shape = pictures.signature().inputs[name]
-    assert isinstance(shape, ImageInput)
-    tokenizer = recipe.model.tokenizer.build(shape)
 
     def loss(output: Coded, batch: Batch) -> Tensor:
         media = batch.media[name]
@@ -239,17 +252,19 @@ def _tokenizer(
     return tokenizer
 
 
-def _train(
-    recipe: GenerateRecipe,
-    model: Writer,
-    tables: Tables,
-    preparation: Preparation,
-    folder: Path,
-    listeners: Sequence[Listener],
-    *,
-    resume: bool,
-) -> None:
+def _lesson(
+    recipe: GenerateRecipe, tables: Tables, preparation: Preparation, tokenizer: Callable[[], PictureTokenizer]
+) -> Lesson[Writer]:
     weights = {"caption": recipe.objective.caption_weight, "draw": recipe.objective.draw_weight}
+
+    def build() -> Writer:
+        settings = recipe.model.model_copy(update={"end_of_words": _end_of_words(preparation)})
+        own = tokenizer()
+        torch.manual_seed(derive_seed(recipe.seed, "model"))
+        return settings.build(preparation.signature(), own)
+
+    def loader(_: Share) -> Loader:
+        return Loader(tables.train, preparation, recipe.data.loader, seed=recipe.seed, train=True)
 
     def loss(output: WriterOutput, batch: Batch) -> Tensor:
         parts = [
@@ -260,19 +275,21 @@ def _train(
             parts.append(recipe.objective.align_weight * _alignment(output, batch))
         return torch.stack(parts).sum()
 
-    loader = Loader(tables.train, preparation, recipe.data.loader, seed=recipe.seed, train=True)
-    train(
-        model,
-        loss,
-        loader,
-        recipe.train,
-        folder=folder,
-        watch=Watch(lambda: judge_writer(model, tables.validation, preparation), "loss", higher_is_better=False),
-        announce=Announcer(*listeners),
-        seed=recipe.seed,
-        resume=resume,
-    )
-    load_weights(model, best_weights(folder))
+    def learn(model: Writer, _: Ranks) -> Learning:
+        def judge() -> dict[str, WordsJudged]:
+            return judge_writer(model, tables.validation, preparation)
+
+        return Learning(loss, Watch(judge, "loss", higher_is_better=False))
+
+    return Lesson(build, loader, learn)
+
+
+def _kept_blocks(recipe: GenerateRecipe) -> tuple[Keep, ...] | None:
+    """What each of the writer's blocks keeps to meet the recipe's budget, whatever its tokenizer has learnt."""
+    tables = open_tables(recipe.data, seed=recipe.seed)
+    preparation = prepare_records(recipe, tables)
+    tokenizer = functools.partial(_first_tokenizer, recipe, preparation)
+    return kept_alone(recipe, _lesson(recipe, tables, preparation, tokenizer))
 
 
 def _alignment(output: WriterOutput, batch: Batch) -> Tensor:

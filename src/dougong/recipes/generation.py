@@ -15,6 +15,7 @@ from dougong.core.config import Config
 from dougong.data.loader import LoaderConfig
 from dougong.data.modality.image import ImageAugment
 from dougong.data.preparation import PreparationConfig
+from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.trainer import TrainConfig
 from dougong.model.encoders.image import ImageEncoderConfig
@@ -70,6 +71,8 @@ class GenerateRecipe(Config):
     """How what is judged and shown is sampled; a bundle's own settings too."""
 
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
+    """Of the writer. The tokenizer, which is small, keeps all."""
 
     @model_validator(mode="after")
     def _guidance_learnt(self) -> GenerateRecipe:

@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
@@ -22,17 +22,16 @@ from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
 from dougong.engine.memory.account import StepBytes
-from dougong.engine.memory.blocks import measure_blocks
-from dougong.engine.memory.budget import fit_budget
-from dougong.engine.memory.config import budget_bytes, keep_of
+from dougong.engine.memory.config import keep_of, settled_keep
+from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
 from dougong.engine.memory.segments import SegmentChoice, choose_segments
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
-from dougong.engine.planner.predict import Choice, Prediction
+from dougong.engine.planner.predict import MIXED, Choice, Prediction
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import Found, SearchConfig, describe, divisors, find_layouts, reason
-from dougong.engine.planner.shape import ModelShape, measure_shape
+from dougong.engine.planner.shape import SHAPES, ModelShape, measure_shape
 from dougong.engine.precision.choice import Chosen
 from dougong.engine.prepare import check_model
 from dougong.nn.batch import Batch
@@ -46,10 +45,8 @@ from dougong.recipes.build import (
     makes_once,
     open_records,
 )
+from dougong.recipes.room import MEMORY_SHARE, building, check_state
 from dougong.recipes.tables import Tables
-
-MEMORY_SHARE: Final = 0.9
-"""Of a device's memory, that is planned with."""
 
 Varied: TypeAlias = Literal["micro-batches", "precision", "recompute", "offload"]
 """What may be chosen besides how ranks stand. A step has the recipe's records, whatever is chosen."""
@@ -58,7 +55,10 @@ Varied: TypeAlias = Literal["micro-batches", "precision", "recompute", "offload"
 class PlanResult(NamedTuple):
     """What was found."""
 
-    recipe: LaidOut
+    recipe: LaidOut | None
+    """None: of a shape that is known by its name."""
+
+    name: str
     cluster: ClusterConfig
     shape: ModelShape
     found: Found
@@ -74,7 +74,7 @@ class PlanResult(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "recipe": self.recipe.name,
+            "recipe": self.name,
             "cluster": self.cluster.model_dump(mode="json"),
             "parameters": self.shape.parameters,
             "considered": self.found.considered,
@@ -90,7 +90,8 @@ def plan_recipe(
 ) -> PlanResult:
     """Predict every layout of the recipe on these devices that can be carried out, and rehearse the best.
 
-    What varies is chosen with the layout. By offload, also what the engine cannot do yet; that is not rehearsed.
+    What varies is chosen with the layout. By offload, also what the engine cannot do yet; neither that nor what lies on
+    the disk is rehearsed.
 
     Raises:
         ConfigError: none fits; the message says what is nearest.
@@ -103,7 +104,8 @@ def plan_recipe(
     planned = Planned(recipe, tables, learn_preparation(recipe, tables)[0])
     found = planned.search(cluster, vary=vary, most=most)
     held: tuple[StepBytes, ...] = ()
-    while found.predictions[0].choice.can_be_carried_out:
+    # What lies on the disk a rehearsal would hold.
+    while found.predictions[0].can_be_carried_out and found.predictions[0].choice.offload == "none":
         held = planned.rehearsed(found.predictions[0].choice, cluster.devices)
         if max(each.peak for each in held) <= MEMORY_SHARE * cluster.memory_bytes:
             break
@@ -113,7 +115,27 @@ def plan_recipe(
                 f"{max(each.peak for each in held) / 2**30:.3g} GiB. Use more devices or smaller batches."
             )
         found = found._replace(predictions=found.predictions[1:])
-    return PlanResult(recipe, cluster, planned.shape, found, held, tuple(notes))
+    return PlanResult(recipe, recipe.name, cluster, planned.shape, found, held, tuple(notes))
+
+
+def plan_shape(name: str, cluster: ClusterConfig, *, vary: Collection[Varied] = (), most: int = 10) -> PlanResult:
+    """The same of a model that is known by its sizes alone: one micro-batch on each rank that shares out the records,
+    products in bf16, weights in 16 bits and again in fp32 where the optimizer is. Nothing is rehearsed.
+
+    Raises:
+        ConfigError: no layout fits.
+    """
+    shape = SHAPES[name]()
+    search = SearchConfig(
+        records=round(shape.num_records) * cluster.devices,
+        micro_batches=(1,),
+        recompute=(False, True) if "recompute" in vary else (False,),
+        offload=("none", "host", "disk") if "offload" in vary else ("none",),
+        memory_share=MEMORY_SHARE,
+        most=most,
+    )
+    found = find_layouts(shape, cluster, search, MIXED)
+    return PlanResult(None, name, cluster, shape, found, ())
 
 
 def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> PlanConfig:
@@ -128,10 +150,14 @@ def chosen_plan(planned: Planned, world: int, per_node: int | None = None) -> Pl
 class Planned:
     """A recipe's model with one of its batches: what can be said of a layout before it is carried out."""
 
-    def __init__(self, recipe: LaidOut, tables: Tables, preparation: Preparation) -> None:
+    def __init__(
+        self, recipe: LaidOut, tables: Tables, preparation: Preparation, *, run: Path | None = None, per_node: int = 1
+    ) -> None:
+        """`run` is the folder in which it will be trained, by so many ranks of this machine."""
         self.recipe, self.tables, self.preparation = recipe, tables, preparation
         self._read: dict[tuple[Share, int, int], list[Batch]] = {}
-        self.model = build_model(recipe, preparation)
+        with building(recipe.memory.offload, run, ranks=per_node):
+            self.model = build_model(recipe, preparation)
         self.loss = loss_of(recipe, preparation, None)
         self.shape = measure_shape(self.model, self.batches(WHOLE, 1)[0], self.loss)
 
@@ -164,7 +190,7 @@ class Planned:
             micro_batches=tuple(divisors(self.records)) if "micro-batches" in vary else (own.micro_batches,),
             precisions=("fp32", "bf16") if "precision" in vary else (cast(Chosen, own.precision),),
             recompute=(False, True) if "recompute" in vary else (own.recompute,),
-            offload="offload" in vary,
+            offload=("none", "host", "disk") if "offload" in vary else (own.offload,),
             memory_share=MEMORY_SHARE,
             most=most,
         )
@@ -174,11 +200,15 @@ class Planned:
         """This layout, and all else as the recipe has it. Where precision is to be measured, fp32 is reckoned with,
         which takes more."""
         train, memory = self.recipe.train, self.recipe.memory
+        precision: Chosen = "fp32" if train.precision == "auto" else train.precision
+        if train.weights != "fp32":
+            precision = "bf16"
         return Choice(
             plan,
             train.accumulation,
             recompute=memory.recompute == "blocks" and memory.every == 1,
-            precision="fp32" if train.precision == "auto" else train.precision,
+            offload="disk" if "weights" in memory.offload.on_disk else "none",
+            precision=precision,
         )
 
     def kept(self, plan: PlanConfig, world: int) -> tuple[Keep, ...] | None:
@@ -188,22 +218,20 @@ class Planned:
         Raises:
             ConfigError: nothing meets it.
         """
-        memory = self.recipe.memory
-        if memory.activations is None or memory.keep is not None:
-            return keep_of(memory, len(self.model.blocks))
         choice = self.choice(plan)
-        profile = measure_blocks(
-            self.model,
-            self.loss,
-            self.batches(WHOLE, 1)[0],
-            precision=choice.precision or "fp32",
-            keeps=KEEPS if makes_once(self.recipe) else ("all", "nothing"),
-        )
 
         def measured(keep: Sequence[Keep]) -> int:
             return max(each.activations for each in self.rehearsed(choice, world, keep))
 
-        return fit_budget(profile, functools.partial(budget_bytes, memory), measured).keep
+        return settled_keep(
+            self.recipe.memory,
+            self.model,
+            self.loss,
+            self.batches(WHOLE, 1)[0],
+            measured,
+            precision=choice.precision or "fp32",
+            keeps=KEEPS if makes_once(self.recipe) else ("all", "nothing"),
+        )
 
     def segments(self) -> SegmentChoice:
         """How many blocks make a segment, measured on a batch of the recipe's size."""
@@ -218,7 +246,9 @@ class Planned:
         """
         train = self.recipe.train.model_copy(update={"accumulation": choice.micro_batches})
         check_layout(self.recipe.model_copy(update={"train": train}), choice.plan, world)
-        check_model(self.model, choice.plan)
+        check_model(self.model, choice.plan, self.recipe.memory.offload)
+        if choice.offload == "disk":
+            check_model(self.model, choice.plan, OffloadConfig.model_validate("disk"))
 
     def check_memory(
         self, world: int, plan: PlanConfig, per_node: int | None = None, *, keep: Sequence[Keep] | None = None
@@ -230,6 +260,9 @@ class Planned:
         """
         cluster = this_machine(world, per_node)
         room = MEMORY_SHARE * cluster.memory_bytes
+        if self.recipe.memory.offload.on_disk:
+            check_state(self.model, self.recipe.memory.offload, ranks=per_node or world)
+            return  # a rehearsal would hold all that is to lie on the disk
         held = max(self.rehearsed(self.choice(plan), world, keep), key=lambda each: each.peak)
         if held.peak <= room:
             return
@@ -259,6 +292,7 @@ class Planned:
             optimizer=self.recipe.train.optimizer.build,
             precision=choice.precision or "fp32",
             keep=keep,
+            weights=self.recipe.train.weights,
         )
         last = [(place + 1) * world // places - 1 for place in range(places)]
         return tuple(rehearse(what, choice.plan, world, rank) for rank in last)
@@ -299,16 +333,18 @@ def read_cluster(name: str, devices: int, memory_bytes: float | None = None) -> 
     return parse(ClusterConfig, values, where=f"cluster {name}")
 
 
-def _as_json(found: Prediction, recipe: LaidOut) -> dict[str, Any]:
+def _as_json(found: Prediction, recipe: LaidOut | None) -> dict[str, Any]:
     return {
         "layout": describe(found.choice),
         "plan": found.choice.plan.model_dump(mode="json"),
-        "settings": _settings(found, recipe),
+        "settings": None if recipe is None else _settings(found, recipe),
         "micro_batches": found.choice.micro_batches,
         "precision": found.choice.precision,
         "recompute": found.choice.recompute,
         "offload": found.choice.offload,
-        "can_be_carried_out": found.choice.can_be_carried_out,
+        "can_be_carried_out": found.can_be_carried_out,
+        "host_bytes": found.host_bytes,
+        "disk_bytes": found.disk_bytes,
         "seconds": found.seconds,
         "records_per_second": found.records_per_second,
         "work_seconds": found.work_seconds,
@@ -334,6 +370,8 @@ def _settings(found: Prediction, recipe: LaidOut) -> list[str]:
         choice.precision == "bf16" or recipe.train.precision != "auto"
     ):
         told.append(f"train.precision={choice.precision}")
+    if choice.offload == "disk" and "weights" not in recipe.memory.offload.on_disk:
+        told.append("memory.offload=disk")
     if choice.recompute != (recipe.memory.recompute == "blocks"):
         told.append(f"memory.recompute={'blocks' if choice.recompute else 'none'}")
     return told

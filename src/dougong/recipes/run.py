@@ -39,7 +39,9 @@ from dougong.recipes.tables import Tables
 from dougong.recipes.training import (
     JUDGED_AT_ONCE,
     Learning,
+    Lesson,
     begin_run,
+    encodes_withheld,
     judging_loader,
     narrowed_corrupt,
     narrowed_views,
@@ -221,7 +223,7 @@ def _train(
     """The model with its best weights, whole on every rank."""
     task = preparation.target.task
     metric = primary_metric(task)
-    beside = recipe.model.completion is not None and recipe.objective.completion_weight > 0
+    beside = encodes_withheld(recipe)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
@@ -250,7 +252,7 @@ def _train(
     def build() -> Sandwich:
         return build_model(recipe, preparation)
 
-    model = train_on_ranks(recipe, build, loader, learn, folder, listeners, resume=resume, ranks=ranks)
+    model = train_on_ranks(recipe, Lesson(build, loader, learn), folder, listeners, resume=resume, ranks=ranks)
     if recipe.model.decide == "weighed":
         weigh_votes(model, _unseen(recipe, tables, preparation), task)
     return model

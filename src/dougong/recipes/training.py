@@ -1,17 +1,19 @@
-"""What every run has in common whose model any layout can train.
+"""What every run has in common, and more of it where any layout can train the model.
 
-Here        `begin_run`: settled, opened, prepared; `training_loader` and `judging_loader`; Learning and
-            `train_on_ranks`: laid out, trained, whole again; `provenance`.
-Elsewhere   what each kind of run learns and judges, and what it leaves (recipes/run.py, recipes/decode.py).
+Here        `begin_run`: settled, opened, prepared; `training_loader` and `judging_loader`; `encodes_withheld`;
+            Lesson, Learning and `train_on_ranks`: laid out, trained, whole again; `kept_alone`; `provenance`.
+Elsewhere   what each kind of run learns and judges, and what it leaves (recipes/run.py, recipes/decode.py; in one
+            process recipes/align.py, recipes/generate.py).
 Promise     what a recipe says of its data holds for every kind. Many ranks do together what one does; the first one
             alone writes and speaks.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -25,21 +27,26 @@ from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.position import WHOLE, Position, Share
+from dougong.data.position import Loader as AnyLoader
 from dougong.data.preparation import TABLE_MODALITY, Preparation
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.engine.checkpoint import best_weights, load_weights
-from dougong.engine.memory.config import keep_of
-from dougong.engine.memory.recompute import KEEPS
+from dougong.engine.memory.config import keep_of, settled_keep
+from dougong.engine.memory.recompute import KEEPS, Keep
 from dougong.engine.parallel.mesh import share_of
 from dougong.engine.parallel.pipeline import block_seconds
+from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import ALONE, Ranks
+from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.prepare import prepare_model
 from dougong.engine.step import Backward, Loss
 from dougong.engine.trainer import Watch, train
 from dougong.nn.block_stack import BlockStack
 from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation, open_records
+from dougong.recipes.known import AnyRecipe
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.room import building, check_state, shelf_folder
 from dougong.recipes.settle import SETTINGS, settle_recipe
 from dougong.recipes.tables import Tables
 from dougong.watch.progress import Progress
@@ -70,6 +77,19 @@ class Learning(NamedTuple):
     loss: Loss
     watch: Watch
     backward: Backward | None = None
+
+
+class Lesson(NamedTuple, Generic[ModelT]):
+    """What a run trains."""
+
+    build: Callable[[], ModelT]
+    """Makes the same weights at every call."""
+
+    loader: Callable[[Share], AnyLoader]
+    """Is asked for one rank's share of each batch."""
+
+    learn: Callable[[ModelT, Ranks], Learning]
+    """Is told the model as it is laid out, and which ranks share the records out."""
 
 
 def begin_run(
@@ -107,28 +127,30 @@ def begin_run(
 
 
 def train_on_ranks(
-    recipe: LaidOut,
-    build: Callable[[], ModelT],
-    loader: Callable[[Share], Loader],
-    learn: Callable[[ModelT, Ranks], Learning],
+    recipe: AnyRecipe,
+    lesson: Lesson[ModelT],
     folder: Path,
     listeners: tuple[Listener, ...],
     *,
     resume: bool,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> ModelT:
-    """The model with its best weights, whole on every rank.
-
-    `build` makes the same weights at every call; `loader` is asked for one rank's share of each batch; `learn` is told
-    the model as it is laid out, and which ranks share the records out.
-    """
-    plan = recipe.plan
+    """The model with its best weights, whole on every rank."""
+    plan, offload = recipe.plan if isinstance(recipe, LaidOut) else PlanConfig(), recipe.memory.offload
     assert plan is not None  # it was settled
-    model = build()
+    build, loader, learn = lesson
+
+    def built() -> ModelT:
+        with building(offload, folder):
+            return build()
+
+    model = built()
+    if ranks.world == 1:  # of more it was checked before they were connected
+        check_state(model, offload)
     own = loader(share_of(plan, ranks))
     costs = None
     if plan.pipeline > 1:
-        costs = ranks.first_says(lambda: _block_seconds(build(), own))
+        costs = ranks.first_says(lambda: _block_seconds(built(), own))
     keep = keep_of(recipe.memory, len(model.blocks))
     segments = recipe.memory.segments
     assert segments != "auto"  # it was settled
@@ -139,30 +161,59 @@ def train_on_ranks(
         accumulation=recipe.train.accumulation,
         costs=costs,
         keep=keep,
+        weights=recipe.train.weights,
         segments=segments,
         saved=recipe.memory.saved,
         saved_as=recipe.memory.saved_as,
-        folder=folder,
+        offload=offload,
+        folder=shelf_folder(offload, folder),
     )
-    learning = learn(model, layout.data_ranks)
-    train(
-        model,
-        learning.loss,
-        own,
-        recipe.train,
-        folder=folder,
-        watch=learning.watch,
-        announce=Announcer(*listeners),
-        seed=recipe.seed,
-        resume=resume,
-        backward=learning.backward,
-        ranks=ranks,
-        layout=layout,
-    )
-    if not layout.is_whole:
-        model = build()
+    try:
+        learning = learn(model, layout.data_ranks)
+        train(
+            model,
+            learning.loss,
+            own,
+            recipe.train,
+            folder=folder,
+            watch=learning.watch,
+            announce=Announcer(*listeners),
+            seed=recipe.seed,
+            resume=resume,
+            backward=learning.backward,
+            ranks=ranks,
+            layout=layout,
+        )
+    finally:
+        if layout.shelved is not None:
+            layout.shelved.close()
+    if not layout.has_whole_model:
+        model = built()
     load_weights(model, best_weights(folder))
     return model
+
+
+def kept_alone(recipe: AnyRecipe, lesson: Lesson[ModelT]) -> tuple[Keep, ...] | None:
+    """What each block keeps where one process trains, as the recipe says; where that is a budget, what meets it.
+
+    Raises:
+        ConfigError: nothing meets it.
+    """
+    model = lesson.build()
+    read = (arrays for _, arrays in lesson.loader(WHOLE).batches(Position()) if len(arrays.row_B))
+    batches = [to_tensors(arrays) for arrays in itertools.islice(read, recipe.train.accumulation)]
+    what = Rehearsal(
+        build=lesson.build,
+        batches=lambda _: batches,
+        loss=lesson.learn(model, ALONE).loss,
+        optimizer=recipe.train.optimizer.build,
+        precision="fp32" if recipe.train.precision == "auto" else recipe.train.precision,
+    )
+
+    def measured(keep: Sequence[Keep]) -> int:
+        return rehearse(what._replace(keep=keep), PlanConfig(), 1, 0).activations
+
+    return settled_keep(recipe.memory, model, what.loss, batches[0], measured, precision=what.precision)
 
 
 def training_loader(
@@ -189,6 +240,11 @@ def training_loader(
         share=share,
         note=None if ranks.heartbeat is None else ranks.heartbeat.modality,
     )
+
+
+def encodes_withheld(recipe: LaidOut) -> bool:
+    """Whether training encodes what it withholds, for a model that learns to complete it."""
+    return isinstance(recipe, Recipe) and recipe.model.completion is not None and recipe.objective.completion_weight > 0
 
 
 def judging_loader(recipe: LaidOut, table: Table, preparation: Preparation, view: View, ranks: Ranks) -> Loader:
@@ -249,7 +305,7 @@ def _prepare(recipe: LaidOut, tables: Tables, folder: Path) -> tuple[Preparation
     return preparation, notes
 
 
-def _block_seconds(model: BlockStack[Any, Any], loader: Loader) -> list[float]:
+def _block_seconds(model: BlockStack[Any, Any], loader: AnyLoader) -> list[float]:
     """What embedding, each block and the head cost of the first batch that has records."""
     arrays = next(found for _, found in loader.batches(Position()) if len(found.row_B))
     return block_seconds(model, to_tensors(arrays))

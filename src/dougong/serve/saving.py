@@ -21,7 +21,7 @@ from dougong.core.errors import BundleError, CheckpointError, ConfigError
 from dougong.core.files import write_atomic
 from dougong.core.signature import Signature
 from dougong.data.preparation import Preparation
-from dougong.engine.weights import distinct_weights, put_weights, read_weights, write_weights
+from dougong.engine.weights import distinct_weights, mapped_weights, put_weights, write_weights
 
 WEIGHTS: Final = "model.safetensors"
 CARD: Final = "README.md"
@@ -67,7 +67,7 @@ def load_network(
         raise BundleError(f"{folder}: its preparation makes other inputs than its signature says. Save it again.")
     try:
         network = build()
-        put_weights(network, read_weights(folder / WEIGHTS), where=str(folder))
+        put_weights(network, mapped_weights(folder / WEIGHTS), where=str(folder))
     except (ConfigError, CheckpointError) as error:
         raise _unfitting(folder, "weights", error) from None
     return preparation, network

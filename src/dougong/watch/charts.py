@@ -1,8 +1,9 @@
 """Charts as SVG that stands inside a page.
 
-Here        line_chart, bar_chart, share_chart, timeline_chart, and `key`, the sample of a line or colour for a legend
-            in the page.
-Elsewhere   what is drawn, and the page with the colours' values (watch/report.py, watch/report.html).
+Here        line_chart, bar_chart, share_chart, part_chart, timeline_chart, area_chart, and `key`, the sample of a line
+            or colour for a legend in the page.
+Elsewhere   what is drawn, and the pages with the colours' values (watch/report.py, watch/profile.py, and the .html
+            beside each).
 Promise     the same figures give the same bytes; text stays text and is never read as a formula or as markup; every
             colour is a variable of the page, so that one chart is right on light and on dark ground.
 """
@@ -64,6 +65,15 @@ class Band(NamedTuple):
     x: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+
+
+class Layer(NamedTuple):
+    """One of what is stacked; several may have the colour of one number in the legend."""
+
+    y: Sequence[float]
+    place: int
+    strength: float = 1.0
+    """Of its colour."""
 
 
 class Bar(NamedTuple):
@@ -134,8 +144,91 @@ def share_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[float]
     return _draw(name, label, ROW * 1.25 * len(rows) + 0.1, draw)
 
 
-def timeline_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[tuple[float, float, int]]]]) -> Markup:
-    """For each row, spans of time from when to when, each in the colour of its number in the legend."""
+def part_chart(name: str, label: str, rows: Sequence[tuple[str, str, Sequence[tuple[float, int]]]]) -> Markup:
+    """For each row its name, a text, and amounts one after the other, each in the colour of its number in the legend;
+    all rows on one scale."""
+
+    def draw(axes: Axes) -> None:
+        _rows(axes, [(row, text) for row, text, _ in rows])
+        most = max((sum(amount for amount, _ in amounts) for _, _, amounts in rows), default=0.0) or 1.0
+        for place, (_, _, amounts) in enumerate(rows):
+            axes.barh(place + 0.18, most, height=0.26, color=_LINE, linewidth=0)
+            left = 0.0
+            for amount, colour in amounts:
+                bar = _SERIES[colour % NUM_COLOURS]
+                axes.barh(place + 0.18, amount, left=left, height=0.26, color=bar, linewidth=0)
+                left += amount
+        axes.set_xlim(0, most)
+
+    return _draw(name, label, ROW * len(rows) + 0.1, draw)
+
+
+def area_chart(
+    name: str,
+    label: str,
+    x: Sequence[float],
+    layers: Sequence[Layer],
+    *,
+    across: str,
+    up: str,
+    stretches: Sequence[tuple[float, float, str]] = (),
+    mark: tuple[float, float, str] | None = None,
+) -> Markup:
+    """Layers on each other. `across` and `up` name the axes; `stretches` of x have a name each, written over them;
+    `mark` is a point with a text."""
+
+    def draw(axes: Axes) -> None:
+        low = [0.0] * len(x)
+        for layer in layers:
+            high = [below + own for below, own in zip(low, layer.y, strict=True)]
+            colour = _SERIES[layer.place % NUM_COLOURS]
+            axes.fill_between(x, low, high, color=colour, alpha=layer.strength, linewidth=0)
+            axes.plot(x, high, color=_ON, linewidth=0.35)
+            low = high
+        axes.plot(x, low, color=_INK, linewidth=0.9)
+        top, width = max(low, default=1.0) or 1.0, x[-1] - x[0] or 1.0
+        axes.set_xlim(x[0], x[-1])
+        axes.set_ylim(0, top * 1.16)
+        for start, end, text in stretches:
+            axes.axvline(start, ymax=0.97, color=_SOFT, linewidth=0.6, linestyle=(0, (2.0, 2.0)))
+            if end - start >= 0.012 * len(text) * width:  # narrower, and it would lie on its neighbour
+                axes.text((start + end) / 2, top * 1.1, text, color=_SOFT, ha="center", va="center")
+            elif end == x[-1]:
+                axes.text(start, top * 1.1, f"{text} → ", color=_SOFT, ha="right", va="center")
+        if mark is not None:
+            at, height, text = mark
+            axes.plot([at], [height], marker="o", markersize=4, color=_INK, clip_on=False)
+            left = at > x[0] + width / 2
+            axes.annotate(
+                text,
+                (at, height),
+                xytext=(-6 if left else 6, 3),
+                textcoords="offset points",
+                color=_INK,
+                ha="right" if left else "left",
+                va="bottom",
+                fontweight="bold",
+            )
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(length=0)
+
+    return _draw(name, label, 3.6, draw, WIDE)
+
+
+def timeline_chart(
+    name: str,
+    label: str,
+    rows: Sequence[tuple[str, Sequence[tuple[float, float, int]]]],
+    *,
+    across: str = "milliseconds",
+) -> Markup:
+    """For each row, spans from when to when, each in the colour of its number in the legend; `across` is what they are
+    measured in."""
 
     def draw(axes: Axes) -> None:
         for place, (_, spans) in enumerate(rows):
@@ -144,7 +237,7 @@ def timeline_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[tup
         axes.set_yticks(range(len(rows)), [printable(row) for row, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, max((end for _, spans in rows for _, end, _ in spans), default=1.0))
-        axes.set_xlabel("milliseconds")
+        axes.set_xlabel(across)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=10))
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
@@ -153,11 +246,11 @@ def timeline_chart(name: str, label: str, rows: Sequence[tuple[str, Sequence[tup
     return _draw(name, label, 0.55 + 0.3 * len(rows), draw, WIDE)
 
 
-def key(place: int, *, line: bool) -> Markup:
+def key(place: int, *, line: bool, strength: float = 1.0) -> Markup:
     """What a legend shows before a name: as the curve or the segment of this number is drawn."""
     colour = f"var(--c{place % NUM_COLOURS})"
     if not line:
-        inner = f'<rect width="12" height="12" y="1" rx="2" fill="{colour}"/>'
+        inner = f'<rect width="12" height="12" y="1" rx="2" fill="{colour}" fill-opacity="{strength:g}"/>'
         return Markup(f'<svg class="key" width="12" height="14" aria-hidden="true">{inner}</svg>')  # noqa: S704, ours
     dashes = " ".join(str(1.5 * dash) for dash in _DASHES[place % len(_DASHES)])
     inner = f'<path d="M0 7h30" fill="none" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'

@@ -10,6 +10,7 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +38,12 @@ MOST_CONFUSED: Final = 10
 
 MOST_SET_ASIDE: Final = 50
 """Records that are listed of each origin."""
+
+MOST_SWITCHES: Final = 40
+"""Of number formats, that are listed."""
+
+MOST_SAID: Final = 8
+"""Stretches of one format that are said in words."""
 
 MOST_POINTS: Final = 240
 """Of a curve over every step."""
@@ -79,6 +86,7 @@ def write_report(run: Path) -> Path:
         comparison=_comparison(evaluation),
         curves=_curves(events),
         ranks=_ranks(events),
+        formats=_formats(events),
         conditions=_conditions(evaluation, target),
         gate=_gate(evaluation),
         confusions=_confusions(evaluation, target),
@@ -265,6 +273,31 @@ def _ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "keys": [DOING[doing] for doing in met],
         "said": said,
     }
+
+
+def _formats(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Groups that changed their number format: a row of stretches for each, and every switch; None where none did."""
+    switches = [event for event in events if event["kind"] == "PrecisionSwitched"]
+    if not switches:
+        return None
+    last = max(event["step"] for event in events)
+    names = list(dict.fromkeys(name for event in switches for name in (event["before"], event["after"])))
+    rows = []
+    for group, modality in dict.fromkeys((event["group"], event["modality"]) for event in switches):
+        own = [event for event in switches if event["group"] == group]
+        edges = [0, *(event["step"] for event in own), last]
+        formats = [own[0]["before"], *(event["after"] for event in own)]
+        spans = [
+            (float(start), float(end), names.index(each))
+            for (start, end), each in zip(itertools.pairwise(edges), formats, strict=True)
+        ]
+        rows.append((f"{group} ({modality})" if modality else group, spans))
+    said = "; ".join(
+        f"{name} {', '.join(f'{names[place]} from step {start:.0f}' for start, _, place in spans[:MOST_SAID])}"
+        for name, spans in rows
+    )
+    chart = charts.timeline_chart("formats", f"Number formats in {last} steps: {said}", rows, across="step")
+    return {"chart": chart, "names": names, "switches": switches[:MOST_SWITCHES], "num_switches": len(switches)}
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

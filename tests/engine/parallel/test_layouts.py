@@ -130,10 +130,12 @@ def optimizer_of(model: BlockStack[Any, Any]) -> torch.optim.Optimizer:
 
 
 def parts_of(layout: Layout) -> TrainParts:
+    optimizer = optimizer_of(layout.model)
+    layout.share_out(optimizer)
     return TrainParts(
         layout.model,
         loss_of,
-        optimizer_of(layout.model),
+        optimizer,
         backward=layout.backward,
         reduce=layout.reduce,
         all_backward=layout.all_backward,
@@ -192,6 +194,14 @@ LAYOUTS: dict[str, PlanConfig] = {
     "zero3 over 8, a few together": PlanConfig(shard=8, gathered_bytes=100_000),
     "zero2 over 8": PlanConfig(shard=8, sharding="zero2", gathered_bytes=0),
     "zero2 over 8, a few together": PlanConfig(shard=8, sharding="zero2", gathered_bytes=100_000),
+    "zero1 over 8": PlanConfig(shard=8, sharding="zero1"),
+    "zero1, hybrid 2x2, tensor 2": PlanConfig(shard=2, sharding="zero1", tensor=2),
+    "zero1, hybrid 2x4, a copy on each node": PlanConfig(
+        shard=4, sharding="zero1", reduction="hierarchical", per_node=4
+    ),
+    "zero1 over 4, zbv": PlanConfig(pipeline=2, chunks=2, schedule="zbv", shard=4, sharding="zero1"),
+    "zero1 over 4, experts over 2, tensor 2": PlanConfig(expert=2, shard=4, sharding="zero1", tensor=2),
+    "zero1 over 8, context 4": PlanConfig(context=4, shard=8, sharding="zero1"),
     "hybrid 2x2, tensor 2": PlanConfig(shard=2, tensor=2, gathered_bytes=0),
     "context 8": PlanConfig(context=8),
     "context 4, data 2": PlanConfig(context=4),
@@ -238,6 +248,10 @@ FURTHER = {
     "zbv, hybrid 2x2",
     "dualpipev, zero2 over 4",
     "1f1b, hybrid 2x2, copies by nodes of 2",
+    "zero1, hybrid 2x4, a copy on each node",
+    "zero1 over 4, zbv",
+    "zero1 over 4, experts over 2, tensor 2",
+    "zero1 over 8, context 4",
 }
 """Made of parts that other layouts have too."""
 
@@ -249,7 +263,13 @@ CASES = [
 ]
 CASES += [
     pytest.param(BLIND, name)
-    for name in ("8x1x1", "zero3 over 8", "zero3 over 8, a few together", "1f1b, zero2 over 2, tensor 2")
+    for name in (
+        "8x1x1",
+        "zero1 over 8",
+        "zero3 over 8",
+        "zero3 over 8, a few together",
+        "1f1b, zero2 over 2, tensor 2",
+    )
 ]
 assert LAYOUTS.keys() >= FURTHER
 ANEW = [
@@ -257,6 +277,7 @@ ANEW = [
     ("sandwich", "2x2x2 1f1b"),
     ("sandwich", "2x2x2 zbv"),
     ("sandwich", "zero3 over 8, a few together"),
+    ("decoder", "zero1, hybrid 2x2, tensor 2"),
     ("decoder", "2x2x2 dualpipev"),
     ("decoder", "zero2 over 8, a few together"),
     ("decoder", "1f1b, zero2 over 2, tensor 2"),

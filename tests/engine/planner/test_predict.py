@@ -49,10 +49,26 @@ def test_recomputing_is_one_more_forward_and_keeps_states_and_one_block() -> Non
 def test_an_optimizer_in_the_hosts_memory_takes_none_here_and_the_way_there_and_back() -> None:
     big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
     here = predict(big, on(1), Choice(PlanConfig(), 1))
-    away = predict(big, on(1, host_bandwidth=1e9), Choice(PlanConfig(), 1, offload=True))
+    away = predict(big, on(1, host_bandwidth=1e9), Choice(PlanConfig(), 1, offload="host"))
     assert here.state_bytes[0] - away.state_bytes[0] == 8 * 8e9
     assert away.optimizer_seconds == pytest.approx((4 + 4) * 8e9 / 1e9)
-    assert not away.choice.can_be_carried_out
+    assert not away.can_be_carried_out
+    assert (away.host_bytes, away.disk_bytes) == (8 * 8e9, 0)
+
+
+def test_state_on_the_disk_leaves_two_blocks_here_and_takes_the_disks_time() -> None:
+    big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
+    here = predict(big, on(1), Choice(PlanConfig(), 2))
+    away = predict(big, on(1, disk_bandwidth=1e9, maps_files=True), Choice(PlanConfig(), 2, offload="disk"))
+    each = sum(big.blocks[0][n] for n in (3, 5))
+    assert away.state_bytes == pytest.approx((12 * each,))
+    assert away.disk_bytes == here.state_bytes[0] == pytest.approx(16 * 8e9, rel=1e-3)
+    assert away.host_bytes == pytest.approx(2 * 16 * each)
+    # Weights twice for each micro-batch and gradients once beside the work, then all read, all but gradients written.
+    streamed, stepped = (2 * 2 * 4 + 4) * 8.0, (2 * (4 + 8) + 4) * 8.0
+    assert away.seconds == pytest.approx(max(streamed, here.seconds - here.optimizer_seconds) + stepped, rel=1e-3)
+    assert away.can_be_carried_out
+    assert not predict(big, on(1), Choice(PlanConfig(), 2, offload="disk")).can_be_carried_out
 
 
 def test_tensor_ranks_share_the_work_and_exchange_what_they_add_up() -> None:
@@ -76,7 +92,7 @@ def test_a_pipeline_waits_as_its_schedule_does_and_holds_what_is_under_way() -> 
     assert found.memory_bytes == tuple(16 * 2000 + held * 2 * 5e6 for held in (4, 3, 2, 1))
 
 
-def test_gradients_of_copies_are_exchanged_once_and_spread_weights_gathered_twice() -> None:
+def test_gradients_of_copies_are_exchanged_once_and_spmapped_weights_gathered_twice() -> None:
     big = MODEL._replace(blocks=tuple(block._replace(cut=10**9) for block in MODEL.blocks))
     one = predict(big, on(1), Choice(PlanConfig(), 1)).seconds
     copies = predict(big, on(4), Choice(PlanConfig(), 1))
@@ -88,6 +104,12 @@ def test_gradients_of_copies_are_exchanged_once_and_spread_weights_gathered_twic
     assert predict(big, on(4), Choice(PlanConfig(shard=4), 5)).data_seconds == pytest.approx(5 * spread.data_seconds)
     assert predict(big, on(4), Choice(PlanConfig(), 5)).data_seconds == copies.data_seconds
     assert spread.state_bytes[0] == 16 * 8e9 / 4 + 2 * 4 * 1e9
+    # With the optimizer alone spread, gradients and weights go once a step each, as many bytes as copies exchange.
+    first = predict(big, on(4), Choice(PlanConfig(shard=4, sharding="zero1"), 5))
+    put = 2 * (4 + 4) * 8e9 / on(4).memory_bandwidth
+    assert first.data_seconds == pytest.approx(copies.data_seconds + put)
+    assert first.optimizer_seconds == pytest.approx(copies.optimizer_seconds / 4)
+    assert first.state_bytes[0] == (4 + 4 + 8 / 4) * 8e9
     # Over two nodes all devices of a node send across together.
     far = predict(big, on(16), Choice(PlanConfig(), 1))
     assert far.data_seconds == pytest.approx(2 * 15 / 16 * 4 * 8e9 / (8 * 1e11))
@@ -102,6 +124,8 @@ def test_the_published_memory_of_zero() -> None:
     spread = predict(model, on(64), Choice(PlanConfig(shard=64), 1), mixed)
     # Beside what rests, what a block needs gathered while it works: here the whole model is one block.
     assert (spread.state_bytes[0] - 4 * 7.5e9) / 1e9 == pytest.approx(1.875)
+    optimizer_alone = predict(model, on(64), Choice(PlanConfig(shard=64, sharding="zero1"), 1), mixed)
+    assert optimizer_alone.state_bytes[0] / 1e9 == pytest.approx(31.4, abs=0.05)
 
 
 def test_what_is_found_fits_and_the_fastest_comes_first() -> None:
@@ -124,11 +148,20 @@ def test_what_is_not_looked_at_would_not_have_been_told() -> None:
     model = transformer_shape(width=1024, num_layers=8, num_heads=8, vocabulary=32000, tokens=512, records=1)
     cluster = KNOWN["a100-80g"].model_copy(update={"devices": 8, "memory_bytes": 3e9})
     search = SearchConfig(
-        records=32, micro_batches=(1, 4, 32), precisions=("fp32", "bf16"), recompute=(False, True), offload=True, most=7
+        records=32,
+        micro_batches=(1, 4, 32),
+        precisions=("fp32", "bf16"),
+        recompute=(False, True),
+        offload=("none", "host", "disk"),
+        most=7,
     )
     few, all_of_them = (find_layouts(model, cluster, search.model_copy(update={"most": n})) for n in (7, 100_000))
     assert few.predictions == all_of_them.predictions[:7]
     assert few.considered == all_of_them.considered > len(all_of_them.predictions) > 100
+    spread = {
+        (p.sharding, p.pipeline > 1) for p in (each.choice.plan for each in all_of_them.predictions) if p.shard > 1
+    }
+    assert spread == {("zero1", False), ("zero2", False), ("zero3", False), ("zero1", True), ("zero2", True)}
     for each in all_of_them.predictions:
         shares = 8 // (each.choice.plan.tensor * each.choice.plan.pipeline)
         shape = model.of_records(math.ceil(32 / each.choice.micro_batches / shares))

@@ -30,7 +30,8 @@ class StepBytes(NamedTuple):
 
     weights: int
     gradients: int
-    """At the end of the backward."""
+    """At the end of the backward, of the weights that are held; those of weights that were gathered for the whole step
+    are activations, until they are spread."""
 
     optimizer: int
     activations: int
@@ -120,20 +121,38 @@ class Account(Alive):  # type: ignore[no-untyped-call]  # as above
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(model.parameters())
+        # What is stepped may be other tensors, in the weights' own memory.
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        super().__init__(dict.fromkeys([*model.parameters(), *stepped]))
         self._optimizer = optimizer
+        self._accumulated: dict[nn.Parameter, int] = {}
+        """Bytes of gradients that a backward has left here, some of which are let go before the step."""
 
     def __enter__(self) -> Self:
         self._optimizer.zero_grad(set_to_none=True)
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._hooks = [each.register_post_accumulate_grad_hook(self._note) for each in trained]  # type: ignore[no-untyped-call]
         return super().__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        # Of its own numbers: spread gradients lie side by side in one piece of memory.
+        self._accumulated[parameter] = sum(plain.nbytes for plain in _plain(parameter.grad))
 
     @property
     def bytes(self) -> StepBytes:
         """What has been counted, after the step and before the next one."""
         weights = num_bytes(self._parameters)
-        states: list[Any] = [self._optimizer.state[p] for p in self._parameters if p in self._optimizer.state]
+        states: list[Any] = list(self._optimizer.state.values())
         optimizer = num_bytes([leaf for state in states for leaf in state.values() if isinstance(leaf, Tensor)])
-        return StepBytes(weights, self.held_gradients(), optimizer, self.activations, weights + optimizer + self.peak)
+        gradients = max(self.held_gradients(), sum(self._accumulated.values()))
+        return StepBytes(weights, gradients, optimizer, self.activations, weights + optimizer + self.peak)
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:

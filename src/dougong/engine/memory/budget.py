@@ -126,8 +126,8 @@ def fit_budget(
     if best is None:
         raise ConfigError(
             f"memory.activations comes to {bytes_as_text(room)}, less than the {bytes_as_text(min(tried.values()))} "
-            f"that a step takes where blocks make all that they can anew (keeping all: {bytes_as_text(whole)}). Use a "
-            "smaller data.loader.batch_size with a larger train.accumulation, or more room."
+            f"that a step takes where blocks make all that they can anew (keeping all: {bytes_as_text(whole)}). Use "
+            "smaller batches with a larger train.accumulation, or more room."
         )
     return best
 

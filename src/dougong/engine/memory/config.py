@@ -1,21 +1,30 @@
 """What a recipe says of its memory.
 
-Here        MemoryConfig, `budget_bytes`, `keep_of`.
+Here        MemoryConfig, `keep_of`; `settled_keep`, where it may be a budget.
 Elsewhere   carrying it out (recompute.py); finding what fits a budget (budget.py).
 Promise     settings that contradict each other, or cannot take effect, are refused.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.sizes import read_bytes
-from dougong.engine.memory.recompute import Keep
+from dougong.engine.memory.blocks import measure_blocks
+from dougong.engine.memory.budget import fit_budget
+from dougong.engine.memory.offload import OffloadConfig
+from dougong.engine.memory.recompute import KEEPS, Keep
 from dougong.engine.memory.saved import Saved, SavedAs
+from dougong.engine.precision.choice import Chosen
+from dougong.engine.step import Loss
+from dougong.nn.batch import Batch
+from dougong.nn.block_stack import BlockStack
 
 
 class MemoryConfig(Config):
@@ -35,6 +44,9 @@ class MemoryConfig(Config):
 
     keep: tuple[Keep, ...] | None = None
     """What each block keeps; found from the budget where it is not given."""
+
+    offload: OffloadConfig = OffloadConfig()
+    """What lies on the disk but for the blocks that are at work; `offload: disk` is all that can."""
 
     segments: int | Literal["auto"] | None = None
     """recompute=blocks: so many blocks in a row are compiled into one piece, which is made anew as a whole. auto: as
@@ -82,7 +94,30 @@ class MemoryConfig(Config):
         return self
 
 
-def budget_bytes(config: MemoryConfig, whole: float) -> float:
+def settled_keep(
+    config: MemoryConfig,
+    model: BlockStack[Any, Any],
+    loss: Loss,
+    batch: Batch,
+    measured: Callable[[Sequence[Keep]], int],
+    *,
+    precision: Chosen,
+    keeps: Sequence[Keep] = KEEPS,
+) -> tuple[Keep, ...] | None:
+    """What each block is to keep; where that is a budget, what meets it in least time. None: all.
+
+    `measured` carries a step out and says what activations took at their most; `keeps` are what a block may keep.
+
+    Raises:
+        ConfigError: nothing meets the budget.
+    """
+    if config.activations is None or config.keep is not None:
+        return keep_of(config, len(model.blocks))
+    profile = measure_blocks(model, loss, batch, precision=precision, keeps=keeps)
+    return fit_budget(profile, functools.partial(_budget_bytes, config), measured).keep
+
+
+def _budget_bytes(config: MemoryConfig, whole: float) -> float:
     """The budget, where there is one; `whole` is what keeping all takes."""
     assert config.activations is not None
     return read_bytes(config.activations) if isinstance(config.activations, str) else config.activations * whole

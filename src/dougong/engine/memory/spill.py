@@ -48,6 +48,7 @@ class Spill:
         self, folder: Path | None = None, *, piece_bytes: int = PIECE_BYTES, ahead_bytes: int = AHEAD_BYTES
     ) -> None:
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._piece_bytes, self._ahead_bytes = piece_bytes, ahead_bytes
         number, name = tempfile.mkstemp(prefix="saved-", dir=self._folder)
         os.unlink(name)

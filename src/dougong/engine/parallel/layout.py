@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dougong.engine.parallel.clock import Clock
 from dougong.engine.parallel.hierarchical import Hierarchy
@@ -26,8 +27,10 @@ from dougong.engine.parallel.pipeline import Pipeline
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.parallel.replicate import add_up, add_up_gradients, agree, average_moves, gradients_anywhere
 from dougong.engine.parallel.shard import Sharded
+from dougong.engine.parallel.state_shard import StateShard
 from dougong.engine.parallel.step_shard import StepShard
 from dougong.engine.parallel.tensor import Cuts
+from dougong.engine.precision.weights import Narrowed
 from dougong.engine.step import AllBackward, Backward, Moved, Reduced, norm_of, one_by_one
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
@@ -42,6 +45,22 @@ class _Agreed(NamedTuple):
     """Of what is copied: whether some rank has a gradient of it."""
 
 
+class Shelved(Protocol):
+    """State that lies on the disk (engine/memory/offload.py)."""
+
+    def take(self, optimizer: Optimizer) -> None:
+        """Have what the optimizer keeps lie there too, if it is to."""
+        ...
+
+    def multiply(self, gradients: Sequence[Tensor], by: float) -> None:
+        """When the optimizer comes to them."""
+        ...
+
+    def close(self) -> None:
+        """Nothing lies there any more."""
+        ...
+
+
 @dataclass
 class Layout:
     """A model that several ranks train, and how."""
@@ -53,16 +72,20 @@ class Layout:
     """Of the whole model's parameters."""
 
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
-    """What this rank holds between steps and the optimizer steps. Looking it up costs milliseconds."""
+    """What this rank's optimizer steps. Looking it up costs milliseconds."""
 
     experts: set[str] = field(default_factory=set)
     """Parameters of experts that are spread."""
 
     pipeline: Pipeline | None = None
-    sharded: Sharded | StepShard | None = None
+    sharded: Sharded | StepShard | StateShard | None = None
     clock: Clock = field(default_factory=Clock)
+    shelved: Shelved | None = None
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
+
+    narrowed: Narrowed = field(default_factory=lambda: Narrowed("fp32", {}))
+    """What has become of weights that are in 16 bits."""
 
     @torch.no_grad()
     def reduce(self, loss: Tensor, moved: Sequence[Moved]) -> Reduced:
@@ -142,10 +165,23 @@ class Layout:
         dist.all_reduce(numbers, group=self.mesh.ranks.group)
         return loss if self.pipeline is None else numbers[0], numbers[1].sqrt()
 
+    def share_out(self, optimizer: Optimizer) -> None:
+        """Have an optimizer of the model step what it is to step here, and keep what it keeps where that is to lie, in
+        place; before its first step."""
+        if isinstance(self.sharded, StateShard):
+            self.sharded.share_out(optimizer)
+        if self.shelved is not None:
+            self.shelved.take(optimizer)
+
+    @property
+    def has_whole_model(self) -> bool:
+        """Whether every rank holds all weights, and all gradients of its records."""
+        return self.pipeline is None and not self.cuts.pieces and isinstance(self.sharded, StateShard | None)
+
     @property
     def is_whole(self) -> bool:
-        """Whether every rank holds all of the model."""
-        return self.pipeline is None and self.sharded is None and not self.cuts.pieces
+        """Whether every rank holds all of the model and of its optimizer."""
+        return self.has_whole_model and self.sharded is None
 
     def pieces(self) -> dict[str, Piece]:
         """What this rank holds of the model's parameters."""
@@ -156,16 +192,36 @@ class Layout:
 
         What is returned looks at the same memory: whoever writes into it writes into the model.
         """
-        whole = self.shapes[name]
+        if isinstance(self.sharded, StateShard) or name not in self.spread:
+            return self._box(name, tensor)
+        # As FSDP cuts: rows, the first ranks' parts full.
+        rows = self._sizes(name)[0]
+        size = -(-rows // self.mesh.sizes["shard"])
+        return self._box(name, tensor, first=min(self.mesh.place("shard") * size, rows))
+
+    def stepped_piece(self, name: str, tensor: Tensor) -> Piece:
+        """What this rank steps, of a parameter, of what has its shape, or of what the optimizer keeps of it."""
+        if not (isinstance(self.sharded, StateShard) and name in self.spread):
+            return self.piece(name, tensor)
+        rows = self.sharded.rows.get(name, range(0))
+        return self._box(name, tensor if len(tensor) == len(rows) else tensor[rows.start : rows.stop], rows.start)
+
+    def _sizes(self, name: str) -> list[int]:
+        """Of what this rank's model has of a parameter, before it is spread."""
+        sizes = list(self.shapes[name])
+        for dim, _, parts in self.cuts.pieces.get(name, ()):
+            sizes[dim] = -(-sizes[dim] // parts)
+        return sizes
+
+    def _box(self, name: str, tensor: Tensor, first: int = 0) -> Piece:
+        """Of what this rank's model has of a parameter, the rows from `first` on."""
+        whole, sizes = self.shapes[name], self._sizes(name)
         local = local_part(tensor)
         offset = [0] * len(whole)
-        sizes = list(whole)
-        for dim, place, parts in self.cuts.pieces.get(name, ()):
-            sizes[dim] = -(-whole[dim] // parts)
+        for dim, place, _ in self.cuts.pieces.get(name, ()):
             offset[dim] = place * sizes[dim]
-        if self.sharded is not None and name in self.spread:  # as FSDP cuts: rows, the first ranks' parts full
-            size = -(-sizes[0] // self.mesh.sizes["shard"]) if sizes else 1
-            offset[0] += min(self.mesh.place("shard") * size, sizes[0])
+        if first:
+            offset[0] += first
         # Words that nobody has fill up the last rank's part.
         for dim in range(local.ndim):
             local = local.narrow(dim, 0, max(0, min(local.shape[dim], whole[dim] - offset[dim])))
@@ -184,7 +240,7 @@ class Layout:
 
     @property
     def spread(self) -> set[str]:
-        """Parameters of which each rank has a part of the rows."""
+        """Parameters of which each rank has, or steps, a part of the rows."""
         return set() if self.sharded is None else set(self.sharded.names)
 
     @property

@@ -1,6 +1,6 @@
 """A model that lies on several ranks, on the disk: what each rank holds, and any part of it again.
 
-Here        Piece, `index_of`, `own_pieces`, PieceReader.
+Here        Piece, `all_of`, `index_of`, `own_pieces`, PieceReader.
 Elsewhere   which pieces a rank holds (layout.py); whole checkpoints (engine/checkpoint.py).
 Promise     what was written from any layout is read into any other, or whole, bit for bit. Files are safetensors and
             JSON; torch's own distributed checkpoints keep a pickle beside their tensors (docs/adr/).
@@ -28,6 +28,11 @@ class Piece(NamedTuple):
     offset: tuple[int, ...]
     whole: tuple[int, ...]
     """The whole tensor's shape."""
+
+
+def all_of(tensor: Tensor) -> Piece:
+    """A tensor that this rank holds whole."""
+    return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
 
 
 Told = dict[str, list[Any]]

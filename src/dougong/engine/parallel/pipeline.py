@@ -36,6 +36,7 @@ from dougong.engine.parallel.schedule import (
     rank_of_stage,
 )
 from dougong.engine.precision.choice import autocast
+from dougong.engine.precision.weights import add_gradient
 from dougong.engine.step import TrainParts
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -475,7 +476,7 @@ def _backward_input(
         stage_backward_weight(iter([w for w in weights if w not in left]), groups)
         for weight, gradient in zip(others, found, strict=False):
             if gradient is not None:
-                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+                add_gradient(weight, gradient)
 
     return give
 

@@ -19,6 +19,8 @@ from dougong.engine.parallel.schedule import V_SHAPED, Schedule, check_schedule
 
 GATHERED_BYTES: Final = 25 * 2**20
 
+Sharding = Literal["zero1", "zero2", "zero3"]
+
 
 class PlanConfig(Config):
     """Along which axes the ranks stand. What is left of them by the other axes shares out the records."""
@@ -48,12 +50,13 @@ class PlanConfig(Config):
     """In which order stages work."""
 
     shard: int = Field(default=1, gt=0)
-    """Ranks, of those that share out records and tokens, over which weights, gradients and optimizer are spread (ZeRO).
-    What is left of them holds copies (hybrid sharding)."""
+    """Ranks, of those that share out records and tokens, over which the optimizer is spread, and weights and gradients
+    where `sharding` says so (ZeRO). What is left of them holds copies (hybrid sharding)."""
 
-    sharding: Literal["zero2", "zero3"] = "zero3"
-    """zero2: gathered weights stay until their backward. zero3: they go after their forward, and are gathered again.
-    Of a model that is gathered in one piece, all are for the whole step, whichever it is."""
+    sharding: Sharding = "zero3"
+    """zero1: the optimizer's state alone is spread; all ranks have all weights. zero2: weights too, and gathered ones
+    stay until their backward. zero3: they go after their forward, and are gathered again. Of a model that is gathered
+    in one piece, all are for the whole step, zero2 or zero3."""
 
     gathered_bytes: int = Field(default=GATHERED_BYTES, ge=0)
     """Blocks next to each other are gathered together until they are so many bytes: fewer messages, for memory. 0: each
@@ -92,7 +95,11 @@ class PlanConfig(Config):
             ("chunks", self.pipeline > 1, "pipeline: 2 or more"),
             ("schedule", self.pipeline > 1, "pipeline: 2 or more"),
             ("sharding", self.shard > 1, "shard: 2 or more"),
-            ("gathered_bytes", self.shard > 1 and self.pipeline == 1, "shard: 2 or more, and pipeline: 1"),
+            (
+                "gathered_bytes",
+                self.shard > 1 and self.pipeline == 1 and self.sharding != "zero1",
+                "shard: 2 or more, pipeline: 1, and sharding: zero2 or zero3",
+            ),
             ("wire", self.reduction == "hierarchical", "reduction: hierarchical"),
             ("per_node", self.reduction == "hierarchical", "reduction: hierarchical"),
         ):
@@ -106,7 +113,7 @@ class PlanConfig(Config):
         if self.shard > 1 and self.pipeline > 1 and self.sharding == "zero3":
             raise ValueError(
                 f"sharding=zero3 with pipeline={self.pipeline} would gather a stage's weights for every micro-batch "
-                "again. Use sharding: zero2, or pipeline: 1."
+                "again. Use sharding: zero2 or zero1, or pipeline: 1."
             )
         return self
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dougong.engine.parallel.collectives import begin_sum, is_narrow
+from dougong.engine.precision.weights import gradient_type
 from dougong.engine.step import Moved
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ def add_up_gradients(
     have others do not wait for each other forever, nor agree in an exchange of its own, which for a small model costs
     as much as the gradients do.
     """
-    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    gradients = [_zeros(each) if each.grad is None else each.grad for each in parameters]
     told = _told([each.grad is not None for each in parameters], loss[None])
     *sums, told = _sums([*gradients, told], group, bucket_bytes)
     present, numbers = _heard(told, len(parameters))
@@ -75,7 +77,7 @@ def gradients_anywhere(parameters: Sequence[nn.Parameter], present: Sequence[boo
     for parameter, there in zip(parameters, present, strict=True):
         if there:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = _zeros(parameter)
             found.append(parameter.grad)
     return found
 
@@ -109,6 +111,7 @@ def add_up(
     buckets = list(in_buckets(tensors, tensors, bucket_bytes))
     for number, bucket in enumerate(buckets):
         flat = _flat(bucket)
+        flat = flat.float() if is_narrow(flat) else flat
         by(flat, f"{number} of {len(buckets)}, {flat.numel()}")
         _put(flat, bucket)
 
@@ -117,11 +120,10 @@ def _sums(tensors: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int
     """Over the ranks, of all tensors; they lie beside each other in memory."""
     buckets = list(in_buckets(range(len(tensors)), tensors, bucket_bytes))
     flats = [_flat([tensors[place] for place in bucket]) for bucket in buckets]
-    works = [dist.all_reduce(flat, group=group, async_op=True) for flat in flats]
+    works = [begin_sum(flat, group) for flat in flats]
     found: dict[int, Tensor] = {}
     for work, flat, bucket in zip(works, flats, buckets, strict=True):
-        if work is not None:
-            work.wait()
+        work.wait()
         parts = torch.split(flat, [tensors[place].numel() for place in bucket])
         found |= {place: part.view(tensors[place].shape) for place, part in zip(bucket, parts, strict=True)}
     return [found[place] for place in range(len(tensors))]
@@ -140,6 +142,10 @@ def in_buckets(items: Sequence[T], tensors: Sequence[Tensor], bucket_bytes: int)
         sizes[kind] = tensor.nbytes + (sizes[kind] if bucket else 0)
         bucket.append(item)
     yield from (bucket for bucket in held.values() if bucket)
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter, dtype=gradient_type(parameter))
 
 
 def _flat(bucket: Sequence[Tensor]) -> Tensor:

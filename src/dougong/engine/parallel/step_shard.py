@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dougong.engine.parallel.collectives import all_gather, reduce_scatter
+from dougong.engine.parallel.collectives import all_gather, scatter_sum
 from dougong.engine.parallel.replicate import BUCKET_BYTES, in_buckets
+from dougong.engine.precision.weights import gradient_type
 from dougong.engine.step import AllBackward, TrainParts
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -106,7 +107,8 @@ class StepShard:
             parts = torch.split(whole.view(self._world, -1), [each.numbers for each in bucket], dim=1)
             for each, part in zip(bucket, parts, strict=True):
                 found = part.reshape(-1, *each.shape[1:])[: each.shape[0]]
-                self._gathered[each.name] = nn.Parameter(found, requires_grad=each.weight.requires_grad)
+                self._gathered[each.name] = gathered = nn.Parameter(found, requires_grad=each.weight.requires_grad)
+                gathered.grad_dtype = gradient_type(each.weight)
         self._put(self._gathered)
 
     def present(self) -> list[bool]:
@@ -118,18 +120,23 @@ class StepShard:
         """After the last micro-batch: each rank has its rows of the shard group's gradients, and its rows of weights
         alone."""
         due = [each for each, there in zip(self._spread, anywhere, strict=True) if there]
-        for bucket in in_buckets(due, [self._gathered[each.name] for each in due], BUCKET_BYTES):
-            flat = torch.cat([self._by_rank(each) for each in bucket], dim=1)
+        gradients = [self._gradient(each) for each in due]
+        for pairs in in_buckets(list(zip(due, gradients, strict=True)), gradients, BUCKET_BYTES):
+            bucket = [each for each, _ in pairs]
+            flat = torch.cat([self._by_rank(each, gradient) for each, gradient in pairs], dim=1)
             part = flat.new_empty(flat.shape[1])
-            reduce_scatter(part, flat.view(-1), self._shard)
+            scatter_sum(part, flat.view(-1), self._shard)
             for each, rows in zip(bucket, torch.split(part, [each.numbers for each in bucket]), strict=True):
                 each.weight.grad = rows.view(-1, *each.shape[1:])[: each.weight.shape[0]].clone()
         self.let_go()
 
-    def _by_rank(self, each: _Spread) -> Tensor:
-        """A whole gradient, the rows of each rank beside each other; zeros where this rank has none."""
+    def _gradient(self, each: _Spread) -> Tensor:
+        """A whole one; zeros where this rank has none."""
         whole = self._gathered[each.name]
-        gradient = torch.zeros_like(whole) if whole.grad is None else whole.grad
+        return torch.zeros_like(whole, dtype=gradient_type(whole)) if whole.grad is None else whole.grad
+
+    def _by_rank(self, each: _Spread, gradient: Tensor) -> Tensor:
+        """The rows of each rank beside each other."""
         return _filled(gradient, each.rows * self._world).reshape(self._world, -1)
 
     def let_go(self) -> None:

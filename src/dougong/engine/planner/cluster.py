@@ -9,6 +9,7 @@ Promise     what is published stands as published; what was fitted says on which
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,12 @@ class ClusterConfig(Config):
 
     host_bandwidth: float = Field(default=12e9, gt=0)
     """Bytes a second between one device and the memory of its node's processor, one way."""
+
+    disk_bandwidth: float = Field(default=3e9, gt=0)
+    """Bytes a second between one device's memory and its node's disk, one way."""
+
+    maps_files: bool = False
+    """Whether what is in a file can be computed with as it is: the devices' memory is the processor's."""
 
     latency_seconds: float = Field(default=10e-6, ge=0)
     """Of one message."""
@@ -99,6 +106,8 @@ KNOWN: Final[dict[str, ClusterConfig]] = {
         memory_bandwidth=8e9,
         inside_bandwidth=1e9,
         across_bandwidth=1e8,
+        disk_bandwidth=1e9,
+        maps_files=True,
         latency_seconds=2e-4,
         matmul_efficiency=0.5,
         link_efficiency=0.5,
@@ -127,15 +136,49 @@ def this_machine(ranks: int, per_node: int | None = None) -> ClusterConfig:
 
 
 def free_bytes() -> float:
-    """Memory of this machine that a process may still take; of its container, where that has less."""
+    """Memory of this machine that a process may still take; of its container, or of a limit of its own, where that is
+    less."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(0.0, min([free, *_left_of_container(), *_left_of_data()]))
+
+
+def _left_of_container() -> list[float]:
+    """What this process's control group may still take; what it has of files can be given back."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8")
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return free
-    return free if limit == "max" else max(0.0, min(free, float(limit) - float(used)))
+        return []
+    found = []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        if controllers == "":
+            names, root = ("memory.max", "memory.current", "file"), Path("/sys/fs/cgroup")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+            root = Path("/sys/fs/cgroup/memory")
+        else:
+            continue
+        for folder in {root / path.lstrip("/"), root}:  # inside a container its own group is the root
+            try:
+                limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names[:2])
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text("utf-8").splitlines())
+            except (OSError, ValueError):
+                continue
+            if limit != "max":
+                found.append(float(limit) - float(used) + float(stat.get(names[2], 0)))
+    return found
+
+
+def _left_of_data() -> list[float]:
+    """What a limit on the process's own memory leaves (ulimit -d)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit == resource.RLIM_INFINITY:
+        return []
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [float(limit)]
+    return [limit - next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmData:")), 0.0)]

@@ -1,7 +1,7 @@
 """What a step costs on a layout, before anything runs.
 
-Here        Choice (a layout with its micro-batches), Prediction, `predict`, `predict_least`; the formulas, for
-            `--explain`.
+Here        Choice (a layout with its micro-batches), Offload, Prediction, `predict`, `predict_least`; `state_bytes`, of
+            the stages of ZeRO; the formulas, for `--explain`.
 Elsewhere   shapes (shape.py), devices (cluster.py), who waits for whom (engine/parallel/schedule.py), which layouts
             there are (search.py).
 Promise     throughputs of published runs within 10 %, each left out when the constants were fitted
@@ -11,17 +11,21 @@ Time    a matrix product: flops / (tensor x peak x efficiency). Between them: by
         tensor ranks add up: 2 (t - 1) / t x bytes / bandwidth; a backward does twice the work of a forward and the same
         exchange. Gradients: 2 (d - 1) / d x bytes / bandwidth over d ranks, once a step; where weights are spread
         (d - 1) / d for each gathering and each spreading, in every micro-batch, and 2 x bytes / memory bandwidth to
-        put what was gathered in its place. What starting an operation takes is not in it: small models take longer than
-        is said. (Narayanan et al. 2021,
+        put what was gathered in its place; where the optimizer alone is (zero1) one of each, once a step. What starting
+        an operation takes is not in it: small models take longer than is said. (Narayanan et al. 2021,
         arXiv:2104.04473; Rajbhandari et al. 2020, arXiv:1910.02054; Chan et al. 2007 for the exchanges.)
-Memory  parameters x (weight + gradient + optimizer bytes) / shards, and where they are spread the weights gathered:
-        zero3 one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
+Memory  parameters x (weight + gradient + optimizer bytes / shards) where the optimizer alone is spread (zero1),
+        parameters x (weight + gradient + optimizer bytes) / shards where all is, and then the weights gathered: zero3
+        one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
         shared out) and what enters cut layers, of as many micro-batches as a rank has under way at once (1F1B:
         pipeline - its place); with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020;
         Korthikanti et al. 2022, arXiv:2205.05198.) In bf16 activations are half as large, and weights have a copy of
         half their bytes from forward to backward. These leave out what lies between two operations and what is on its
-        way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded:
-        no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step. (Ren et al. 2021, arXiv:2101.06840.)
+        way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded
+        to the host: no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step (Ren et al. 2021,
+        arXiv:2101.06840). To the disk: two blocks' weights and one's gradients are left; a step takes no less than
+        (2 x weight x micro-batches + gradient) / disk bandwidth beside the work, and then (2 x weight + 2 x optimizer +
+        gradient) / disk bandwidth; the host holds two blocks' state (Rajbhandari et al. 2021, arXiv:2104.07857).
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -78,6 +82,13 @@ class BytesConfig(Config):
         return self.model_copy(update={"activation": self.activation / 2, "cast": self.weight / 2})
 
 
+Offload = Literal["none", "host", "disk"]
+
+
+MIXED: Final = BytesConfig(weight=2, gradient=4, optimizer=12)
+"""Weights in 16 bits, gradients added up in 32, AdamW with weights in 32."""
+
+
 class Choice(NamedTuple):
     """One way to carry out a step."""
 
@@ -88,16 +99,12 @@ class Choice(NamedTuple):
     recompute: bool = False
     """Whether each block's activations are made anew in the backward, from its state alone."""
 
-    offload: bool = False
-    """Whether the optimizer, with what it keeps, is in the host's memory. Predicted; the engine cannot do it yet."""
+    offload: Offload = "none"
+    """host: the optimizer, with what it keeps, is in the host's memory, which is predicted alone. disk: weights,
+    gradients and what the optimizer keeps are on the disk, but for the blocks at work."""
 
     precision: Chosen | None = None
     """Of products. None: as the cluster's `flops` and the bytes of activations say."""
-
-    @property
-    def can_be_carried_out(self) -> bool:
-        """Whether the engine can do all of it."""
-        return not self.offload
 
 
 class Prediction(NamedTuple):
@@ -125,6 +132,15 @@ class Prediction(NamedTuple):
     state_bytes: tuple[float, ...]
     """Of it, weights, gradients and optimizer."""
 
+    host_bytes: float
+    """Of a node's processor memory, for what is not on its devices."""
+
+    disk_bytes: float
+    """Of a node's disk."""
+
+    can_be_carried_out: bool
+    """Whether the engine can do all of it on such devices."""
+
     @property
     def peak_bytes(self) -> float:
         return max(self.memory_bytes)
@@ -137,6 +153,8 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
     pipeline_seconds, waiting, held = _pipeline(
         plan.schedule, plan.pipeline, plan.chunks, num, costs.forwards, costs.backwards, costs.sent
     )
+    # Weights come and gradients go while blocks work.
+    pipeline_seconds = max(pipeline_seconds, costs.streamed_seconds)
     seconds = pipeline_seconds + costs.data_seconds + costs.optimizer_seconds
     data = cluster.devices // (plan.tensor * plan.pipeline)
     busiest = max(costs.of_rank, key=lambda here: sum(part.work for part in here))
@@ -151,6 +169,9 @@ def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: By
         optimizer_seconds=costs.optimizer_seconds,
         memory_bytes=costs.memory(held),
         state_bytes=costs.states,
+        host_bytes=costs.host_bytes,
+        disk_bytes=costs.disk_bytes,
+        can_be_carried_out=choice.offload == "none" or (choice.offload == "disk" and cluster.maps_files),
     )
 
 
@@ -169,7 +190,8 @@ def predict_least(model: ModelShape, cluster: ClusterConfig, choice: Choice, siz
         sum(f + b for f, b, where in zip(costs.forwards, costs.backwards, costs.place, strict=True) if where == rank)
         for rank in ranks
     )
-    seconds = choice.micro_batches * busiest + costs.data_seconds + costs.optimizer_seconds
+    streamed = max(choice.micro_batches * busiest, costs.streamed_seconds)
+    seconds = streamed + costs.data_seconds + costs.optimizer_seconds
     return Least(seconds, max(costs.memory([1 for _ in ranks])))
 
 
@@ -196,8 +218,14 @@ class _Costs(NamedTuple):
 
     data_seconds: float
     optimizer_seconds: float
+    streamed_seconds: float
+    """What the disk takes for weights and gradients, beside the work."""
+
     states: tuple[float, ...]
     """Bytes, by rank, of weights, gradients and optimizer."""
+
+    host_bytes: float
+    disk_bytes: float
 
     activations: list[float]
     """Bytes, by rank, of one micro-batch in one of its stages."""
@@ -226,10 +254,20 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
     # The optimizer reads and writes all of its own, the weights and the gradients.
     stepped = max(common / plan.shard + experts for common, experts in (_held(own, plan) for own in of_rank))
     moved, bandwidth = 2 * (sizes.weight + sizes.optimizer) + sizes.gradient, cluster.memory_bandwidth
-    kept = sizes
-    if choice.offload:
+    states = tuple(_state_bytes(own, plan, sizes) for own in of_rank)
+    here, away, streamed, at_work = states, 0.0, 0.0, 0.0
+    in_node = min(cluster.per_node, cluster.devices)
+    if choice.offload == "host":
         moved, bandwidth = sizes.gradient + sizes.weight, cluster.host_bandwidth * cluster.link_efficiency
-        kept = sizes.model_copy(update={"optimizer": 0.0})
+        here = tuple(_state_bytes(own, plan, sizes.model_copy(update={"optimizer": 0.0})) for own in of_rank)
+        away = max(sizes.optimizer * sum(_held(own, plan)) for own in of_rank) / plan.shard
+    elif choice.offload == "disk":
+        bandwidth = cluster.disk_bandwidth
+        streamed = stepped * (2 * choice.micro_batches * sizes.weight + sizes.gradient) / bandwidth
+        largest = max(sum(_held([part], plan)) for own in of_rank for part in own)
+        # The block at work, and the one that is on its way.
+        here = tuple((2 * sizes.weight + sizes.gradient) * largest for _ in of_rank)
+        away, at_work = max(states), 2 * largest * (sizes.weight + sizes.gradient + sizes.optimizer)
     data = cluster.devices // (plan.tensor * plan.pipeline)
     # All ranks of a tensor group send a part each, and stages stand in different nodes where those fill theirs.
     nodes = plan.tensor * plan.pipeline > cluster.per_node
@@ -245,7 +283,10 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
         sent=tuple(cluster.latency_seconds + sizes.activation * parts[s[-1]].passed / way for s in stages),
         data_seconds=max(_data_exchange(own, cluster, plan, data, choice.micro_batches, sizes) for own in of_rank),
         optimizer_seconds=stepped * moved / bandwidth,
-        states=tuple(_state_bytes(own, plan, kept) for own in of_rank),
+        streamed_seconds=streamed,
+        states=here,
+        host_bytes=in_node * (at_work if choice.offload == "disk" else away),
+        disk_bytes=in_node * (away if choice.offload == "disk" else 0.0),
         # Of what a rank has under way, each stage's share is as large as its part of the rank's stages.
         activations=[
             sum(_activation_bytes([parts[n] for n in stage], plan, recompute, sizes) for stage in own) / len(own)
@@ -353,16 +394,34 @@ def _held(parts: list[BlockShape], plan: PlanConfig) -> tuple[float, float]:
     return common, sum(part.experts / (plan.tensor * plan.expert) for part in parts)
 
 
+class StateBytes(NamedTuple):
+    """What a rank holds at the end of a backward, beside what is gathered for a while and gradients of that."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def state_bytes(parameters: float, plan: PlanConfig, sizes: BytesConfig) -> StateBytes:
+    """Of so many parameters that a rank's copies begin with: by the stages of ZeRO, of which the first spreads the
+    optimizer, and the second and third spread all three. (The second of the paper has all weights at rest too; ours
+    gathers them for each step.)"""
+    spread = parameters / plan.shard
+    held = parameters if plan.sharding == "zero1" else spread
+    return StateBytes(sizes.weight * held, sizes.gradient * held, sizes.optimizer * spread)
+
+
 def _state_bytes(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> float:
     """Weights, gradients and optimizer, at rest and at work: a block's whole weights beside, where they are spread."""
     common, experts = _held(parts, plan)
     each = sizes.weight + sizes.gradient + sizes.optimizer
-    if plan.shard == 1:
-        return each * (common + experts)
+    held = sum(state_bytes(common, plan, sizes)) + each * experts
+    if plan.shard == 1 or plan.sharding == "zero1":
+        return held
     units = _units(parts, plan, sizes)
     # zero2 keeps all gathered from forward to backward, zero3 one unit at a time, and its gradient.
     gathered = sum(units) if plan.sharding == "zero2" else max(units)
-    return each * (common / plan.shard + experts) + sizes.weight * gathered + sizes.gradient * max(units)
+    return held + sizes.weight * gathered + sizes.gradient * max(units)
 
 
 def _units(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> list[float]:
@@ -404,6 +463,11 @@ def _data_exchange(
     seconds = ring(data // plan.expert, experts * sizes.gradient, 2)
     if plan.shard == 1:
         seconds += ring(data, common * sizes.gradient, 2)
+        return seconds * (1 - cluster.data_overlap)
+    if plan.sharding == "zero1":
+        seconds += ring(plan.shard, common * sizes.gradient, 1) + ring(plan.shard, common * sizes.weight, 1)
+        # Both are put in a row before they are sent, and what comes is put in its place.
+        seconds += 2 * common * (sizes.gradient + sizes.weight) / cluster.memory_bandwidth
     else:
         # Of every micro-batch, and each unit by itself; one alone is gathered for the whole step.
         units = len(_units(parts, plan, sizes))
@@ -413,7 +477,7 @@ def _data_exchange(
         seconds += ring(plan.shard, common * sizes.weight, gathers, units)
         # What has been gathered lies by rank, and is read and written once to be weights.
         seconds += gathers * 2 * common * sizes.weight / cluster.memory_bandwidth
-        seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
-        # What has a gradient, and the norm of all, are agreed on apart: two all-reduces of next to nothing.
-        seconds += ring(data, 0.0, 4)
+    seconds += ring(copies, common / plan.shard * sizes.gradient, 2)
+    # What has a gradient, and the norm of all, are agreed on apart: two all-reduces of next to nothing.
+    seconds += ring(data, 0.0, 4)
     return seconds * (1 - cluster.data_overlap)

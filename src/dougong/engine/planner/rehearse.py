@@ -36,6 +36,7 @@ from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.parallel.schedule import Action, messages
 from dougong.engine.precision.choice import Chosen, autocast
+from dougong.engine.precision.weights import Narrowed, Weights
 from dougong.engine.prepare import prepare_model
 from dougong.engine.step import Loss, TrainParts, train_step
 from dougong.nn.batch import Batch
@@ -50,13 +51,18 @@ class Rehearsal(NamedTuple):
     """A rank's share of each micro-batch of a step."""
 
     loss: Loss
-    optimizer: Callable[[BlockStack[Any, Any]], Optimizer]
+    optimizer: Callable[[BlockStack[Any, Any], Narrowed], Optimizer]
+    """As OptimizerConfig.build."""
+
     costs: Sequence[float] | None = None
     """Of embedding, each block and the head, by which a pipeline is cut."""
 
     precision: Chosen = "fp32"
     keep: Sequence[Keep] | None = None
     """What each block keeps for its backward; None: all."""
+
+    weights: Weights = "fp32"
+    """In what format they are, and how they are stepped."""
 
     unreal: bool = False
 
@@ -79,17 +85,19 @@ def rehearse(what: Rehearsal, plan: PlanConfig, world: int, rank: int) -> StepBy
             group = layout.mesh.group("pipeline")
             assert group is not None
             pipeline.post = _Prepared(group, pipeline, states)
+        optimizer = what.optimizer(layout.model, layout.narrowed)
+        layout.share_out(optimizer)
         parts = TrainParts(
             layout.model,
             what.loss,
-            what.optimizer(layout.model),
+            optimizer,
             precision=what.precision,
             backward=layout.backward,
             reduce=layout.reduce,
             all_backward=layout.all_backward,
         )
         num_records = layout.mesh.share.world * max(1, sum(batch.num_records for batch in batches))
-        account = Account(layout.model, parts.optimizer)
+        account = Account(layout.model, optimizer)
         with _numbers(mode):
             # In the first step the optimizer makes what it keeps; how much was to be done for it does not matter.
             train_step(parts, batches if pipeline is not None else batches[:1], num_records=num_records)
@@ -103,7 +111,9 @@ def _laid_out(
 ) -> Layout:
     with _numbers(mode):
         model = what.build().train()
-    return prepare_model(model, plan, ranks, accumulation=num_batches, costs=what.costs, keep=what.keep)
+    return prepare_model(
+        model, plan, ranks, accumulation=num_batches, costs=what.costs, keep=what.keep, weights=what.weights
+    )
 
 
 class _Left(NamedTuple):

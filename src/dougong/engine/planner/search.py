@@ -12,16 +12,16 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from pydantic import Field
 
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
-from dougong.engine.parallel.plan import PlanConfig
+from dougong.engine.parallel.plan import PlanConfig, Sharding
 from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
 from dougong.engine.planner.cluster import ClusterConfig
-from dougong.engine.planner.predict import BytesConfig, Choice, Least, Prediction, predict, predict_least
+from dougong.engine.planner.predict import BytesConfig, Choice, Least, Offload, Prediction, predict, predict_least
 from dougong.engine.planner.shape import ModelShape
 from dougong.engine.precision.choice import Chosen
 
@@ -42,8 +42,8 @@ class SearchConfig(Config):
     recompute: tuple[bool, ...] = (False,)
     """Whether activations are made anew in the backward; both: either way."""
 
-    offload: bool = False
-    """Whether the optimizer may be in the host's memory."""
+    offload: tuple[Offload, ...] = ("none",)
+    """Where state may be."""
 
     memory_share: float = Field(default=0.9, gt=0, le=1)
     """Of a device's memory, that may be planned with."""
@@ -164,9 +164,10 @@ def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) ->
                     for precision, recompute, offload in itertools.product(
                         search.precisions or (None,),
                         search.recompute,
-                        (False, True) if search.offload else (False,),
+                        search.offload,
                     ):
-                        yield Choice(plan, micro_batches, recompute, offload, precision), shape
+                        if offload != "disk" or plan.shard == 1:  # what is spread is gathered in memory
+                            yield Choice(plan, micro_batches, recompute, offload, precision), shape
 
 
 def _micro_batches(model: ModelShape, search: SearchConfig, data: int) -> Iterator[tuple[int, ModelShape]]:
@@ -187,14 +188,15 @@ def _plans(model: ModelShape, tensor: int, pipeline: int, data: int, micro_batch
         if pipeline == 1:
             yield PlanConfig(**common)
             for shard in divisors(data)[1:]:
-                for sharding in ("zero2", "zero3"):
+                for sharding in get_args(Sharding):
                     yield PlanConfig(**common, shard=shard, sharding=sharding)
             continue
         for schedule, chunks in _schedules(model, pipeline, micro_batches):
             staged = {**common, "pipeline": pipeline, "schedule": schedule, "chunks": chunks}
             yield PlanConfig(**staged)
             for shard in divisors(data)[1:]:
-                yield PlanConfig(**staged, shard=shard, sharding="zero2")
+                for sharding in ("zero1", "zero2"):
+                    yield PlanConfig(**staged, shard=shard, sharding=sharding)
 
 
 def _schedules(model: ModelShape, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
@@ -223,8 +225,8 @@ def describe(choice: Choice) -> str:
         words.append(choice.precision)
     if choice.recompute:
         words.append("recompute")
-    if choice.offload:
-        words.append("optimizer in the host's memory")
+    if choice.offload != "none":
+        words.append("optimizer in the host's memory" if choice.offload == "host" else "state on the disk")
     return ", ".join(words)
 
 

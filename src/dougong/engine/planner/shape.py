@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -182,6 +182,38 @@ def transformer_shape(
     embed = nothing._replace(cut=vocabulary * width)
     head = nothing._replace(flops=2 * num * width * vocabulary, kept=4 * num * vocabulary, passed=0)
     return ModelShape(embed, (layer,) * num_layers, head, records, num_heads, 0, True)
+
+
+def llama_70b(*, tokens: int = 4096, records: int = 1) -> ModelShape:
+    """A decoder of 70 B parameters (Touvron et al. 2023, arXiv:2307.09288: 80 layers of 8192, 64 heads on 8 of keys
+    and values, feed-forwards of 28672), in 16-bit numbers, without scores, which a fused kernel keeps on the chip.
+
+    Counted as above: of a layer's activations, those of two norms, queries, keys and values, what attention gives,
+    and of a gated feed-forward its three inner vectors and what goes in, at 2 bytes.
+    """
+    width, hidden, keys = 8192, 28672, 1024
+    num = float(tokens * records)
+    cut = 2 * width * width + 2 * width * keys + 3 * width * hidden
+    inner = width + 2 * keys + width + 3 * hidden
+    layer = BlockShape(
+        flops=2 * num * cut + 4 * num * tokens * width / 2,
+        touched=num * (6 * width + inner),
+        scores=0.0,
+        cut=cut,
+        experts=0,
+        whole=2 * width,
+        kept=2 * num * inner,
+        kept_whole=2 * num * 4 * width,
+        exchanged=2 * num * width * 2,
+        passed=2 * num * width,
+    )
+    nothing = BlockShape(0, 0, 0, 0, 0, 0, 0, 0, 0, 2 * num * width)
+    head = nothing._replace(cut=32000 * width, flops=2 * num * width * 32000, kept=4 * num * 32000, passed=0)
+    return ModelShape(nothing._replace(cut=32000 * width), (layer,) * 80, head, records, 8, 0, True)
+
+
+SHAPES: Final[dict[str, Callable[[], ModelShape]]] = {"llama-70b": llama_70b}
+"""Models that are known by their sizes alone, too large to be built for being measured."""
 
 
 def _parts(model: BlockStack[Any, Any]) -> Iterator[tuple[Callable[[Any], Any], list[nn.Module]]]:
