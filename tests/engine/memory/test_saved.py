@@ -192,6 +192,18 @@ def test_memory_saved_twice_is_written_once() -> None:
     assert torch.equal(torch.autograd.grad(found, x)[0], wanted)
 
 
+def test_weights_stay_where_and_as_they_are() -> None:
+    for saved, saved_as in (("disk", "same"), ("kept", "bf16")):
+        model = build("convnet").train()
+        model.blocks[0] = torch.nn.Linear(64, 64)
+        x = torch.randn(128, 64, requires_grad=True)
+        counted = apply_saved(model, saved, saved_as, small_bytes=SMALL)  # type: ignore[arg-type]
+        y = model.blocks[0](x)  # saves both its input and its weights
+        assert counted.moved + counted.rounded == x.nbytes
+        gradient = torch.autograd.grad(y.sum(), x)[0]
+        assert torch.equal(gradient, torch.ones_like(y) @ model.blocks[0].weight)
+
+
 def test_host_needs_a_device() -> None:
     with pytest.raises(ConfigError, match=r"memory.saved=host moves activations from a device"):
         apply_saved(build("convnet"), "host")

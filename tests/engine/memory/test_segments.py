@@ -252,14 +252,14 @@ def test_what_is_handed_out_is_what_operations_make() -> None:
 
 
 def test_a_choice_leaves_no_trace_and_is_off_where_nothing_pays() -> None:
-    model = stack(2, dropout=0.1)
+    model = stack(8, dropout=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    choice = choose_segments(model, squares, numbers(4), sizes=(1, 2), pairs=1, backend=TRACED)
-    assert [each.size for each in choice.tried] == [1, 2]
-    assert choice.bytes > 0
-    for each in choice.tried:
-        assert (each.ratio is None) == (each.bytes > choice.bytes)
+    choice = choose_segments(model, squares, numbers(256), sizes=(8,), pairs=1, backend=TRACED)
+    (tried,) = choice.tried
+    assert tried.bytes > choice.bytes  # of all blocks' activations at once, not one block's
+    assert tried.ratio is None  # so that its time does not count
+    assert choice.size is None
     assert torch.equal(torch.get_rng_state(), random)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
