@@ -221,7 +221,7 @@ def differing(folder: Path) -> list[str]:
 
 
 def test_layouts_are_bit_equal_wherever_their_state_lies(tmp_path: Path) -> None:
-    assert run_ranks(differing, tmp_path, world=2) == [[], []]
+    assert run_ranks(differing, tmp_path, world=2, limit_seconds=120.0) == [[], []]
 
 
 def test_weights_that_are_spread_cannot_lie_on_the_disk() -> None:
