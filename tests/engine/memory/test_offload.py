@@ -87,6 +87,9 @@ def test_files_are_safetensors_of_each_block(tmp_path: Path) -> None:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     offloaded = apply_offload(model, ALL, tmp_path / "shelf")
     offloaded.shelf.settle()
+    for name, parameter in model.named_parameters():
+        unit = f"block-{name.split('.')[1]}" if name.startswith("blocks.") else "rest"
+        assert parameter.data_ptr() == offloaded.shelf.tensor(unit, "weight", name).data_ptr(), name
     there = sorted(path.name for path in (tmp_path / "shelf").iterdir())
     assert there == [*(f"block-{place}.safetensors" for place in range(4)), "rest.safetensors"]
     seen = set()
