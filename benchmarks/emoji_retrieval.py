@@ -45,6 +45,7 @@ from harness import run
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dougong.bundle.aligner import vectors_of_cells
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
 from dougong.core.figures import Figure
@@ -57,7 +58,6 @@ from dougong.objectives.contrastive import contrastive_loss
 from dougong.recipes.align import run_align
 from dougong.recipes.alignment import LANGUAGES, AlignRecipe
 from dougong.recipes.tables import cache_folder
-from dougong.serve.aligner import vectors_of_cells
 
 SEEDS: Final = (0, 1, 2, 3, 4)
 GALLERY: Final = (280, 320)

@@ -26,6 +26,8 @@ from typing import Any, Final
 
 from harness import Kept, run
 
+from dougong.bundle.generator import Generator
+from dougong.bundle.model import Model
 from dougong.core.config import override, parse
 from dougong.core.figures import Figure
 from dougong.data.modality.image import ImageAugment
@@ -39,8 +41,6 @@ from dougong.recipes.generate import GenerationResult, batches_of, run_generatio
 from dougong.recipes.generation import GenerateRecipe, vqa_generate
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.run import run_recipe
-from dougong.serve.generator import Generator
-from dougong.serve.model import Model
 
 SEEDS: Final = (0, 1, 2, 3, 4)
 STEPS: Final = 900

@@ -4,20 +4,23 @@ Here        `run`: options, printing, and the file in benchmarks/results/; `Kept
             may be stopped and gone on with.
 Elsewhere   the measuring (each script); `dougong bench NAME` calls the scripts.
 Promise     the written result names its command, commit, machine and versions; a quick run says so and writes nothing.
-            A part is taken from an earlier run only where source and settings are the same to the letter.
+            A part is taken from an earlier run only where every source that the script can reach by its imports is the
+            same to the letter; what draws pages and prints (watch/, cli/) changes no figure and does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from dougong.core.files import write_json
 from dougong.recipes.tables import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+DRAWN = ("src/dougong/watch", "src/dougong/cli")
 PACKAGES = ("torch", "transformers", "numpy", "pyarrow")
 
 
@@ -64,10 +69,8 @@ class Kept:
 
     def __init__(self, name: str) -> None:
         digest = hashlib.sha256()
-        root = Path(__file__).parents[1]
-        for folder in ("src", "benchmarks"):
-            for file in sorted((root / folder).rglob("*.py")):
-                digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+        for file in reached(Path(__file__).with_name(f"{name}.py")):
+            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
         digest.update(",".join(version(package) for package in PACKAGES).encode())
         self.folder = cache_folder() / "bench" / name / digest.hexdigest()[:16]
         """Also for what a script wants to keep itself."""
@@ -81,6 +84,35 @@ class Kept:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def reached(script: Path) -> list[Path]:
+    """This script and all of ours that it imports, also inside functions and by way of others, sorted."""
+    found: set[Path] = set()
+    ahead = [script.resolve()]
+    while ahead:
+        file = ahead.pop()
+        if file in found or any(file.is_relative_to(ROOT / drawn) for drawn in DRAWN):
+            continue
+        found.add(file)
+        for module in _imported(file):
+            # Importing a.b runs a's and a.b's files.
+            parts = module.split(".")
+            for root, length in itertools.product((ROOT / "src", ROOT / "benchmarks"), range(1, len(parts) + 1)):
+                place = root.joinpath(*parts[:length])
+                ahead += [each for each in (place.with_suffix(".py"), place / "__init__.py") if each.is_file()]
+    return sorted(found)
+
+
+def _imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file} imports by a relative name"
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            yield from (each.value for each in node.args if isinstance(each, ast.Constant))
 
 
 def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str]) -> Path:

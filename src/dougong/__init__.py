@@ -1,7 +1,7 @@
 """Dougong: records of several modalities to a trained, explained and usable model.
 
 Here        fit, load: the whole job in two calls. Heavy parts load when they are used.
-Elsewhere   the command line (cli/); whole runs (recipes/); a trained model (serve/model.py).
+Elsewhere   the command line (cli/); whole runs (recipes/); a trained model (bundle/model.py).
 Promise     `import dougong` loads no tensor library.
 """
 
@@ -11,8 +11,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dougong.bundle.model import Model, load
     from dougong.recipes.fit import fit
-    from dougong.serve.model import Model, load
 
 # transformers loads torchao where it is installed, which then warns of kernels that this machine cannot load, and torch
 # of what torchao registers.
@@ -22,7 +22,7 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 __version__ = "0.1.0"
 __all__ = ["Model", "fit", "load"]
 
-_HOMES = {"fit": "dougong.recipes.fit", "load": "dougong.serve.model", "Model": "dougong.serve.model"}
+_HOMES = {"fit": "dougong.recipes.fit", "load": "dougong.bundle.model", "Model": "dougong.bundle.model"}
 
 
 def __getattr__(name: str) -> Any:

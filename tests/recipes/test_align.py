@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dougong.bundle.aligner import load_aligner
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import BundleError, ConfigError, RunError
@@ -22,7 +23,6 @@ from dougong.nn.block_stack import BlockStack
 from dougong.recipes.align import run_align
 from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.known import read_any_recipe, read_recipe
-from dougong.serve.aligner import load_aligner
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from ranks import run_ranks
 from tokenizers import Tokenizer
 
 import dougong
+from dougong.bundle.describer import load_describer, load_writing
+from dougong.bundle.generator import load_generator
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError
@@ -31,8 +33,6 @@ from dougong.recipes.decode import run_decode
 from dougong.recipes.decoding import DecodeRecipe, caption_decoder
 from dougong.recipes.known import read_any_recipe, read_laid_out
 from dougong.recipes.settle import SETTINGS, lay_out, settle_recipe
-from dougong.serve.describer import load_describer, load_writing
-from dougong.serve.generator import load_generator
 
 SMALL = [
     "train.steps=60",

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import dougong
+from dougong.bundle.generator import load_generator
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError, DataError, RunError
@@ -23,7 +24,6 @@ from dougong.nn.block_stack import BlockStack
 from dougong.recipes.generate import judge_writer, run_generation
 from dougong.recipes.generation import GenerateRecipe, pretrain_joint
 from dougong.recipes.known import read_any_recipe, read_recipe
-from dougong.serve.generator import load_generator
 
 SMALL = [
     "train.steps=4",

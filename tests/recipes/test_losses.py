@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dougong.bundle.contribution import measure_contribution
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
@@ -21,7 +22,6 @@ from dougong.recipes.pilot import blending_pilot
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, run_recipe
 from dougong.recipes.tables import open_tables
-from dougong.serve.contribution import measure_contribution
 
 WAYS: dict[str, dict[str, Any]] = {
     "evidence": {"model": {"fusion": "late", "decide": "evidence"}},

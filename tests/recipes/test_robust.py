@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dougong
+from dougong.bundle.model import Model
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import read_events
@@ -17,7 +18,6 @@ from dougong.recipes.judge import judge
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.robust import EVERY, sweep
 from dougong.recipes.run import run_recipe
-from dougong.serve.model import Model
 
 NAMES = ("photo", "clip", "remark", "table")
 

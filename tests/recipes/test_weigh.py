@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dougong.bundle.model import load
 from dougong.core.config import parse
 from dougong.data.batch import BatchArrays
 from dougong.data.loader import Loader, LoaderConfig
@@ -16,7 +17,6 @@ from dougong.objectives.decision import decision_loss
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, run_recipe
 from dougong.recipes.weigh import learn_weights, weigh_votes
-from dougong.serve.model import load
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The commands.
 
 Here        one thin function per command, and the exit status.
-Elsewhere   what they call (recipes/, serve/); how results look on a terminal (cli/show.py).
+Elsewhere   what they call (recipes/, bundle/); how results look on a terminal (cli/show.py).
 Promise     0 it worked; 2 the user can mend it, said in one line on stderr; 3 a rank was lost, and --resume goes on;
             anything else is our bug, with its traceback. `--help` loads no tensor library.
 """
@@ -341,7 +341,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Answer every record of a table; a record that cannot be read gets its reason."""
-    from dougong.serve.files import predict_file
+    from dougong.bundle.files import predict_file
 
     summary = predict_file(model, records, answers, withhold or ())
     if as_json:
@@ -364,9 +364,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw what a text says, or say what a picture shows. What is not set is as the bundle says."""
+    from dougong.bundle.describer import Describer, load_writing
     from dougong.core.config import parse
     from dougong.model.sampling import SamplingConfig
-    from dougong.serve.describer import Describer, load_writing
 
     if (text is None) == (image is None):
         raise ConfigError("generate needs one of --text and --image. Give --text 'a red circle', or --image x.png.")

@@ -21,6 +21,7 @@ MOST_PARTS: Final = 8
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dougong.bundle.contribution import Contribution
     from dougong.engine.robustness import Robustness
     from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from dougong.recipes.generate import GenerationResult
     from dougong.recipes.plan import PlanResult
     from dougong.recipes.run import RunResult
-    from dougong.serve.contribution import Contribution
 
 
 def print_comparison(result: Comparison) -> None:

@@ -1,7 +1,7 @@
 """The deployable artifact: a folder with a manifest that names every file and its sum.
 
 Here        Manifest, write_bundle, read_bundle; kind_of and bundle_in, to find out what a folder holds.
-Elsewhere   what the files hold (serve/model.py writes and reads them with a tensor library).
+Elsewhere   what the files hold (bundle/model.py writes and reads them with a tensor library).
 Promise     a bundle appears whole or not at all; reading refuses a file that was altered, is missing,
             or that lies outside the folder; nothing in it is ever executed or unpickled.
 """

@@ -2,7 +2,7 @@
 
 Here        `shapley_values`, `modality_shapley` (SHAPE), `removals`, `perceptual_scores`, `additive_projection` (EMAP),
             `token_shares` (MM-SHAP), each of a model that is seen as a function; Probe, which sees any BlockStack so.
-Elsewhere   asking a bundle (serve/contribution.py); rates that follow what is lost (engine/sampling.py).
+Elsewhere   asking a bundle (bundle/contribution.py); rates that follow what is lost (engine/sampling.py).
 Promise     Shapley values add up to the score with everything less the score with nothing; a modality that the model
             ignores has a contribution and a perceptual score of exactly 0; a model that adds up what each modality
             says is its own projection; the same seed gives the same figures.

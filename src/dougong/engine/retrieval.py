@@ -1,7 +1,7 @@
 """Finds one thing among many by vectors.
 
 Here        `ranks`, `retrieval_metrics`, Retrieved.
-Elsewhere   making the vectors (serve/aligner.py); drawing what was found (watch/retrieval.py).
+Elsewhere   making the vectors (bundle/aligner.py); drawing what was found (watch/retrieval.py).
 Promise     a tie counts against what is looked for: a model that says the same of everything finds nothing.
 """
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import dougong
+from dougong.bundle.aligner import KIND, Aligner, vectors_of_cells
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
 from dougong.core.events import Listener
@@ -50,7 +51,6 @@ from dougong.recipes.result import result_as_json
 from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import cache_folder
 from dougong.recipes.training import Learning, Lesson, kept_alone, train_on_ranks
-from dougong.serve.aligner import KIND, Aligner, vectors_of_cells
 from dougong.watch.progress import Progress
 from dougong.watch.retrieval import MOST_FOUND, RETRIEVALS, write_retrieval_report
 from dougong.watch.tensorboard import TensorBoard

@@ -2,7 +2,7 @@
 
 Here        run_decode, DecodeResult.
 Elsewhere   the description (recipes/decoding.py); what a run has in common with those of other kinds
-            (recipes/training.py); figures (engine/words.py); what it leaves to a user (serve/describer.py).
+            (recipes/training.py); figures (engine/words.py); what it leaves to a user (bundle/describer.py).
 Promise     a run folder is never overwritten; one that was stopped goes on with `resume`, to the same losses, on any
             layout.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dougong.bundle.describer import KIND, Describer
 from dougong.core.bundle import Manifest
 from dougong.core.events import Listener
 from dougong.core.files import write_json
@@ -43,7 +44,6 @@ from dougong.recipes.training import (
     train_on_ranks,
     training_loader,
 )
-from dougong.serve.describer import KIND, Describer
 from dougong.watch.gallery import write_gallery
 
 SHOWN: Final = 24

@@ -1,7 +1,7 @@
 """The whole job on a user's own table, in one call.
 
 Here        fit.
-Elsewhere   carrying a recipe out (recipes/run.py); what comes back (serve/model.py).
+Elsewhere   carrying a recipe out (recipes/run.py); what comes back (bundle/model.py).
 Promise     no option is needed but the table, and the target where its name does not tell.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from dougong.bundle.model import Model
 from dougong.core.config import parse
 from dougong.core.signature import Task
 from dougong.data.table import open_table
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
-from dougong.serve.model import Model
 
 BATCH_SIZE: Final = 32
 FEWEST_STEPS: Final = 600

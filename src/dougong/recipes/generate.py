@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from dougong.bundle.generator import KIND, Generator, load_generator
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Listener
@@ -47,7 +48,6 @@ from dougong.recipes.result import result_as_json, write_words
 from dougong.recipes.settle import settle_recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.recipes.training import Learning, Lesson, kept_alone, provenance, train_on_ranks
-from dougong.serve.generator import KIND, Generator, load_generator
 from dougong.watch.gallery import write_gallery
 from dougong.watch.progress import Progress
 from dougong.watch.tensorboard import TensorBoard

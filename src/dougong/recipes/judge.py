@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from dougong.bundle.contribution import Contribution, measure_contribution
+from dougong.bundle.describer import KIND, Describer, load_describer
+from dougong.bundle.files import load_from
+from dougong.bundle.model import Model
 from dougong.core.bundle import bundle_in, is_bundle, kind_of
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
@@ -23,10 +27,6 @@ from dougong.recipes.build import LaidOut, open_records
 from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.settle import SETTINGS
-from dougong.serve.contribution import Contribution, measure_contribution
-from dougong.serve.describer import KIND, Describer, load_describer
-from dougong.serve.files import load_from
-from dougong.serve.model import Model
 
 
 def judge(

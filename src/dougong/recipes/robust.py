@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from dougong.bundle.files import load_from
+from dougong.bundle.model import Model
 from dougong.core.errors import ConfigError
 from dougong.data.corruption import Corruption
 from dougong.data.table import Table
 from dougong.engine.metrics import primary_metric
 from dougong.engine.robustness import Robustness, effective_robustness, relative_robustness
 from dougong.recipes.judge import check_modalities, table_to_judge_on
-from dougong.serve.files import load_from
-from dougong.serve.model import Model
 
 LEVELS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 EVERY: Final = "every modality"

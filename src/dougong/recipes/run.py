@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from dougong.bundle.model import Model
 from dougong.core.bundle import Manifest
 from dougong.core.events import Listener
 from dougong.core.files import write_json
@@ -50,7 +51,6 @@ from dougong.recipes.training import (
     training_loader,
 )
 from dougong.recipes.weigh import weigh_votes
-from dougong.serve.model import Model
 from dougong.watch.report import write_report
 
 VOTES_WEIGHED: Final = 4096

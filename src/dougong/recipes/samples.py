@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from dougong.bundle.model import Model, Prediction
 from dougong.core.files import write_atomic, write_json
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import View
@@ -27,7 +28,6 @@ from dougong.data.modality.numbers import TableModality
 from dougong.data.modality.text import TextModality
 from dougong.data.table import Table
 from dougong.engine.evaluate import Evaluation
-from dougong.serve.model import Model, Prediction
 
 PER_CONDITION: Final = 8
 MOST: Final = 24

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import dougong
+from dougong.bundle.contribution import ContributionConfig, _with_tokens, measure_contribution
+from dougong.bundle.model import Model
 from dougong.core.errors import ConfigError, DataError
 from dougong.data.table import open_table
 from dougong.engine.contribution import Probe, recombine
 from dougong.model.sandwich import FinishBlock, JoinBlock
-from dougong.serve.contribution import ContributionConfig, _with_tokens, measure_contribution
-from dougong.serve.model import Model
 
 Records = Callable[..., list[dict[str, Any]]]
 SMALL = ContributionConfig(num_records=60, num_projected=15, num_with_tokens=3, num_permutations=2)

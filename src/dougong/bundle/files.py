@@ -1,7 +1,7 @@
 """Predictions from file to file.
 
 Here        predict_file.
-Elsewhere   answering records (serve/model.py); reading tables (data/table.py).
+Elsewhere   answering records (bundle/model.py); reading tables (data/table.py).
 Promise     the answers appear whole or not at all, one for each record, in the records' order.
 """
 
@@ -16,11 +16,11 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dougong.bundle.model import Model, Prediction, load
 from dougong.core.bundle import is_bundle
 from dougong.core.errors import BundleError, ConfigError
 from dougong.core.files import whole_file
 from dougong.data.table import open_table
-from dougong.serve.model import Model, Prediction, load
 
 ENDINGS: Final = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP: Final = 5000

@@ -2,7 +2,7 @@
 
 Here        Describer (caption, write, evaluate, save, export), load_describer; load_writing, of this kind or a
             generator.
-Elsewhere   a model that draws too (serve/generator.py); the bundle's files and sums (core/bundle.py); training
+Elsewhere   a model that draws too (bundle/generator.py); the bundle's files and sums (core/bundle.py); training
             (recipes/).
 Promise     the same bundle, input, settings and seed write the same; what is saved and loaded writes the same; an input
             that cannot be read is refused with its reason, before anything is written.
@@ -18,6 +18,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dougong.bundle.generator import (
+    AT_ONCE,
+    Generator,
+    Picture,
+    batch_of_cells,
+    figures_card,
+    load_generator,
+    picture_bytes,
+    pictures_of,
+)
+from dougong.bundle.saving import load_of_kind, load_settings, save_bundle
 from dougong.core.bundle import Manifest, bundle_in, kind_of
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
@@ -36,17 +47,6 @@ from dougong.model.decoder import Decoder, DecoderConfig
 from dougong.model.deepseek import write_deepseek
 from dougong.model.sampling import SamplingConfig
 from dougong.nn.batch import Batch, MediaBatch
-from dougong.serve.generator import (
-    AT_ONCE,
-    Generator,
-    Picture,
-    batch_of_cells,
-    figures_card,
-    load_generator,
-    picture_bytes,
-    pictures_of,
-)
-from dougong.serve.saving import load_of_kind, load_settings, save_bundle
 
 KIND: Final = "decoder"
 SAMPLING: Final = "sampling.json"

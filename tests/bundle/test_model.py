@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import dougong
+from dougong.bundle.model import Model, Prediction
 from dougong.core.errors import BundleError, ConfigError, DataError
-from dougong.serve.model import Model, Prediction
 
 MODALITIES = ("photo", "clip", "remark", "table")
 Records = Callable[..., list[dict[str, Any]]]

@@ -1,7 +1,7 @@
 """A trained writer as its user has it: pictures to captions, texts to pictures, from a bundle and back into one.
 
 Here        Generator (caption, draw, save), load_generator.
-Elsewhere   a model that decides (serve/model.py); the bundle's files and sums (core/bundle.py); training (recipes/).
+Elsewhere   a model that decides (bundle/model.py); the bundle's files and sums (core/bundle.py); training (recipes/).
 Promise     the same bundle, input, settings and seed write the same; what is saved and loaded writes the same; an input
             that cannot be read is refused with its reason, before anything is written.
 """
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dougong.bundle.saving import load_of_kind, load_settings, save_bundle
 from dougong.core.bundle import Manifest, bundle_in
 from dougong.core.config import parse
 from dougong.core.errors import DataError
@@ -32,7 +33,6 @@ from dougong.engine.batches import to_tensors
 from dougong.model.sampling import SamplingConfig, SamplingsConfig
 from dougong.model.writer import Direction, Writer, WriterConfig
 from dougong.nn.batch import Batch
-from dougong.serve.saving import load_of_kind, load_settings, save_bundle
 
 KIND: Final = "writer"
 SAMPLING: Final = "sampling.json"

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dougong.bundle.model import Model
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
@@ -30,7 +31,6 @@ from dougong.engine.contribution import (
 )
 from dougong.engine.evaluate import evaluating
 from dougong.model.sandwich import JoinBlock, OwnBlock, Sandwich, SandwichState
-from dougong.serve.model import Model
 
 
 class ContributionConfig(Config):

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dougong.bundle.saving import load_network, save_bundle
 from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import Config, parse
 from dougong.core.errors import BundleError, ConfigError, DataError
@@ -33,7 +34,6 @@ from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.model.sandwich import Sandwich, SandwichConfig, SandwichOutput
 from dougong.objectives.decision import decision_probabilities
-from dougong.serve.saving import load_network, save_bundle
 
 BATCH_SIZE: Final = 64
 

@@ -2,7 +2,7 @@
 
 Here        Aligner (vectors, save), load_aligner, KIND.
 Elsewhere   the bundle's files and sums (core/bundle.py); training one (recipes/align.py); a model that decides
-            (serve/model.py).
+            (bundle/model.py).
 Promise     what is saved and loaded gives the same vectors; a cell that cannot be read gets a vector of zeros, which is
             like nothing, and is counted.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dougong.bundle.saving import load_network, save_bundle
 from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import parse
 from dougong.core.errors import BundleError, ConfigError
@@ -26,7 +27,6 @@ from dougong.data.table import Table, cells_of
 from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import evaluating
 from dougong.model.dual import Dual, DualConfig
-from dougong.serve.saving import load_network, save_bundle
 
 KIND: Final = "align"
 BATCH_SIZE: Final = 128
@@ -140,7 +140,7 @@ def _card(manifest: Manifest) -> str:
         "",
         f"Gives a vector to each of {', '.join(manifest.signature.inputs)}: what says the same lies close together.",
         "",
-        "Load it with `dougong.serve.aligner.load_aligner(FOLDER)`.",
+        "Load it with `dougong.bundle.aligner.load_aligner(FOLDER)`.",
         "",
         "## Measured",
         "",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from dougong.bundle.files import predict_file
 from dougong.core.errors import BundleError, ConfigError
-from dougong.serve.files import predict_file
 
 
 def test_each_kind_of_file_holds_the_same_answers(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
