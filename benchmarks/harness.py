@@ -109,10 +109,10 @@ def _imported(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (each.name for each in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{file} imports by a relative name"
+            assert node.module, f"{file} imports by a relative name"
             yield from (f"{node.module}.{each.name}" for each in node.names)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            yield from (each.value for each in node.args if isinstance(each, ast.Constant))
+            yield from (str(each.value) for each in node.args if isinstance(each, ast.Constant))
 
 
 def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str]) -> Path:

@@ -8,7 +8,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def test_a_scripts_sources_are_those_its_imports_reach() -> None:
     spec = importlib.util.spec_from_file_location("harness", BENCHMARKS / "harness.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     harness = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(harness)
 
