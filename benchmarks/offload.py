@@ -28,9 +28,9 @@ from dougong.core.errors import DougongError
 from dougong.core.events import read_events
 from dougong.core.figures import Figure
 
-CAP: Final = 512 * 2**20
+CAP: Final = 768 * 2**20
 STEPS: Final = 20
-LAYERS: Final = 44
+LAYERS: Final = 66
 READ_EACH, WRITTEN_EACH = 24, 16
 """Bytes of each parameter, in a step."""
 
@@ -80,7 +80,7 @@ class Bandwidth(NamedTuple):
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    steps, layers = (3, 40) if quick else (STEPS, LAYERS)
+    steps, layers = (3, 60) if quick else (STEPS, LAYERS)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as kept, cap_folder(CAP) as group:
         folder = Path(kept)
         recipe = written_recipe(folder, layers, steps)

@@ -96,11 +96,13 @@ def test_state_that_has_no_room_is_refused_before_it_takes_any(
         monkeypatch.setattr(room, "free_bytes", lambda free=free: free)
         with pytest.raises(ConfigError, match=message):
             run_recipe(recipe, tmp_path / f"refused at {free:.0f}", quiet=True)
-        run_recipe(
-            recipe_for(colour_table, **{"memory.offload": "disk", "train.steps": 1}),
-            tmp_path / f"on the disk at {free:.0f}",
-            quiet=True,
-        )
+        on_disk = recipe_for(colour_table, **{"memory.offload": "disk", "train.steps": 1})
+        # What passes through memory at a time is megabytes, more than all of so small a model.
+        with pytest.raises(ConfigError, match=r"has .* MiB on their way between disk and memory at one time"):
+            run_recipe(on_disk, tmp_path / f"refused too at {free:.0f}", quiet=True)
+        monkeypatch.setattr(room, "passing_bytes", lambda *_: 0)
+        run_recipe(on_disk, tmp_path / f"on the disk at {free:.0f}", quiet=True)
+        monkeypatch.undo()
 
 
 def test_an_average_of_weights_on_the_disk_is_refused(colour_table: Path, tmp_path: Path) -> None:

@@ -181,7 +181,8 @@ def prepare_model(
     layout.narrowed = apply_weights(model, weights, accumulation=accumulation)  # of what is here
     if offload is not None and offload.on_disk:
         assert folder is not None
-        layout.shelved = apply_offload(model, offload, folder / f"rank-{ranks.rank}")
+        anew = [] if keep is None or segments is not None else [each != "all" for each in keep]
+        layout.shelved = apply_offload(model, offload, folder / f"rank-{ranks.rank}", anew=anew)
     layout.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(layout.sharded, StateShard):
         layout.trained = {n: p for n, p in layout.trained.items() if n not in layout.spread} | layout.sharded.stepped

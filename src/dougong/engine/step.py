@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,18 @@ AllBackward = Callable[["TrainParts", Sequence[Batch], float], Tensor]
 """The same of all micro-batches."""
 
 
+class Elsewhere(Protocol):
+    """Gradients that lie outside of memory (engine/memory/offload.py)."""
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Of them all."""
+        ...
+
+    def multiply(self, gradients: Sequence[Tensor], by: float) -> None:
+        """Make them so many times as long, at the latest when the optimizer comes to them."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainParts:
     """What a step needs."""
@@ -83,8 +95,8 @@ class TrainParts:
     all_backward: AllBackward | None = None
     """None: one micro-batch after the other."""
 
-    multiply: Callable[[Sequence[Tensor], float], None] | None = None
-    """Makes all gradients so many times as long before the optimizer steps. None: at once, in place."""
+    elsewhere: Elsewhere | None = None
+    """Where gradients lie that are not to be read more often than need be. None: in memory."""
 
     scaling: Scaling | None = None
     """Of the loss, whose gradients must fit fp16. None: it is not scaled."""
@@ -120,7 +132,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
         gradients = _gradients(parts.optimizer)
     else:
         gradients = _gradients(parts.optimizer)
-        reduced = Reduced(total, norm_of(gradients))
+        reduced = Reduced(total, (norm_of if parts.elsewhere is None else parts.elsewhere.norm)(gradients))
 
     # The one wait for the device: whether to step at all depends on both numbers.
     both = torch.stack([reduced.loss, reduced.grad_norm.to(reduced.loss)]).tolist()
@@ -138,7 +150,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     if parts.max_grad_norm is not None and grad_norm > parts.max_grad_norm:
         shorter = parts.max_grad_norm / grad_norm
     if gradients and shorter / scale != 1.0:  # what is stepped here may have none
-        (parts.multiply or multiply)(gradients, shorter / scale)
+        (multiply if parts.elsewhere is None else parts.elsewhere.multiply)(gradients, shorter / scale)
     parts.optimizer.step()
     parts.model.after_step()
     return StepReport(loss, grad_norm, skipped=False)

@@ -422,7 +422,7 @@ class _Run:
             backward or layout.backward,
             None if ranks.group is None else layout.reduce,
             layout.all_backward,
-            None if layout.shelved is None else layout.shelved.multiply,
+            layout.shelved,
             scaling,
         )
 

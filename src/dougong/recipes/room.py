@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dougong.core.errors import ConfigError
 from dougong.core.sizes import bytes_as_text
-from dougong.engine.memory.offload import MEANS, OffloadConfig
+from dougong.engine.memory.offload import MEANS, OffloadConfig, passing_bytes
 from dougong.engine.memory.shelf import weights_in
 from dougong.engine.planner.cluster import free_bytes
 
@@ -80,8 +80,14 @@ def check_state(model: nn.Module, offload: OffloadConfig, *, ranks: int = 1) -> 
     gradients = 0 if "gradients" in offload.on_disk else trained
     optimizer = 0 if "optimizer" in offload.on_disk else len(MEANS) * trained
     room = MEMORY_SHARE * free_bytes() / ranks
-    if gradients + optimizer <= room:
+    passing = passing_bytes(model, offload)
+    if gradients + optimizer + passing <= room:
         return
+    if gradients + optimizer == 0:
+        raise ConfigError(
+            f"memory.offload has {bytes_as_text(passing)} on their way between disk and memory at one time, and there "
+            f"are {bytes_as_text(room)} that may be planned with. Use a model of smaller blocks, or more memory."
+        )
     raise ConfigError(
         f"beside its weights a step holds {bytes_as_text(gradients)} of gradients and {bytes_as_text(optimizer)} that "
         f"the optimizer keeps, and there are {bytes_as_text(room)} that may be planned with. Use memory.offload: disk, "

@@ -40,12 +40,12 @@ def trained(kind: str, config: OffloadConfig | None, folder: Path, *, recompute:
     model = build(kind).train()
     if recompute:
         apply_recompute(model, all_alike("nothing", len(model.blocks)))
+    anew = [recompute] * len(model.blocks)
     optimizer = OptimizerConfig().build(model)
-    offloaded = None if config is None else apply_offload(model, config, folder)
+    offloaded = None if config is None else apply_offload(model, config, folder, anew=anew)
     if offloaded is not None:
         offloaded.take(optimizer)
-    multiply = None if offloaded is None else offloaded.multiply
-    parts = TrainParts(model, loss_of, optimizer, max_grad_norm=0.1, multiply=multiply)
+    parts = TrainParts(model, loss_of, optimizer, max_grad_norm=0.1, elsewhere=offloaded)
     own = batches(kind, Share())
     torch.manual_seed(1)  # dropout
     reports = [train_step(parts, own, num_records=RECORDS) for _ in range(3)]
@@ -200,7 +200,7 @@ def stepped(plan: PlanConfig, config: OffloadConfig, ranks: Ranks, folder: Path)
         backward=layout.backward,
         reduce=layout.reduce,
         all_backward=layout.all_backward,
-        multiply=None if layout.shelved is None else layout.shelved.multiply,
+        elsewhere=layout.shelved,
     )
     own = batches("decoder", layout.mesh.share)
     for _ in range(3):

@@ -31,7 +31,7 @@ from dougong.engine.parallel.state_shard import StateShard
 from dougong.engine.parallel.step_shard import StepShard
 from dougong.engine.parallel.tensor import Cuts
 from dougong.engine.precision.weights import Narrowed
-from dougong.engine.step import AllBackward, Backward, Moved, Reduced, norm_of, one_by_one
+from dougong.engine.step import AllBackward, Backward, Elsewhere, Moved, Reduced, norm_of, one_by_one
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
@@ -45,15 +45,11 @@ class _Agreed(NamedTuple):
     """Of what is copied: whether some rank has a gradient of it."""
 
 
-class Shelved(Protocol):
+class Shelved(Elsewhere, Protocol):
     """State that lies on the disk (engine/memory/offload.py)."""
 
     def take(self, optimizer: Optimizer) -> None:
         """Have what the optimizer keeps lie there too, if it is to."""
-        ...
-
-    def multiply(self, gradients: Sequence[Tensor], by: float) -> None:
-        """When the optimizer comes to them."""
         ...
 
     def close(self) -> None:
