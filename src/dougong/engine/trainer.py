@@ -74,7 +74,7 @@ from dougong.engine.prepare import check_precision, prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
 from dougong.engine.saver import Saved, Saver
-from dougong.engine.step import Backward, Loss, TrainParts, train_step
+from dougong.engine.step import Backward, Loss, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -412,18 +412,15 @@ class _Run:
         self.adaptive: AdaptivePrecision | None = None
         self.scaled: AdaptivePrecision | OverflowScaling | None = None
         scaling = self._scaling(model, start)
-        self.parts = TrainParts(
-            model,
+        own = {} if backward is None else {"backward": backward}
+        self.parts = layout.parts(
             loss,
             optimizer,
-            config.max_grad_norm,
-            self.precision.precision,
-            self.device.type,
-            backward or layout.backward,
-            None if ranks.group is None else layout.reduce,
-            layout.all_backward,
-            layout.shelved,
-            scaling,
+            max_grad_norm=config.max_grad_norm,
+            precision=self.precision.precision,
+            device_type=self.device.type,
+            scaling=scaling,
+            **own,
         )
 
     def _scaling(self, model: BlockStack[Any, Any], start: Checkpoint | None) -> Scaling | None:

@@ -193,15 +193,7 @@ def stepped(plan: PlanConfig, config: OffloadConfig, ranks: Ranks, folder: Path)
     layout = prepare_model(build("decoder").train(), plan, ranks, accumulation=4, offload=config, folder=folder)
     optimizer = OptimizerConfig().build(layout.model)
     layout.share_out(optimizer)
-    parts = TrainParts(
-        layout.model,
-        loss_of,
-        optimizer,
-        backward=layout.backward,
-        reduce=layout.reduce,
-        all_backward=layout.all_backward,
-        elsewhere=layout.shelved,
-    )
+    parts = layout.parts(loss_of, optimizer)
     own = batches("decoder", layout.mesh.share)
     for _ in range(3):
         train_step(parts, own, num_records=RECORDS)

@@ -86,14 +86,7 @@ def as_kept_on_ranks() -> None:
         for saved in ("kept", "disk"):
             model = build("sandwich").train()
             layout = prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=4, saved=saved)  # type: ignore[arg-type]
-            parts = TrainParts(
-                model,
-                loss_of,
-                OptimizerConfig().build(model),
-                backward=layout.backward,
-                reduce=layout.reduce,
-                all_backward=layout.all_backward,
-            )
+            parts = layout.parts(loss_of, OptimizerConfig().build(model))
             own = batches("sandwich", layout.mesh.share)
             reports[saved] = [train_step(parts, own, num_records=RECORDS) for _ in range(2)]
         assert reports["disk"] == reports["kept"], plan

@@ -214,14 +214,7 @@ def as_blocks_on_ranks() -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(prepare, "apply_segments", traced)
                 layout = prepare.prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=2, segments=size)
-            parts = TrainParts(
-                model,
-                squares,
-                OptimizerConfig().build(model),
-                backward=layout.backward,
-                reduce=layout.reduce,
-                all_backward=layout.all_backward,
-            )
+            parts = layout.parts(squares, OptimizerConfig().build(model))
             losses.append([train_step(parts, [numbers(6), numbers(9)], num_records=15).loss for _ in range(3)])
         assert losses[1] == pytest.approx(losses[0], rel=1e-4), plan
 

@@ -132,14 +132,7 @@ def optimizer_of(model: BlockStack[Any, Any]) -> torch.optim.Optimizer:
 def parts_of(layout: Layout) -> TrainParts:
     optimizer = optimizer_of(layout.model)
     layout.share_out(optimizer)
-    return TrainParts(
-        layout.model,
-        loss_of,
-        optimizer,
-        backward=layout.backward,
-        reduce=layout.reduce,
-        all_backward=layout.all_backward,
-    )
+    return layout.parts(loss_of, optimizer)
 
 
 def train_alone(kind: str, accumulation: int) -> Trained:

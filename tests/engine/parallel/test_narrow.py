@@ -87,15 +87,7 @@ def shared(kind: str, share: Share) -> list[Any]:
 
 def parts_of(layout: Layout, states: States = "fp32") -> TrainParts:
     config = OptimizerConfig(learning_rate=3e-3, states=states)
-    return TrainParts(
-        layout.model,
-        loss_of,
-        config.build(layout.model, layout.narrowed),
-        precision="bf16",
-        backward=layout.backward,
-        reduce=layout.reduce if layout.mesh.ranks.group is not None else None,
-        all_backward=layout.all_backward,
-    )
+    return layout.parts(loss_of, config.build(layout.model, layout.narrowed), precision="bf16")
 
 
 def laid_out(kind: str, plan: PlanConfig, how: Weights) -> Layout:

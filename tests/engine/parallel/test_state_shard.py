@@ -64,14 +64,7 @@ def test_parts_are_even_within_a_row_and_every_row_is_in_one(parts: int) -> None
 def parts_of(layout: Layout) -> TrainParts:
     optimizer = OptimizerConfig().build(layout.model)
     layout.share_out(optimizer)
-    return TrainParts(
-        layout.model,
-        loss_of,
-        optimizer,
-        backward=layout.backward,
-        reduce=layout.reduce,
-        all_backward=layout.all_backward,
-    )
+    return layout.parts(loss_of, optimizer)
 
 
 def laid_out(plan: PlanConfig, seed: int) -> Layout:

@@ -13,7 +13,7 @@ from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.prepare import prepare_model
-from dougong.engine.step import TrainParts, train_step
+from dougong.engine.step import train_step
 
 WORLD = 4
 LAYOUTS = {
@@ -46,14 +46,7 @@ def counted(kind: str, plan: PlanConfig) -> StepBytes:
     layout = prepare_model(model, plan, Ranks(dist.group.WORLD), accumulation=MICRO_BATCHES)
     optimizer = OptimizerConfig().build(model)
     layout.share_out(optimizer)
-    parts = TrainParts(
-        model,
-        loss_of,
-        optimizer,
-        backward=layout.backward,
-        reduce=layout.reduce,
-        all_backward=layout.all_backward,
-    )
+    parts = layout.parts(loss_of, optimizer)
     own = batches(kind, layout.mesh.share)
     train_step(parts, own, num_records=RECORDS)
     account = Account(model, parts.optimizer)

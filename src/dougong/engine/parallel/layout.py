@@ -31,7 +31,7 @@ from dougong.engine.parallel.state_shard import StateShard
 from dougong.engine.parallel.step_shard import StepShard
 from dougong.engine.parallel.tensor import Cuts
 from dougong.engine.precision.weights import Narrowed
-from dougong.engine.step import AllBackward, Backward, Elsewhere, Moved, Reduced, norm_of, one_by_one
+from dougong.engine.step import AllBackward, Backward, Elsewhere, Loss, Moved, Reduced, TrainParts, norm_of, one_by_one
 from dougong.engine.weights import local_part
 from dougong.nn.block_stack import BlockStack
 
@@ -222,6 +222,16 @@ class Layout:
         for dim in range(local.ndim):
             local = local.narrow(dim, 0, max(0, min(local.shape[dim], whole[dim] - offset[dim])))
         return Piece(local, tuple(offset), whole)
+
+    def parts(self, loss: Loss, optimizer: Optimizer, **more: Any) -> TrainParts:
+        """What a step on this layout needs; `more` as TrainParts has it."""
+        made: dict[str, Any] = {
+            "backward": self.backward,
+            "reduce": None if self.mesh.ranks.group is None else self.reduce,
+            "all_backward": self.all_backward,
+            "elsewhere": self.shelved,
+        }
+        return TrainParts(self.model, loss, optimizer, **{**made, **more})
 
     @property
     def backward(self) -> Backward | None:

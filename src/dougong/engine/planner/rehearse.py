@@ -38,7 +38,7 @@ from dougong.engine.parallel.schedule import Action, messages
 from dougong.engine.precision.choice import Chosen, autocast
 from dougong.engine.precision.weights import Narrowed, Weights
 from dougong.engine.prepare import prepare_model
-from dougong.engine.step import Loss, TrainParts, train_step
+from dougong.engine.step import Loss, train_step
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 
@@ -87,15 +87,7 @@ def rehearse(what: Rehearsal, plan: PlanConfig, world: int, rank: int) -> StepBy
             pipeline.post = _Prepared(group, pipeline, states)
         optimizer = what.optimizer(layout.model, layout.narrowed)
         layout.share_out(optimizer)
-        parts = TrainParts(
-            layout.model,
-            what.loss,
-            optimizer,
-            precision=what.precision,
-            backward=layout.backward,
-            reduce=layout.reduce,
-            all_backward=layout.all_backward,
-        )
+        parts = layout.parts(what.loss, optimizer, precision=what.precision)
         num_records = layout.mesh.share.world * max(1, sum(batch.num_records for batch in batches))
         account = Account(layout.model, optimizer)
         with _numbers(mode):
