@@ -60,8 +60,9 @@ def test_a_switch_says_what_one_record_would_lose(build: Build, batch: Batch, si
 
 def decision_loss_of(model: Sandwich, batch: Batch, record: int) -> torch.Tensor:
     assert batch.target is not None
-    output_BC = model(batch).output_BC.double()
-    # float32 in the loss itself would drown so small a change
+    with torch.no_grad():
+        output_BC = model(batch).output_BC
+    # In double throughout: float32 in the loss itself would drown so small a change.
     return -output_BC.log_softmax(dim=-1)[record, batch.target[record]]
 
 

@@ -55,7 +55,11 @@ def test_parameters_are_counted_without_building(build: Build, batch: Batch, sig
     model = build(own_heads="taught")
     structure = structure_of(model)
     importance = measure_importance(model, structure, [batch], signature.target, ImportanceConfig())
-    for config in (StudentConfig(width=0.5), StudentConfig(heads=0.5, layers=0.5), StudentConfig(modalities=("text",))):
+    for config in (
+        StudentConfig(width=0.5),
+        StudentConfig(heads=0.5, layers=0.5),
+        StudentConfig(modalities=("text", "facts")),
+    ):
         shape = shape_of(config, structure, importance)
         student, _ = build_student(model, signature, shape)
         # A picture's stem makes its channels of the width by a rule of its own, a convolution in groups other groups.

@@ -84,7 +84,7 @@ def test_a_student_of_any_shape_is_rebuilt_by_its_settings_alone(
     assert sizes["text.layers.0.heads"].size == 2
     assert sizes["text.layers.0.heads"].channels == structure.axes["text.layers.0.heads"].channels
     assert sizes["text.layers.0.channels"].size == round(64 * 0.7)
-    assert structure_of(student).stacks["text"].count == 2
+    assert structure_of(student).stacks["text"].num_layers == 2
     student(batch).output_BC.sum().backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in student.parameters())
 

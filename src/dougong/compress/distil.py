@@ -10,6 +10,7 @@ Promise     teacher and student may have any shape: what cannot be held against 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,7 @@ from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.trainer import TrainConfig, TrainResult, Watch, train
+from dougong.model.bridge import BottleneckBlock
 from dougong.model.encoders.encoder import Tokens, TransformerLayer
 from dougong.model.sandwich import BridgeBlock, EncoderBlock, Sandwich, SandwichOutput
 from dougong.nn.attention import Attention
@@ -69,7 +71,8 @@ class DistilConfig(Config):
     """Of how tokens stand to each other in each encoder's last layer (queries, keys and values)."""
 
     attention_weight: float = 0.1
-    """Of where the bridge's tokens look, in its last block."""
+    """Of where the bridge's tokens look, in its last block; where they are others than the teacher's, of how much each
+    modality's look at each other one together."""
 
     gate_weight: float = 0.1
     """Of how much each modality counts."""
@@ -246,6 +249,17 @@ class _Looked(NamedTuple):
 
     weight_BTS: Tensor
     mask_BT: Tensor
+    counts: tuple[int, ...]
+    """Keys of each modality that was looked at, in order."""
+
+    def by_modality(self) -> Tensor:
+        """How much the tokens together look at each of them, (B, 1, M)."""
+        ends = itertools.accumulate(self.counts)
+        parts = [
+            self.weight_BTS[..., end - count : end].sum(dim=-1) for count, end in zip(self.counts, ends, strict=True)
+        ]
+        weight_BTM = torch.stack(parts, dim=-1).masked_fill(~self.mask_BT[..., None], 0.0)
+        return weight_BTM.sum(dim=1, keepdim=True) / self.mask_BT.sum(dim=1).clamp(min=1)[:, None, None]
 
 
 class _Heard:
@@ -261,10 +275,12 @@ class _Heard:
             elif isinstance(block, BridgeBlock):
                 last[BRIDGE] = block.block
         self.attention = last.pop(BRIDGE, None)
+        self._asks_itself = isinstance(self.attention, BottleneckBlock)
         self.relations = {
             name: layer for name, layer in last.items() if isinstance(layer, TransformerLayer) or _own_attention(layer)
         }
         self._model = model
+        self._tokens: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
 
     @contextmanager
@@ -300,12 +316,12 @@ class _Heard:
         own = _own_attention(self.relations[name])
         if own is not None and place == 1:
             # Ours makes each head's key and value side by side.
-            both = made.unflatten(-1, (own.num_heads, 2, -1))
+            both = made.view(*made.shape[:-1], own.num_heads, 2, -1)
             parts = (both[..., 0, :].flatten(-2), both[..., 1, :].flatten(-2))  # type: ignore[assignment]
         self._relations[name] = heard._replace(made=(*heard.made, *parts))
 
     def _enter_bridge(self, block: nn.Module, given: tuple[Any, ...]) -> None:
-        self._masks = given[1]
+        self._tokens, self._masks = given[:2]
 
     def _looked(self, name: str, attention: nn.Module, given: tuple[Any, ...]) -> None:
         if torch.is_inference_mode_enabled():
@@ -322,7 +338,9 @@ class _Heard:
         if mask_BS is not None:
             weight_BTS = weight_BTS * mask_BS.any(dim=-1)[:, None, None]
         mask_BT = mask_BS if name == ALL_TOGETHER else self._masks[name]
-        self._attention[name] = _Looked(weight_BTS, mask_BT)
+        counts = [x.shape[1] for other, x in self._tokens.items() if (other == name) is self._asks_itself]
+        left = context_BSD.shape[1] - sum(counts)  # of a bottleneck, the tokens between
+        self._attention[name] = _Looked(weight_BTS, mask_BT, (*counts, *([left] if left else [])))
 
     def relation_losses(self, taught: _Heard) -> Tensor:
         """Summed over encoders, the mean of queries, keys and values of each."""
@@ -342,9 +360,13 @@ class _Heard:
         total = next(self._model.parameters()).new_zeros((), dtype=torch.float32)
         for name, own in self._attention.items():
             other = taught._attention.get(name)
-            if other is None or own.weight_BTS.shape != other.weight_BTS.shape:
+            if other is None or len(own.counts) != len(other.counts):
                 continue
-            total = total + attention_loss(own.weight_BTS, other.weight_BTS, own.mask_BT & other.mask_BT)
+            if own.weight_BTS.shape == other.weight_BTS.shape:
+                total = total + attention_loss(own.weight_BTS, other.weight_BTS, own.mask_BT & other.mask_BT)
+            else:  # other tokens: what they look at together is left to compare
+                some_B1 = (own.mask_BT.any(dim=1) & other.mask_BT.any(dim=1))[:, None]
+                total = total + attention_loss(own.by_modality(), other.by_modality(), some_B1)
         return total
 
 

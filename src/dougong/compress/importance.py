@@ -182,7 +182,9 @@ class _Switches:
 @torch.no_grad()
 def _layer_scores(model: Sandwich, structure: Structure, batches: Sequence[Batch]) -> dict[str, list[float]]:
     """1 - cosine between what goes into each layer and what comes out, over real tokens."""
-    sums: dict[str, list[list[float]]] = {name: [[] for _ in range(s.count)] for name, s in structure.stacks.items()}
+    sums: dict[str, list[list[float]]] = {
+        name: [[] for _ in range(s.num_layers)] for name, s in structure.stacks.items()
+    }
     places: dict[int, tuple[str, int]] = {}
     counts: dict[str, int] = {}
     for block in model.blocks:

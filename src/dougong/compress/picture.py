@@ -25,7 +25,8 @@ def draw_points(outcome: Outcome, metric: str) -> str:
     axes = figure.add_subplot()
     judged = [point for point in outcome.points if point.metric is not None]
     front = outcome.front()
-    axes.step([p.latency_seconds * 1000 for p in front], [p.metric for p in front], where="post", color=FAINT, lw=1)
+    line = [(point.latency_seconds * 1000, point.metric) for point in front if point.metric is not None]
+    axes.step([x for x, _ in line], [y for _, y in line], where="post", color=FAINT, lw=1)
     largest = max([point.size_bytes for point in (outcome.teacher, *judged)])
     for point in judged:
         chosen = outcome.chosen is not None and point.candidate == outcome.chosen.candidate

@@ -18,7 +18,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from dougong.compress.importance import Importance, ImportanceConfig, measure_importance
-from dougong.compress.structure import Structure, structure_of
+from dougong.compress.structure import MODALITIES, Structure, structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
@@ -142,7 +142,7 @@ def _idle_layers(
     """Of each stack the layers that stay, where some are worth less than all that stays elsewhere."""
     found: dict[str, tuple[int, ...]] = {}
     for name, stack in structure.stacks.items():
-        kept = base.layers.get(name, tuple(range(stack.count)))
+        kept = base.layers.get(name, tuple(range(stack.num_layers)))
         worth: dict[int, float] = {}
         for place in kept:
             axes = [axis for axis in structure.inner_axes() if axis.startswith(f"{name}.layers.{place}.")]
@@ -184,23 +184,26 @@ def _has(name: str, structure: Structure, shape: Shape) -> bool:
 
 def count_parameters(model: Sandwich, structure: Structure, shape: Shape) -> float:
     """How many numbers a model of that shape has, without building it; stems that follow from the width by a rule of
-    their own may differ a little."""
+    their own may differ a little. Of one modality alone it counts a bridge's attention, which would not be there."""
     total = 0.0
     for name, weight in structure.weights(model).items():
         if isinstance(weight, nn.Parameter) and _has(name, structure, shape):
             share = 1.0
             for slot in structure.slots[name]:
                 share *= _left(structure, slot.axis, shape)
+                share *= 1.0 if slot.outer is None else _left(structure, slot.outer, shape)
             total += weight.numel() * share
     for conv, axis in structure.grouped.values():
-        total += sum(p.numel() for p in model.get_submodule(conv).parametrizations.parameters()) * _left(  # type: ignore[union-attr, operator]
-            structure, axis, shape
-        )
+        if _has(axis, structure, shape):
+            numbers = sum(parameter.numel() for parameter in model.get_submodule(conv).parameters())
+            total += numbers * _left(structure, axis, shape)
     return total
 
 
 def _left(structure: Structure, axis: str, shape: Shape) -> float:
     size = structure.axes[axis].size
+    if axis == MODALITIES and shape.modalities is not None:
+        return len(shape.modalities) / size
     return shape.units.get(axis, size) / size
 
 
@@ -283,7 +286,9 @@ class Sparsity:
         self._masks: list[tuple[nn.Parameter, Tensor]] = []
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.in_features % 4 == 0:
-                self._masks.append((module.weight, _mask(module.weight.detach(), config)))
+                weight = module.weight
+                assert isinstance(weight, nn.Parameter)
+                self._masks.append((weight, _mask(weight.detach(), config)))
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -310,9 +315,9 @@ class Sparsity:
 def _mask(weight_OI: Tensor, config: SparseConfig) -> Tensor:
     """Which weights stay."""
     if config.kind == "2:4":
-        strongest_OG2 = weight_OI.abs().unflatten(1, (-1, 4)).topk(2, dim=-1).indices
-        stays = torch.zeros_like(weight_OI).unflatten(1, (-1, 4)).scatter_(-1, strongest_OG2, 1.0)
-        return stays.flatten(1)
+        weight_OG4 = weight_OI.abs().reshape(len(weight_OI), -1, 4)
+        strongest_OG2 = weight_OG4.topk(2, dim=-1).indices
+        return torch.zeros_like(weight_OG4).scatter_(-1, strongest_OG2, 1.0).flatten(1)
     count = round(weight_OI.numel() * config.share)
     order = weight_OI.abs().flatten().argsort(stable=True)
     stays = torch.ones(weight_OI.numel(), dtype=weight_OI.dtype, device=weight_OI.device)

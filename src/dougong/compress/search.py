@@ -244,8 +244,8 @@ class Search:
     def candidates(self) -> Iterator[Candidate]:
         """All shapes that are combined, the largest first; engines and bits are added to each by `_draft`."""
         config, stacks = self.config, self._structure.stacks
-        layers = config.layers if any(s.count > 1 for name, s in stacks.items() if name != BRIDGE) else (1.0,)
-        blocks = config.blocks if stacks[BRIDGE].count > 1 else (1.0,)
+        layers = config.layers if any(s.num_layers > 1 for name, s in stacks.items() if name != BRIDGE) else (1.0,)
+        blocks = config.blocks if stacks[BRIDGE].num_layers > 1 else (1.0,)
         pools: list[dict[str, int]] = [{}]
         if config.pool and (more := self._more_pooling()):
             pools.append(more)
@@ -377,7 +377,7 @@ class Search:
         """The best of these learn for a while; the best first."""
         steps = max(1, round(self._total_steps() * self.config.try_share))
         chosen = ranked[: self.config.tried]
-        tried = []
+        tried: list[Point] = []
         for place, point in enumerate(chosen):
             if self._is_late(1 - SPARED) and tried:
                 self._say(f"time is short: {len(chosen) - place} candidates are not tried")

@@ -79,7 +79,7 @@ class Stack(NamedTuple):
     name: str
     """A modality's, or BRIDGE."""
 
-    count: int
+    num_layers: int
 
 
 @dataclass
@@ -269,9 +269,9 @@ class _Walk:
             layers = [part for layer in heard.conv_layers for part in (layer.conv, getattr(layer, "layer_norm", None))]
             last = f"{name}.stem.{len(heard.conv_layers) - 1}"
             self._convolutions(name, [layer for layer in layers if layer is not None], last)
-            projection: Any = stem.projection
-            self._vector(projection.layer_norm, last)
-            self._linear(projection.projection, own, last)
+            to_width: Any = stem.projection
+            self._vector(to_width.layer_norm, last)
+            self._linear(to_width.projection, own, last)
             position: Any = stem.position
             conv = self.paths[id(position.conv)]
             self.structure.grouped[f"{name}.stem.position.conv"] = (conv, own)

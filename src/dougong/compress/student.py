@@ -127,8 +127,8 @@ def shape_of(config: StudentConfig, structure: Structure, importance: Importance
     layers: dict[str, tuple[int, ...]] = {}
     for name, stack in structure.stacks.items():
         share = config.blocks if name == BRIDGE else config.layers
-        count = max(1, round(stack.count * share)) if stack.count else 0
-        if count < stack.count:
+        count = max(1, round(stack.num_layers * share)) if stack.num_layers else 0
+        if count < stack.num_layers:
             layers[name] = strongest(importance.layers[name], count)
     return Shape(units=units, layers=layers, pool=config.pool, modalities=config.modalities)
 
@@ -204,7 +204,7 @@ def _encoder_config(config: EncoderConfig, name: str, structure: Structure, shap
     values = config.model_dump()
     whole = structure.axes[f"{name}.{WIDTH}"].size
     width = shape.units.get(f"{name}.{WIDTH}", whole)
-    layers = len(shape.layers.get(name, range(structure.stacks[name].count)))
+    layers = len(shape.layers.get(name, range(structure.stacks[name].num_layers)))
     conv_dim: list[int] = []
     if isinstance(config, AudioEncoderConfig):
         conv_dim = _conv_dim(config, name, structure, shape)
@@ -326,20 +326,19 @@ def _inherit_grouped(teacher: nn.Module, student: nn.Module, chosen: Tensor | No
     assert isinstance(teacher, nn.Conv1d)
     assert isinstance(student, nn.Conv1d)
     if chosen is None:
-        student.parametrizations.load_state_dict(teacher.parametrizations.state_dict())  # type: ignore[union-attr, operator]
+        student.load_state_dict({**teacher.state_dict(), "bias": student.state_dict()["bias"]})
         return
     whole = _ungrouped(teacher.weight, teacher.groups).index_select(0, chosen).index_select(1, chosen)
     size = len(whole) // student.groups
     parts = [whole[start : start + size, start : start + size] for start in range(0, len(whole), size)]
-    student.weight = torch.cat(parts)  # type: ignore[assignment]  # the parametrization takes any tensor apart
+    student.weight = torch.cat(parts)  # the parametrization takes any tensor apart
 
 
 def _ungrouped(weight_OIK: Tensor, groups: int) -> Tensor:
     """The same convolution in one group."""
     out = len(weight_OIK) // groups
-    blocks = weight_OIK.split(out)
     whole = weight_OIK.new_zeros(len(weight_OIK), weight_OIK.shape[1] * groups, weight_OIK.shape[2])
-    for group, block in enumerate(blocks):
+    for group, block in enumerate(weight_OIK.chunk(groups)):
         inputs = block.shape[1]
         whole[group * out : (group + 1) * out, group * inputs : (group + 1) * inputs] = block
     return whole

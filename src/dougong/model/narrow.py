@@ -82,12 +82,12 @@ def inner_of(layer: nn.Module) -> Inside | None:
         for names in (split.columns, split.rows)
     )
     heads = int(getattr(*_owner(layer, split.counts[0])))
-    inner = layer.get_submodule(rows[True][0]).in_features
-    channels = layer.get_submodule(rows[False][0]).in_features
-    assert isinstance(inner, int)
-    assert isinstance(channels, int)
+    attention, feedforward = (layer.get_submodule(rows[kind][0]) for kind in (True, False))
+    assert isinstance(attention, nn.Linear)
+    assert isinstance(feedforward, nn.Linear)
     return Inside(
-        Inner(columns[True], rows[True], heads, inner // heads), Inner(columns[False], rows[False], channels, 1)
+        Inner(columns[True], rows[True], heads, attention.in_features // heads),
+        Inner(columns[False], rows[False], feedforward.in_features, 1),
     )
 
 

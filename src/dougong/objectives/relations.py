@@ -57,10 +57,11 @@ def weight_loss(own_BM: Tensor, taught_BM: Tensor) -> Tensor:
 def _relations(x_UTD: Tensor, mask_UT: Tensor, num_heads: int) -> Tensor:
     """Logarithms of each token's relation to all tokens, (U, R, T, T)."""
     x_UTD = x_UTD.float().masked_fill(~mask_UT[..., None], 0.0)
-    x_URTK = x_UTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    x_URTK = x_UTD.view(*x_UTD.shape[:2], num_heads, -1).transpose(1, 2)
     score_URTT = x_URTK @ x_URTK.transpose(-1, -2) / math.sqrt(x_URTK.shape[-1])
     score_URTT = score_URTT.masked_fill(~mask_UT[:, None, None, :], torch.finfo(torch.float32).min / 2)
-    return score_URTT.log_softmax(dim=-1)
+    relation_URTT: Tensor = score_URTT.log_softmax(dim=-1)
+    return relation_URTT
 
 
 def _per_medium(each_UT: Tensor, mask_UT: Tensor) -> Tensor:
