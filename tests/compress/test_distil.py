@@ -40,7 +40,10 @@ def student_of(teacher: Sandwich, signature: Signature, batch: Batch, config: St
     return student
 
 
-@pytest.mark.parametrize("kind", ["cross", "merged", "bottleneck"])
+@pytest.mark.parametrize(
+    "kind",
+    ["cross", pytest.param("merged", marks=pytest.mark.slow), pytest.param("bottleneck", marks=pytest.mark.slow)],
+)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     build: Build, batch: Batch, signature: Signature, kind: str
 ) -> None:
@@ -59,7 +62,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
 
 
 @pytest.mark.parametrize(
-    "weight", ["answer_weight", "relation_weight", "attention_weight", "gate_weight", "own_weight"]
+    "weight",
+    [
+        "relation_weight",
+        "attention_weight",
+        *(pytest.param(f"{name}_weight", marks=pytest.mark.slow) for name in ("answer", "gate", "own")),
+    ],
 )
 def test_each_lesson_brings_any_shape_nearer_to_its_teacher(
     build: Build, batch: Batch, signature: Signature, weight: str
@@ -153,6 +161,7 @@ def test_records_without_answers_are_enough(colours: Model, colour_table: Path, 
         )
 
 
+@pytest.mark.slow
 def test_a_student_of_fewer_modalities_learns_from_a_teacher_of_all(
     colours: Model, colour_table: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from dougong.nn.batch import Batch
 Build = Callable[..., Sandwich]
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.7, 0.4, 0.2])
+@pytest.mark.parametrize("keep", [0.7, 0.2])
 def test_as_many_parameters_stay_as_were_asked_for(
     build: Build, batch: Batch, signature: Signature, keep: float
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 import dougong
 from dougong.bundle.model import Model
 from dougong.cli.main import main
+from dougong.cli.show import print_compression
 from dougong.compress.candidate import Budget, Candidate, Eager, Point, Runner
 from dougong.compress.picture import draw_points
 from dougong.compress.run import compress_bundle, read_ratio, read_seconds
@@ -89,6 +90,16 @@ def test_what_was_lost_is_told_of_records_that_nothing_was_learnt_from(compresse
     assert len(learnt) == 2
     assert found["chosen"]["size_bytes"] <= 600_000
     assert "<svg" in (compressed / "points.svg").read_text()
+
+
+def test_people_get_tables(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_compression(json.loads((compressed / "compress.json").read_text()), compressed)
+
+    shown = capsys.readouterr().out
+    assert "<- chosen" in shown
+    assert "without photo" in shown
+    assert "teacher" in shown
+    assert "points.svg" in shown
 
 
 class Killed(Exception):
@@ -207,6 +218,7 @@ class _Rounded:
         self._backend.saved.append(folder)
 
 
+@pytest.mark.slow
 def test_other_engines_and_bits_are_further_dimensions(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
     backend = Halved()
     result = compress_bundle(

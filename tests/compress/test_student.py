@@ -20,12 +20,16 @@ from dougong.nn.batch import Batch
 
 Build = Callable[..., Sandwich]
 
-SETTINGS: list[dict[str, Any]] = [
+LATE: dict[str, Any] = {"fusion": "late"}
+SETTINGS = [
     {},
-    {"bridge": {"kind": "merged", "num_blocks": 2}, "own_heads": "taught", "align": ("text", "sound")},
+    pytest.param(
+        {"bridge": {"kind": "merged", "num_blocks": 2}, "own_heads": "taught", "align": ("text", "sound")},
+        marks=pytest.mark.slow,
+    ),
     {"bridge": {"kind": "bottleneck"}, "completion": {"num_layers": 2}, "decide": "weighed"},
-    {"fusion": "late"},
-    {"fusion": "late", "decide": "mean"},
+    pytest.param(LATE, marks=pytest.mark.slow),
+    pytest.param(LATE | {"decide": "mean"}, marks=pytest.mark.slow),
 ]
 
 
@@ -49,12 +53,11 @@ def test_a_student_as_large_as_its_teacher_answers_the_same(
 
     assert student.config == teacher.config
     assert torch.equal(student(batch).output_BC, teacher(batch).output_BC)
+    every_size_that_could_change_is_known(teacher)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_every_size_that_could_change_is_known(build: Build, settings: dict[str, Any]) -> None:
+def every_size_that_could_change_is_known(model: Sandwich) -> None:
     """A weight that nobody knows would keep its size, and could not be copied."""
-    model = build(**settings)
     structure = structure_of(model)
 
     unknown = {name for name, _ in model.named_parameters()} - set(structure.names.values())
@@ -89,7 +92,10 @@ def test_a_student_of_any_shape_is_rebuilt_by_its_settings_alone(
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in student.parameters())
 
 
-@pytest.mark.parametrize("kind", ["cross", "merged", "bottleneck"])
+@pytest.mark.parametrize(
+    "kind",
+    ["cross", pytest.param("merged", marks=pytest.mark.slow), pytest.param("bottleneck", marks=pytest.mark.slow)],
+)
 def test_units_that_do_nothing_can_go_and_nothing_changes(
     build: Build, batch: Batch, signature: Signature, kind: str
 ) -> None:
@@ -136,7 +142,7 @@ def test_a_layer_that_does_nothing_can_go_and_nothing_changes(build: Build, batc
 
 
 # A late head's norm counts an absent modality's zeros in.
-@pytest.mark.parametrize("settings", [each for each in SETTINGS if each != {"fusion": "late"}])
+@pytest.mark.parametrize("settings", [each for place, each in enumerate(SETTINGS) if place != 3])
 def test_a_student_without_a_modality_answers_as_the_teacher_without_it(
     build: Build, batch: Batch, signature: Signature, settings: dict[str, Any]
 ) -> None:

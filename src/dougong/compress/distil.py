@@ -416,13 +416,14 @@ def distil(
     listeners: Sequence[Listener] = (),
     resume: bool = False,
     after_step: Callable[[], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Train the student, in place; it ends with its best weights. `preparation` has the modalities that it reads.
 
     Records are prepared as the teacher's are; those without a target column are learnt from by the teacher's answers
     alone. `judged` chooses the best weights: by the task's figure where it has the target, else by agreement.
     `beside` are teachers of one modality each, by its name. `folder` keeps checkpoints; `after_step` is called after
-    each step.
+    each step; `say` is told what the two cannot be held against each other in.
 
     Raises:
         ConfigError: a teacher reads other inputs, or nothing is there to learn from.
@@ -436,6 +437,8 @@ def distil(
     teachers = tuple(_beside(name, model, teacher) for name, model in (beside or {}).items())
     everything = Teacher(teacher.network, tuple(teacher.preparation.modalities))
     lessons = Lessons(student, everything, teachers, config, target.task)
+    for line in lessons.left_out:
+        say(f"not taught: {line}")
     loader = Loader(
         records,
         teacher.preparation,

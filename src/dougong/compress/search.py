@@ -441,6 +441,7 @@ class Search:
                 folder,
                 listeners=self._listeners,
                 resume=True,
+                say=self._say,
             )
             if result.reason == "interrupted":
                 raise KeyboardInterrupt
