@@ -79,7 +79,7 @@ def print_compression(found: dict[str, Any], folder: Path) -> None:
     for place, point in enumerate(shown):
         marks = (" *" if place and point["what"] in front else "") + (" <- chosen" if point == chosen else "")
         table.add_row(
-            f"teacher: {point['what']}" if place == 0 else f"{point['what']}{marks}",
+            "the teacher" if place == 0 else f"{point['what']}{marks}",
             f"{point['num_parameters']:,}",
             bytes_as_text(point["size_bytes"]),
             f"{1000 * point['latency_seconds']:.2f}",
