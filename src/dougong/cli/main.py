@@ -395,6 +395,75 @@ def generate(
 
 
 @app.command()
+def compress(
+    bundle: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
+    data: Annotated[Path, Option(help="A table of records to learn from; the target may be missing.")],
+    size: Annotated[str | None, Option(help="What the weights may take, like 8MB.")] = None,
+    latency: Annotated[str | None, Option(help="What an answer may take on this machine, like 5ms.")] = None,
+    speedup: Annotated[str | None, Option(help="How many times as fast as now, like 10x.")] = None,
+    max_loss: Annotated[float, Option(help="Of the task's figure, on records that nothing is learnt from.")] = 0.01,
+    judge: Annotated[Path | None, Option(help="A table to judge on at the end. Default: some of --data.")] = None,
+    out: Annotated[Path | None, Option(help="Where to write. Default: runs/NAME-compressed.")] = None,
+    time_limit: Annotated[str | None, Option(help="Like 10min: less is tried where time is short.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with the search in that folder.")] = False,
+    settings: Annotated[
+        list[str] | None, Option("--set", help="A setting of the search, like distil.train.steps=200. May be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle smaller and faster, to a budget, and prove what it lost."""
+    from dougong.cli.show import print_compression
+    from dougong.compress.candidate import Budget
+    from dougong.compress.run import compress_bundle, read_ratio, read_seconds
+    from dougong.compress.search import BudgetError, SearchConfig
+    from dougong.core.config import override, parse
+    from dougong.core.sizes import read_bytes
+    from dougong.watch.progress import Progress
+
+    if size is None and latency is None and speedup is None:
+        raise ConfigError("no budget is given. Use --size 8MB, --latency 5ms or --speedup 10x.")
+    values = {
+        "size_bytes": None if size is None else read_bytes(size),
+        "latency_seconds": None if latency is None else read_seconds(latency, "--latency"),
+        "speedup": None if speedup is None else read_ratio(speedup, "--speedup"),
+        "max_loss": max_loss,
+    }
+    budget = parse(Budget, values, where="compress")
+    config = parse(SearchConfig, override(SearchConfig().model_dump(mode="json"), settings or ()), where="compress")
+    seconds = None if time_limit is None else read_seconds(time_limit, "--time-limit")
+    name = bundle.resolve().parent.name if bundle.name == "bundle" else bundle.name
+    folder = out or Path("runs") / f"{name}-compressed"
+    try:
+        result = compress_bundle(
+            bundle,
+            data,
+            budget,
+            folder,
+            config,
+            judge=judge,
+            resume=resume,
+            time_limit=seconds,
+            say=(lambda line: None) if as_json else _say,
+            listeners=() if as_json else (Progress(),),
+        )
+    except BudgetError:
+        found = (folder / "compress.json").read_text(encoding="utf-8")
+        if as_json:
+            print(json.dumps(json.loads(found)))
+        else:
+            print_compression(json.loads(found), folder)
+        raise
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_compression(result.as_json(), folder)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.command()
 def bench(
     name: Annotated[str | None, Argument(help="A benchmark; without one, all of them.")] = None,
     listed: Annotated[bool, Option("--list", help="Name them and what they measure.")] = False,

@@ -64,6 +64,47 @@ def print_run(result: RunResult) -> None:
     _print_places(result)
 
 
+def print_compression(found: dict[str, Any], folder: Path) -> None:
+    """What was measured of the candidates that learnt, or the closest ones; and what the chosen one lost."""
+    console = Console()
+    metric = str(found["metric"]).replace("_", " ")
+    chosen = found["chosen"]
+    learnt = sorted((p for p in found["points"] if p["loss"] is not None), key=lambda p: p["latency_seconds"])
+    shown = [found["teacher"], *(learnt or found["closest"])]
+    what = "candidates that learnt" if learnt else "the closest candidates, none of which has learnt"
+    table = Table(title=f"{what}; {metric} on the records that choose")
+    for name in ("candidate", "parameters", "size", "ms", "times as fast", metric, "loss"):
+        table.add_column(name, justify="left" if name == "candidate" else "right")
+    front = {point["what"] for point in found["front"]}
+    for place, point in enumerate(shown):
+        marks = (" *" if place and point["what"] in front else "") + (" <- chosen" if point == chosen else "")
+        table.add_row(
+            "the teacher" if place == 0 else f"{point['what']}{marks}",
+            f"{point['num_parameters']:,}",
+            bytes_as_text(point["size_bytes"]),
+            f"{1000 * point['latency_seconds']:.2f}",
+            f"{point['speedup']:.2f}",
+            "" if point["metric"] is None else f"{point['metric']:.4f}",
+            "" if point["loss"] is None else f"{point['loss']:+.4f}",
+        )
+    console.print(table)
+    if learnt:
+        console.print("*: no other one is better in time, size and loss together", markup=False)
+    if chosen is not None:
+        judged = Table(title="the chosen one, on records that nothing was learnt from or chosen by")
+        for name in ("condition", "teacher", "compressed", "loss", "95 % interval"):
+            judged.add_column(name, justify="left" if name == "condition" else "right")
+        for condition, figures in found["judged"].items():
+            between = f"{figures['low']:+.4f} to {figures['high']:+.4f}" if "low" in figures else ""
+            values = (figures["teacher"], figures["compressed"])
+            judged.add_row(condition, *(f"{value:.4f}" for value in values), f"{figures['loss']:+.4f}", between)
+        console.print(judged)
+        console.print(f"bundle {folder / 'bundle'}", markup=False, highlight=False)
+    for bind in found["binds"]:
+        console.print(f"not met: {bind}", markup=False, highlight=False)
+    console.print(f"picture {folder / 'points.svg'}", markup=False, highlight=False)
+
+
 def print_alignment(result: AlignResult) -> None:
     """The same of a run that drew modalities together: one line per figure, since there are many."""
     table = Table()

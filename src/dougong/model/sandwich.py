@@ -32,6 +32,7 @@ from dougong.model.encoders.vector import VectorEncoderConfig
 from dougong.model.evidence import Opinion, Rule, conflict, evidence
 from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
+from dougong.model.narrow import LayerSize, apply_sizes
 from dougong.model.votes import Ballot, Decide, WeighedVotes, vote
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
@@ -92,6 +93,10 @@ class SandwichConfig(Config):
     """Hidden channels of the head, as a multiple of `width`."""
 
     head_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    sizes: dict[str, LayerSize] = {}
+    """Layers with fewer heads or inner channels than `width` gives them, by their names in the model: what is left of a
+    model that was pruned (compress/prune.py)."""
 
     @model_validator(mode="after")
     def _a_pair(self) -> Self:
@@ -313,6 +318,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
             self.decision = self._head_config(config, signature, fused_width).build()
         if self.decide == "weighed":
             self.votes = WeighedVotes(len(self.names) + 1)
+        apply_sizes(self, config.sizes)
         self.config = config.model_copy(update={"encoders": resolved})
         """What rebuilds this model without any pretrained folder."""
 

@@ -1,0 +1,1 @@
+"""A bundle made smaller and faster: distilled, pruned, quantised, to a budget."""

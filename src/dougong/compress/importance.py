@@ -1,0 +1,214 @@
+"""Which units of a model its answers rest on.
+
+Here        ImportanceConfig, `measure_importance`, Importance.
+Elsewhere   what the units are (structure.py); leaving out the others (student.py, prune.py).
+Promise     measuring changes nothing of the model; the same records give the same scores. Records need no target.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dougong.compress.structure import BRIDGE, Slot, Structure
+from dougong.core.config import Config
+from dougong.core.signature import Target
+from dougong.engine.evaluate import evaluating
+from dougong.model.narrow import inner_of
+from dougong.model.sandwich import BridgeBlock, EncoderBlock, Sandwich, SandwichState
+from dougong.nn.batch import Batch
+from dougong.objectives.decision import decision_loss
+
+Criterion = Literal["magnitude", "first", "second"]
+
+
+class ImportanceConfig(Config):
+    """How units are ranked."""
+
+    criterion: Criterion = "second"
+    """Of what the loss would lose without a unit: second: by its curvature, the mean square of what one record's loss
+    says of a switch on the unit (Fisher information of the switch). first: by its slope, the mean size of the same.
+    magnitude: by the squares of the weights that use it, without any record."""
+
+    num_records: int = Field(default=256, gt=0)
+    """Records that are looked at."""
+
+
+class Importance(NamedTuple):
+    """Scores; of one axis they may be compared, and of axes inside layers also with each other."""
+
+    units: dict[str, Tensor]
+    """By axis, of each unit; no less than 0."""
+
+    layers: dict[str, list[float]]
+    """By stack, how far each layer moves what walks through it: 1 - cosine, 0 where it changes nothing."""
+
+
+def measure_importance(
+    model: Sandwich, structure: Structure, batches: Sequence[Batch], target: Target, config: ImportanceConfig
+) -> Importance:
+    """Look at some records.
+
+    Inner units (heads, channels of a feed-forward) have a switch each, after Kwon et al. 2022 (arXiv:2204.09656), by
+    medium or record. Channels that walk through many layers have none: they are scored by what all weights that read
+    them say together, after Molchanov et al. 2019 (arXiv:1906.10771), by batch. Layers are scored as in ShortGPT
+    (Men et al. 2024, arXiv:2403.03853), over all tokens and, in a bridge, all modalities.
+    """
+    weights = structure.weights(model)
+    if config.criterion == "magnitude":
+        squares = ((name, each.detach().square()) for name, each in weights.items() if each.is_floating_point())
+        units = _by_axis(structure, squares, lambda score: score)
+        return Importance(units, _layer_scores(model, structure, batches))
+    switches = _Switches(model, structure)
+    units = {name: torch.zeros(axis.size) for name, axis in structure.axes.items() if axis.kind in ("width", "stem")}
+    trained = [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
+    wanted = [weight.requires_grad for weight in trained]
+    power = 2 if config.criterion == "second" else 1
+    try:
+        for weight in trained:
+            weight.requires_grad_(True)
+        with evaluating(model), switches.in_place():
+            for batch in batches:
+                loss = _loss(model(batch).output_BC, batch, target)
+                found = list(torch.autograd.grad(loss, [*trained, *switches.here()], allow_unused=True))
+                switches.see(found[len(trained) :], power)
+                gradients = dict(zip(map(id, trained), found, strict=False))
+                del found
+                # One product after the other, and each gradient let go: all of them would be as large as the model.
+                products = (
+                    (name, weight.detach() * gradient / batch.num_records)
+                    for name, weight in weights.items()
+                    if (gradient := gradients.pop(id(weight), None)) is not None
+                )
+                for axis, score in _by_axis(structure, products, lambda score: score.abs() ** power).items():
+                    if axis in units:
+                        units[axis] += score
+    finally:
+        for weight, before in zip(trained, wanted, strict=True):
+            weight.requires_grad_(before)
+    return Importance({**units, **switches.scores()}, _layer_scores(model, structure, batches))
+
+
+def _loss(output_BC: Tensor, batch: Batch, target: Target) -> Tensor:
+    """Of the true answer; where it is not known, of what the model answers itself."""
+    if batch.target is not None:
+        return decision_loss(output_BC, batch.target, target.task, 0.0)
+    told_BC = output_BC.detach()
+    if target.task == "single_label":
+        return decision_loss(output_BC, told_BC.argmax(dim=-1), target.task, 0.0)
+    if target.task == "multi_label":
+        return decision_loss(output_BC, (told_BC > 0).float(), target.task, 0.0)
+    return decision_loss(output_BC, told_BC[:, 0] + 1.0, target.task, 0.0)  # its own answer would have no slope
+
+
+def _by_axis(
+    structure: Structure, values: Iterable[tuple[str, Tensor]], of_weight: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Add up, for each unit of each axis, what stands in the weights that read it."""
+    found = {name: torch.zeros(axis.size) for name, axis in structure.axes.items()}
+    made = {name: torch.zeros(axis.size) for name, axis in structure.axes.items()}
+    read: set[str] = set()
+    for weight, value in values:
+        for slot in structure.slots[weight]:
+            score = of_weight(_of_units(value, slot, structure)).float().cpu()
+            if slot.reads:
+                found[slot.axis] += score
+                read.add(slot.axis)
+            else:
+                made[slot.axis] += score
+    return {name: found[name] if name in read else made[name] for name in found}
+
+
+def _of_units(value: Tensor, slot: Slot, structure: Structure) -> Tensor:
+    """The sum over each unit's numbers."""
+    size = structure.axes[slot.axis].size
+    outer = 1 if slot.outer is None else structure.axes[slot.outer].size
+    first = value.movedim(slot.dim, 0).reshape(outer, size, slot.unit, -1)
+    return first.sum(dim=(0, 2, 3))
+
+
+class _Switches:
+    """A factor of 1 on every unit of every axis inside a layer, for each row of a batch."""
+
+    def __init__(self, model: Sandwich, structure: Structure) -> None:
+        modules = dict(model.named_modules())
+        self._readers: list[tuple[str, nn.Module, int]] = []
+        for axis in structure.inner_axes():
+            layer = modules[structure.layers[axis]]
+            inside = inner_of(layer)
+            assert inside is not None
+            inner = inside.heads if structure.axes[axis].kind == "heads" else inside.channels
+            assert inner is not None
+            (row,) = inner.rows
+            self._readers.append((axis, layer.get_submodule(row), inner.channels))
+        self._sums = {axis: torch.zeros(structure.axes[axis].size) for axis, _, _ in self._readers}
+        self._rows = dict.fromkeys(self._sums, 0)
+        self._now: list[tuple[str, Tensor]] = []
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for axis, reader, channels in self._readers:
+                hook = functools.partial(self._multiply, axis, channels)
+                stack.callback(reader.register_forward_pre_hook(hook).remove)
+            yield
+
+    def _multiply(self, axis: str, channels: int, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BTN: Tensor = given[0]
+        switch_BU = x_BTN.new_ones(x_BTN.shape[0], x_BTN.shape[-1] // channels, requires_grad=True)
+        self._now.append((axis, switch_BU))
+        return (x_BTN * switch_BU.repeat_interleave(channels, dim=1)[:, None], *given[1:])
+
+    def here(self) -> list[Tensor]:
+        return [switch_BU for _, switch_BU in self._now]
+
+    def see(self, gradients: Sequence[Tensor | None], power: int) -> None:
+        for (axis, switch_BU), gradient_BU in zip(self._now, gradients, strict=True):
+            self._rows[axis] += switch_BU.shape[0]
+            if gradient_BU is not None:
+                self._sums[axis] += (gradient_BU.abs() ** power).sum(dim=0).float().cpu()
+        self._now.clear()
+
+    def scores(self) -> dict[str, Tensor]:
+        return {axis: total / max(1, self._rows[axis]) for axis, total in self._sums.items()}
+
+
+@torch.no_grad()
+def _layer_scores(model: Sandwich, structure: Structure, batches: Sequence[Batch]) -> dict[str, list[float]]:
+    """1 - cosine between what goes into each layer and what comes out, over real tokens."""
+    sums: dict[str, list[list[float]]] = {
+        name: [[] for _ in range(s.num_layers)] for name, s in structure.stacks.items()
+    }
+    places: dict[int, tuple[str, int]] = {}
+    counts: dict[str, int] = {}
+    for block in model.blocks:
+        if isinstance(block, EncoderBlock | BridgeBlock):
+            name = block.name if isinstance(block, EncoderBlock) else BRIDGE
+            places[id(block)] = (name, counts.get(name, 0))
+            counts[name] = counts.get(name, 0) + 1
+
+    def look(block: nn.Module, given: tuple[Any, ...], made: SandwichState) -> None:
+        before: SandwichState = given[0]
+        name, place = places[id(block)]
+        for modality in before.tokens if isinstance(block, BridgeBlock) else [name]:
+            if modality not in before.tokens:
+                continue
+            mask_UT = before.masks[modality]
+            x, y = before.tokens[modality][mask_UT], made.tokens[modality][mask_UT]
+            if len(x):
+                moved = 1.0 - nn.functional.cosine_similarity(x, y, dim=-1)
+                sums[name][place].append(float(moved.mean()))
+
+    with evaluating(model), ExitStack() as stack:
+        for block in model.blocks:
+            if id(block) in places:
+                stack.callback(block.register_forward_hook(look).remove)
+        for batch in batches:
+            model(batch)
+    return {name: [sum(each) / len(each) if each else 0.0 for each in layers] for name, layers in sums.items()}

@@ -1,0 +1,116 @@
+"""The records that compressing learns from, chooses by, and is judged on at the end.
+
+Here        Records, `split_records`; `without_target`, records whose answers are not looked at.
+Elsewhere   splitting (data/split.py).
+Promise     the three share no unit: records with one medium in common are on one side. The last are looked at once.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+
+from dougong.core.errors import ConfigError, DataError
+from dougong.core.seeds import derive_seed
+from dougong.data.modality.audio import AudioModality
+from dougong.data.modality.image import ImageModality
+from dougong.data.modality.medium import media_key
+from dougong.data.preparation import Preparation
+from dougong.data.split import split_table
+from dougong.data.table import Table, cells_of
+
+LOOKED_AT: Final = 2000
+SHARED: Final = 0.9
+"""Media are shared by records where fewer than this share of them are distinct."""
+
+
+class Records(NamedTuple):
+    """A table in three parts."""
+
+    learn: Table
+    choose: Table
+    judge: Table
+    unit: str | None
+    """The column whose values are on one side each."""
+
+    labelled: bool
+    notes: tuple[str, ...]
+
+
+def split_records(
+    table: Table, preparation: Preparation, *, share: float, unit: str | None, judge: Table | None, seed: int
+) -> Records:
+    """About `share` of the units to choose by, and as many to judge on where `judge` is not given.
+
+    Raises:
+        ConfigError: `unit` is no column.
+        DataError: the table lacks a column that the model reads, or has too few units for so many parts.
+    """
+    for each in (table, judge):
+        missing = [name for name in preparation.columns if each is not None and name not in each.schema.names]
+        if missing and each is not None:
+            raise DataError(
+                f"{each.path.name} lacks the column {missing[0]!r} that the model reads. Leave its cells empty where "
+                "they are not known."
+            )
+    if unit is not None and unit not in table.schema.names:
+        raise ConfigError(f"--unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
+    unit = unit or _shared_medium(table, preparation)
+    by = f"by {unit}" if unit else "by record"
+    try:
+        notes: list[str] = []
+        if judge is None:
+            table, judge = split_table(table, share, unit=unit, seed=derive_seed(seed, "judge"))
+            notes.append(f"{judge.num_rows} records were held out to judge on at the end, {by}")
+        learn, choose = split_table(table, share, unit=unit, seed=derive_seed(seed, "choose"))
+    except DataError:
+        raise DataError(
+            f"{table.path.name} has too few records to be split {by}: {table.num_rows}. Give more, or a table to judge "
+            "on by --judge."
+        ) from None
+    notes.append(f"{choose.num_rows} records choose among candidates, {by}; {learn.num_rows} are learnt from")
+    name = preparation.target.name
+    labelled = name in table.schema.names and name in judge.schema.names
+    if not labelled:
+        notes.append(f"{name!r} is not known of these records: they are judged by agreement with the teacher")
+        learn, choose, judge = (without_target(each, name) for each in (learn, choose, judge))
+    return Records(learn, choose, judge, unit, labelled, tuple(notes))
+
+
+def _shared_medium(table: Table, preparation: Preparation) -> str | None:
+    """A media column whose values repeat: its records must not be on two sides."""
+    for modality in preparation.modalities.values():
+        if isinstance(modality, ImageModality | AudioModality):
+            (column,) = modality.columns
+            keys = [media_key(cell) for cell in cells_of(table.head(LOOKED_AT, [column]).column(column))]
+            there = [key for key in keys if key is not None]
+            if len(set(there)) < SHARED * len(there):
+                return column
+    return None
+
+
+class _Unlabelled(Table):
+    """A table without one column."""
+
+    def __init__(self, whole: Table, column: str) -> None:
+        schema = whole.schema.remove(whole.schema.get_field_index(column))
+        super().__init__(whole.path, whole.folder, schema, [len(whole.rows_of(c)) for c in range(whole.num_chunks)])
+        self._whole = whole
+
+    def numbers_of(self, chunk: int):  # type: ignore[no-untyped-def]  # as the table's
+        return self._whole.numbers_of(chunk)
+
+    def read(self, chunk: int, columns: list[str]) -> pa.Table:
+        return self._whole.read(chunk, columns)
+
+    def bytes_of(self, chunk: int) -> int:
+        return self._whole.bytes_of(chunk)
+
+    def first(self, chunk: int, num_rows: int, columns: list[str]) -> pa.Table:
+        return self._whole.first(chunk, num_rows, columns)
+
+
+def without_target(table: Table, column: str) -> Table:
+    """The same records, whose answers nobody can look at."""
+    return _Unlabelled(table, column) if column in table.schema.names else table

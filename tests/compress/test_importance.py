@@ -1,0 +1,93 @@
+"""Holds importance.py to its promise: scores say what an answer rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dougong.compress.importance import Criterion, ImportanceConfig, measure_importance
+from dougong.compress.structure import structure_of
+from dougong.core.signature import Signature
+from dougong.model.sandwich import Sandwich
+from dougong.nn.batch import Batch
+
+Build = Callable[..., Sandwich]
+CRITERIA: tuple[Criterion, ...] = ("magnitude", "first", "second")
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_unit_that_nobody_reads_is_worth_nothing(
+    build: Build, batch: Batch, signature: Signature, criterion: Criterion
+) -> None:
+    model = build()
+    with torch.no_grad():
+        model.get_submodule("blocks.0.layer.layer.output.dense").weight[:, 7] = 0.0
+        model.get_submodule("blocks.1.layer.layer.attention.output.dense").weight[:, 4:8] = 0.0
+
+    scores = measure_importance(
+        model, structure_of(model), [batch], signature.target, ImportanceConfig(criterion=criterion)
+    ).units
+
+    channels, heads = scores["text.layers.0.channels"], scores["text.layers.1.heads"]
+    assert channels[7] == 0
+    assert (channels > 0).sum() == len(channels) - 1
+    assert heads.tolist().index(0.0) == 1
+    assert (heads > 0).sum() == 3
+
+
+def test_a_switch_says_what_one_record_would_lose(build: Build, batch: Batch, signature: Signature) -> None:
+    """First order: the slope at a switch on a head, against a small change of what reads that head."""
+    model = build().double()
+    whole = _doubled(batch)
+    config = ImportanceConfig(criterion="first")
+    found = measure_importance(model, structure_of(model), [whole], signature.target, config).units
+
+    row = model.get_submodule("blocks.0.layer.layer.attention.output.dense").weight
+    before = row.detach().clone()
+    for head in range(4):
+        slopes = []
+        for record in range(4):
+            one = decision_loss_of(model, whole, record)
+            with torch.no_grad():
+                row[:, 4 * head : 4 * head + 4] *= 1 + 1e-6
+            slopes.append(abs(float(decision_loss_of(model, whole, record) - one)) / 1e-6)
+            with torch.no_grad():
+                row.copy_(before)
+        assert float(found["text.layers.0.heads"][head]) == pytest.approx(sum(slopes) / 4, rel=1e-3)
+
+
+def decision_loss_of(model: Sandwich, batch: Batch, record: int) -> torch.Tensor:
+    assert batch.target is not None
+    with torch.no_grad():
+        output_BC = model(batch).output_BC
+    # In double throughout: float32 in the loss itself would drown so small a change.
+    return -output_BC.log_softmax(dim=-1)[record, batch.target[record]]
+
+
+def _doubled(batch: Batch) -> Batch:
+    media = {
+        name: one._replace(values={k: v.double() if v.is_floating_point() else v for k, v in one.values.items()})
+        for name, one in batch.media.items()
+    }
+    return Batch(media, batch.target)
+
+
+def test_measuring_changes_nothing_and_repeats(build: Build, batch: Batch, signature: Signature) -> None:
+    model = build()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    unlabelled = batch._replace(target=None)
+
+    first, again = (
+        measure_importance(model, structure_of(model), [unlabelled], signature.target, ImportanceConfig())
+        for _ in range(2)
+    )
+
+    assert all(torch.equal(first.units[axis], again.units[axis]) for axis in first.units)
+    assert first.layers == again.layers
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -1,0 +1,302 @@
+"""Holds search.py, run.py and the command to their promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dougong
+from dougong.bundle.model import Model
+from dougong.cli.main import main
+from dougong.cli.show import print_compression
+from dougong.compress.candidate import Budget, Candidate, Eager, Point, Runner
+from dougong.compress.picture import draw_points
+from dougong.compress.run import compress_bundle, read_ratio, read_seconds
+from dougong.compress.search import BudgetError, Outcome, SearchConfig
+from dougong.compress.student import StudentConfig
+from dougong.core.config import override, parse
+from dougong.core.errors import ConfigError, RunError
+from dougong.core.events import Event, StepDone
+from dougong.model.sandwich import Sandwich
+from dougong.nn.batch import Batch
+
+SMALL = (
+    "widths=[0.5]",
+    "keeps=[1.0, 0.6]",
+    "layers=[1.0]",
+    "blocks=[1.0]",
+    "pool=false",
+    "turns=3",
+    "ranked=3",
+    "proxy_steps=1",
+    "tried=2",
+    "finished=1",
+    "importance.num_records=32",
+    "distil.train.steps=12",
+    "distil.train.checkpoint_every=2",
+    "distil.loader.workers=0",
+)
+
+
+def small(*more: str) -> SearchConfig:
+    values = override(SearchConfig().model_dump(mode="json"), (*SMALL, *more))
+    return parse(SearchConfig, values, where="search")
+
+
+def shown(point: Point) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    return point.model_dump(exclude={"latency_seconds", "speedup"})
+
+
+@pytest.fixture(scope="module")
+def compressed(colour_run: Path, colour_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compress") / "out"
+    settings = [argument for setting in SMALL for argument in ("--set", setting)]
+    arguments = [str(colour_run), "--data", str(colour_table), "--size", "600kB", "--max-loss", "1"]
+    assert main(["compress", *arguments, "--out", str(out), "--json", *settings]) == 0
+    return out
+
+
+def test_a_bundle_becomes_a_smaller_one_that_loads_and_answers(
+    compressed: Path, colour_run: Path, records: Callable[..., Any]
+) -> None:
+    before, after = dougong.load(colour_run / "bundle"), dougong.load(compressed / "bundle")
+    rows = records(30, seed=11, missing=0.1)
+
+    answers = after.predict(rows)
+
+    assert (compressed / "bundle" / "model.safetensors").stat().st_size <= 620_000
+    assert after.manifest.signature == before.manifest.signature
+    assert sum(a.answer == r["colour"] for a, r in zip(answers, rows, strict=True)) >= 20
+    assert "pruned" in str(after.manifest.provenance) or "width" in str(after.manifest.provenance)
+
+
+def test_what_was_lost_is_told_of_records_that_nothing_was_learnt_from(compressed: Path) -> None:
+    found = json.loads((compressed / "compress.json").read_text())
+
+    assert set(found["judged"]) == {"all", *(f"without {name}" for name in ("photo", "clip", "remark", "table"))}
+    figures = found["judged"]["all"]
+    assert figures["loss"] == pytest.approx(figures["teacher"] - figures["compressed"])
+    assert figures["low"] <= figures["loss"] <= figures["high"]
+    card = (compressed / "bundle" / "README.md").read_text()
+    assert f"| all | {figures['compressed']:.4f} |" in card
+    assert sum("held out to judge on" in note for note in found["notes"]) == 1
+    learnt = [point for point in found["points"] if point["loss"] is not None]
+    assert len(learnt) == 2
+    assert found["chosen"]["size_bytes"] <= 600_000
+    assert "<svg" in (compressed / "points.svg").read_text()
+
+
+def test_people_get_tables(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_compression(json.loads((compressed / "compress.json").read_text()), compressed)
+
+    shown = capsys.readouterr().out
+    assert "<- chosen" in shown
+    assert "without photo" in shown
+    assert "teacher" in shown
+    assert "points.svg" in shown
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_comes_to_the_same(
+    colour_run: Path, colour_table: Path, tmp_path: Path, compressed: Path
+) -> None:
+    budget = Budget(size_bytes=600_000, max_loss=1.0)
+    steps: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone):
+            steps.append(event.loss)
+            if len(steps) == 6:
+                raise Killed
+
+    with pytest.raises(Killed):
+        compress_bundle(colour_run, colour_table, budget, tmp_path / "out", small(), listeners=[listen])
+    told: list[str] = []
+    result = compress_bundle(
+        colour_run, colour_table, budget, tmp_path / "out", small(), resume=True, listeners=[listen], say=told.append
+    )
+
+    whole = json.loads((compressed / "compress.json").read_text())
+    again = result.as_json()
+    for key in ("what", "num_parameters", "size_bytes", "divergence", "metric", "loss", "steps"):
+        assert again["chosen"][key] == whole["chosen"][key]
+    assert again["judged"] == whole["judged"]
+    assert len(again["points"]) == len(whole["points"]) > 0
+    with pytest.raises(RunError, match="holds a search already. Go on with it by --resume"):
+        compress_bundle(colour_run, colour_table, budget, tmp_path / "out", small())
+    with pytest.raises(RunError, match="holds a search with another search"):
+        compress_bundle(colour_run, colour_table, budget, tmp_path / "out", small("turns=4"), resume=True)
+
+
+def test_a_budget_that_cannot_be_met_ends_with_the_closest_points_and_what_binds(
+    colour_run: Path, colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [argument for setting in SMALL for argument in ("--set", setting)]
+    arguments = [str(colour_run), "--data", str(colour_table), "--size", "9kB", "--out", str(tmp_path / "out")]
+
+    assert main(["compress", *arguments, "--json", *settings]) == 2
+
+    told = capsys.readouterr()
+    assert len(told.err.splitlines()) == 1
+    assert "the budget cannot be met: size: " in told.err
+    assert "KiB against 8.79 KiB, of which " in told.err
+    assert "% is " in told.err
+    assert "; the closest is width 0.5, pruned to 0.6: " in told.err
+    found = json.loads(told.out)
+    assert found["chosen"] is None
+    assert found["closest"]
+    assert found["closest"][0]["size_bytes"] == min(point["size_bytes"] for point in found["points"])
+    assert main(["compress", *arguments, "--resume", *settings]) == 2
+    assert "none of which has learnt" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_too_much_lost_is_said_too(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    config = small("distil.train.steps=2", "widths=[0.25]", "keeps=[0.6]", "proxy_steps=0", "distil.label_weight=1e-9")
+    config = config.model_copy(update={"distil": config.distil.model_copy(update={"answer_weight": 1e-9})})
+    with pytest.raises(BudgetError, match=r"max-loss: .* against 0.0*1?\b.*Allow a larger --max-loss") as caught:
+        compress_bundle(colour_run, colour_table, Budget(size_bytes=1e6, max_loss=0.01), tmp_path / "out", config)
+    assert caught.value.outcome.closest[0].loss is not None
+
+
+@pytest.mark.slow
+def test_where_time_is_short_less_is_tried(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    result = compress_bundle(
+        colour_run,
+        colour_table,
+        Budget(size_bytes=600_000, max_loss=1.0),
+        tmp_path / "out",
+        small("distil.train.steps=100000"),
+        time_limit=8.0,
+        say=told.append,
+    )
+    assert any("time is short" in line for line in told)
+    assert result.outcome.chosen is not None
+    assert 0 < result.outcome.chosen.steps < 1000
+
+
+class Halved:
+    """A back end that rounds weights to 16 bits, as one with bits of its own does."""
+
+    name = "halved"
+
+    def __init__(self) -> None:
+        self.saved: list[Path] = []
+
+    def options(self, network: Sandwich) -> Sequence[Mapping[str, str]]:
+        return [{"all": "w16"}, {"all": "w8"}]
+
+    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+        return _Rounded(self, model, 2 if bits["all"] == "w16" else 1)
+
+
+class _Rounded:
+    def __init__(self, backend: Halved, model: Model, bytes_each: int) -> None:
+        self._backend, self._network, self._bytes = backend, model.network, bytes_each
+
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes * sum(p.numel() for p in self._network.parameters())
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Any:
+        return self._network(batch)
+
+    def save(self, folder: Path) -> None:
+        self._backend.saved.append(folder)
+
+
+@pytest.mark.slow
+def test_other_engines_and_bits_are_further_dimensions(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    backend = Halved()
+    result = compress_bundle(
+        colour_run,
+        colour_table,
+        Budget(size_bytes=150_000, max_loss=1.0),
+        tmp_path / "out",
+        small("tried=1", "widths=[0.5]", "keeps=[1.0]"),
+        backends=(Eager(), backend),
+    )
+
+    chosen = result.outcome.chosen
+    assert chosen is not None
+    assert (chosen.candidate.engine, chosen.candidate.bits) == ("halved", {"all": "w8"})
+    assert {point.candidate.engine for point in result.outcome.points} == {"eager", "halved"}
+    assert backend.saved == [tmp_path / "out" / "engine"]
+    assert "on halved in w8" in chosen.candidate.in_words()
+
+
+def test_the_front_and_the_picture_follow_from_the_points() -> None:
+    def point(width: float, seconds: float, size: int, loss: float) -> Point:
+        candidate = Candidate(student=StudentConfig(width=width))
+        return Point(
+            candidate=candidate,
+            num_parameters=size,
+            size_bytes=size,
+            latency_seconds=seconds,
+            speedup=1 / seconds,
+            metric=1 - loss,
+            loss=loss,
+        )
+
+    teacher = point(1.0, 1.0, 100, 0.0)
+    good, worse, fast = point(0.5, 0.5, 50, 0.01), point(0.6, 0.6, 60, 0.02), point(0.2, 0.2, 20, 0.1)
+    outcome = Outcome(teacher, (good, worse, fast), good, (), ())
+
+    assert outcome.front() == (fast, good, teacher)
+    assert draw_points(outcome, "accuracy") == draw_points(outcome, "accuracy")
+    budget = Budget(size_bytes=55, latency_seconds=0.4)
+    assert budget.binds(fast) == []
+    assert budget.binds(good) == ["latency: 500 ms against 400 ms"]
+    assert budget.excess(worse) == pytest.approx(1.5)
+
+
+def test_times_and_ratios_are_read_as_people_write_them() -> None:
+    assert read_seconds("5ms", "--latency") == pytest.approx(0.005)
+    assert read_seconds("10min", "--time-limit") == 600
+    assert read_ratio("10x", "--speedup") == 10
+    with pytest.raises(ConfigError, match="--latency '5' is no time. Write for example 5ms"):
+        read_seconds("5", "--latency")
+    with pytest.raises(ConfigError, match="--speedup 'fast' is no ratio"):
+        read_ratio("fast", "--speedup")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--data", "a.csv", "--size", "8MB"], "nowhere"),
+        (["nowhere", "--data", "a.csv"], "no budget is given. Use --size 8MB, --latency 5ms or --speedup 10x."),
+        (["nowhere", "--data", "a.csv", "--size", "small"], "'small' is no number of bytes"),
+        (["nowhere", "--data", "a.csv", "--latency", "5"], "--latency '5' is no time"),
+        (["nowhere", "--data", "a.csv", "--speedup", "x"], "--speedup 'x' is no ratio"),
+        (["nowhere", "--data", "a.csv", "--size", "8MB", "--set", "widht=1"], "Did you mean 'widths'?"),
+        (["nowhere", "--data", "a.csv", "--size", "8MB", "--max-loss", "-1"], "max_loss: "),
+        (["nowhere", "--size", "8MB"], "Missing option"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compress", *arguments]) == 2
+    found = capsys.readouterr()
+    assert message in found.err
+    assert len(found.err.splitlines()) == 1
+    assert found.out == ""
+    assert list(tmp_path.iterdir()) == []
