@@ -454,6 +454,12 @@ def regress(
     unit: Annotated[
         str | None, Option(help="With --init: a column whose equal values are alike, as a picture's.")
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        Option(
+            help="With --init: a run that is as good, of another seed; what they differ by is tolerated. Repeat it."
+        ),
+    ] = None,
     name: Annotated[str | None, Option(help="In the registry. Default: the bundle's own.")] = None,
     registry: Where = DEFAULT_REGISTRY,
     server: Server = None,
@@ -478,12 +484,13 @@ def regress(
         taught = open_taught(bundle)
         found = table_to_judge_on(bundle, data)
         table = open_table(found) if isinstance(found, Path) else found
-        made = begin_suite(taught, table, suite, name=name or taught.manifest.name, unit=unit)
+        others = [open_taught(each) for each in also or ()]
+        made = begin_suite(taught, table, suite, name=name or taught.manifest.name, unit=unit, also=others)
         told = {"suite": str(suite), "checks": [check.name for check in made.checks]}
         print(json.dumps(told) if as_json else f"{suite}: {len(made.checks)} checks. Keep it under version control.")
         return 0
-    if data is not None or unit is not None:
-        raise ConfigError("--data and --unit say nothing without --init. Add that, or leave them out.")
+    if data is not None or unit is not None or also:
+        raise ConfigError("--data, --unit and --also say nothing without --init. Add that, or leave them out.")
     if trend is not None and baselines is None:
         raise ConfigError("--trend draws what --baselines FILE has. Add that, or leave it out.")
     asked = read_suite(suite)

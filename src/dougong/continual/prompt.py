@@ -56,4 +56,4 @@ class PromptNetwork(nn.Module):
         """(B, P, D)."""
         hidden_BK = functional.gelu(self.read(functional.layer_norm(record_BD, (self.width,))) + self.asked_K)
         said_BN: Tensor = self.say(hidden_BK)
-        return said_BN.unflatten(-1, (self.num_prompts, self.width))
+        return said_BN.view(len(said_BN), self.num_prompts, self.width)

@@ -10,7 +10,8 @@ Distances are Mahalanobis's to the nearest class mean, with one covariance for a
 arXiv:1807.03888; kept as running sums as in Hayes and Kanan 2020, arXiv:1909.01520), modality by modality, so that
 tasks that share only some modalities are compared by those. How likely a task has records of just these modalities is
 counted besides. What we do differently: distances, keys and confidences are put on one scale by numbers that are
-chosen on held-out features, and a record farther from all tasks than their own held-out records ever are is of none.
+chosen on held-out features, and a record that is well farther from its task than that task's held-out records is of
+none.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ HELD_OUT: Final = 64
 """Features that are kept of a task's held-out records."""
 
 SHRINK: Final = 0.05
-FARTHEST: Final = 4.0
-"""Standard deviations of the logarithm of a task's own distances beyond which a record is of none."""
+FARTHER: Final = 1.3
+"""Times a task's farthest held-out record: beyond that, a record is of none."""
+
+FEWEST: Final = 20
+"""Held-out records below which the farthest says little; then it is taken to be four standard deviations out."""
 
 SHARPNESS: Final = tuple(2.0**power for power in range(-9, 2))
 KEY_WEIGHTS: Final = (0.0, 5.0, 20.0)
@@ -159,8 +163,8 @@ class Guess(NamedTuple):
     score_BS: Tensor
     """Logarithms, up to a constant of each record."""
 
-    known_B: Tensor
-    """Whether the record may be of any of them."""
+    known_BS: Tensor
+    """Whether the record is no farther from the task than the task's own ever are."""
 
 
 class Recognition:
@@ -174,16 +178,14 @@ class Recognition:
             {name: traits.mean[name] @ self._whiten[name] for name in traits.mean} for traits in self._traits
         ]
         self._sharpness, self._key_weight = SHARPNESS[0], 0.0
-        self._near, self._spread = self._own_distances()
+        self._farthest_S = self._own_farthest()
         self._calibrate()
 
     def __call__(self, features: Features) -> Guess:
         distance_BS, key_BS = self._compared(features)
         score_BS = self._scored(features, distance_BS, key_BS)
-        scaled_BS = (distance_BS.clamp(min=1e-6).log() - self._near) / self._spread
-        known_B = scaled_BS.amin(dim=1) <= FARTHEST
-        # Whoever has nothing that any task reads is of none.
-        return Guess(score_BS, known_B & torch.isfinite(distance_BS).any(dim=1))
+        # Infinite where a record has nothing that the task reads: then it is not of it.
+        return Guess(score_BS, distance_BS <= self._farthest_S)
 
     def _whitening(self, name: str) -> Tensor:
         """(F, F): after it distances are plain. Empty where no task reads the modality."""
@@ -252,16 +254,19 @@ class Recognition:
         x = {name: traits.held_out.get(name, torch.zeros(count, size)) for name in self._names}
         return Features(x, {name: traits.held_present_HM[:, m] for m, name in enumerate(self._names)})
 
-    def _own_distances(self) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the logarithm of each task's own distances."""
-        near, spread = [], []
+    def _own_farthest(self) -> Tensor:
+        """How far a record may be from each task and still be of it."""
+        farthest = []
         for place in range(len(self._traits)):
             distance_H = self._compared(self._held_out(place))[0][:, place]
             log_H = distance_H[torch.isfinite(distance_H)].clamp(min=1e-6).log()
-            near.append(float(log_H.mean()) if len(log_H) else 0.0)
-            # Of few records a spread is uncertain, and too small a one would refuse the task's own.
-            spread.append(max(0.1, float(log_H.std())) if len(log_H) > 2 else 1.0)
-        return torch.tensor(near), torch.tensor(spread)
+            if len(log_H) >= FEWEST:
+                farthest.append(FARTHER * float(log_H.max().exp()))
+            elif len(log_H) > 2:
+                farthest.append(float((log_H.mean() + 4 * log_H.std()).exp()))
+            else:
+                farthest.append(math.inf)
+        return torch.tensor(farthest)
 
     def _calibrate(self) -> None:
         """Choose the scale of distances and of keys by the likelihood of held-out features."""

@@ -133,7 +133,7 @@ class RehearsalStore:
         pq.write_table(rows, plain, compression="zstd")
         nonce = os.urandom(_NONCE)
         # The task's name is sealed too: one task's file cannot stand in for another's.
-        return _HEAD + nonce + self._cipher.encrypt(nonce, plain.getvalue(), _HEAD + task.encode())
+        return b"".join([_HEAD, nonce, self._cipher.encrypt(nonce, plain.getvalue(), _HEAD + task.encode())])
 
     def _read(self, task: str) -> tuple[pa.Table, int] | None:
         from cryptography.exceptions import InvalidTag

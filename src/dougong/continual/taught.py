@@ -295,7 +295,7 @@ class Taught:
             if bool(open_B[row]):
                 chances[row] = float(chance_RK[number, best])
                 # Where nothing is known of the original task, it is what is left.
-                items[row] = self._known[best] if bool(guess.known_B[number]) else original
+                items[row] = self._known[best] if bool(guess.known_BS[number, best]) else original
             else:
                 items[row] = self._known[best]
         return items, chances

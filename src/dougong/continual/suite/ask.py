@@ -90,22 +90,20 @@ def ask(
             right_N, said = _right(taught, table, check, suite.seed)
             records[check.name] = said
             rows = np.arange(table.num_rows)
-            least = check.least
-            scored.append(Scored(check.name, "metric", "", check.condition, rows, right_N, unit_N, tolerance, least))
+            asked = Scored(check.name, "metric", "", check.condition, rows, right_N, unit_N, tolerance, check.least)
+            scored.append(asked)
             for part in check.slices:
                 chosen = _rows_of(table, part)
                 some = None if unit_N is None else unit_N[chosen]
+                allowed = tolerance if part.tolerance is None else part.tolerance
                 scored.append(
-                    Scored(
-                        check.name,
-                        "metric",
-                        str(part),
-                        check.condition,
-                        rows[chosen],
-                        right_N[chosen],
-                        some,
-                        tolerance,
-                        None,
+                    asked._replace(
+                        slice=str(part),
+                        row_N=rows[chosen],
+                        score_N=right_N[chosen],
+                        unit_N=some,
+                        tolerance=allowed,
+                        least=None,
                     )
                 )
         elif isinstance(check, InvarianceCheck | DirectionCheck | MinimumCheck):

@@ -8,6 +8,7 @@ Promise     the suite is whole in its folder, records included, so that it can b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dougong.continual.suite.ask import ask
 from dougong.continual.suite.suite import (
     Change,
     Dataset,
@@ -47,12 +49,25 @@ HARDLY_SPOILT: Final = 0.1
 ROOM: Final = 0.05
 """Between what the model does and what is asked of the next one."""
 
+APART: Final = 3.0
+"""Standard deviations of equally good versions that are tolerated: two of them differ by sqrt(2) of one."""
+
 
 def begin_suite(
-    taught: Taught, table: Table, path: Path, *, name: str, unit: str | None = None, seed: int = 0
+    taught: Taught,
+    table: Table,
+    path: Path,
+    *,
+    name: str,
+    unit: str | None = None,
+    seed: int = 0,
+    also: Sequence[Taught] = (),
 ) -> Suite:
     """Write `path`, and its records beside it: slices of all columns with few values, each modality missing, each
     spoilt, answers that hardly spoilt media must not change, records that every version must answer, time and memory.
+
+    `also` are versions that are as good, trained with other seeds: what they differ by in a check or slice becomes its
+    tolerance. Without them it is the same for all, and a check that moves more with the seed will refuse good versions.
 
     Raises:
         ConfigError: `path` is there already.
@@ -101,8 +116,31 @@ def begin_suite(
         checks.append(MinimumCheck(name="simple records", data="simple", least=0.9))
     checks += [LatencyCheck(name="latency", data="test"), MemoryCheck(name="memory", data="test")]
     suite = Suite(name=name, data=data, checks=tuple(checks), seed=seed)
+    if also:
+        suite = _tolerant(suite, [taught, *also], path.parent)
     write_suite(path, suite)
     return suite
+
+
+def _tolerant(suite: Suite, versions: Sequence[Taught], folder: Path) -> Suite:
+    """The same, each check and slice with a tolerance of what equally good versions differ by."""
+    asked = [ask(version, suite, folder).scored for version in versions]
+    apart = {}
+    for place, one in enumerate(asked[0]):
+        means = [float(scored[place].score_N.mean()) if len(scored[place].score_N) else 0.0 for scored in asked]
+        apart[one.check, one.slice] = round(max(suite.tolerance, APART * float(np.std(means, ddof=1))), 4)
+    checks: list[Any] = []
+    for check in suite.checks:
+        if (check.name, "") not in apart:
+            checks.append(check)
+            continue
+        changes: dict[str, Any] = {"tolerance": apart[check.name, ""]}
+        if isinstance(check, MetricCheck):
+            changes["slices"] = tuple(
+                part.model_copy(update={"tolerance": apart[check.name, str(part)]}) for part in check.slices
+            )
+        checks.append(check.model_copy(update=changes))
+    return suite.model_copy(update={"checks": tuple(checks)})
 
 
 def _with_media(table: Table, taught: Taught) -> pa.Table:

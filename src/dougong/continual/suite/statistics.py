@@ -127,7 +127,7 @@ def _tango(lost: int, won: int, number: int, margin: float) -> float:
 
 def _by_unit(loss_N: Floats, unit_N: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
     _, place_N = np.unique(unit_N, return_inverse=True)
-    return np.bincount(place_N, weights=loss_N), np.bincount(place_N).astype(np.float64)
+    return np.bincount(place_N, weights=loss_N).astype(np.float64), np.bincount(place_N).astype(np.float64)
 
 
 def _spread(sum_U: Floats, count_U: Floats) -> float:

@@ -42,6 +42,9 @@ class Slice(Config):
     high: float | None = None
     """Instead of a value: from `low` to below `high`."""
 
+    tolerance: float | None = Field(default=None, ge=0)
+    """A loss that is not worth stopping for here. None: the check's."""
+
     @model_validator(mode="after")
     def _one_way(self) -> Slice:
         if self.value is not None and (self.low is not None or self.high is not None):
