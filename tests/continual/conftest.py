@@ -29,9 +29,9 @@ def taught(base: Path, colour_table: Path, tmp_path_factory: pytest.TempPathFact
     shutil.copytree(base, folder)
     learn_original(folder, open_table(colour_table))
     learn(
-        folder, "stripes", table_of(stripes(160, seed=1)), quick(), target="lies", description="which way stripes lie"
+        folder, "stripes", table_of(stripes(120, seed=1)), quick(), target="lies", description="which way stripes lie"
     )
-    learn(folder, "tones", table_of(tones(160, seed=2)), quick(), target="pitch", description="how high a tone is")
+    learn(folder, "tones", table_of(tones(120, seed=2)), quick(), target="pitch", description="how high a tone is")
     return folder
 
 

@@ -88,10 +88,10 @@ def test_a_suite_is_written_and_its_model_passes_it(version: Taught, begun: Suit
         begin_suite(version, open_table(folder / "test.parquet"), folder / "suite.yaml", name="colours")
 
 
-def test_a_version_that_lost_a_modality_is_refused(
+def test_a_version_that_forgot_its_classes_is_refused(
     version: Taught, begun: Suite, folder: Path, taught: Path, tmp_path: Path
 ) -> None:
-    worse = open_taught(damaged(taught, tmp_path / "worse", "embedders.0_photo"))
+    worse = open_taught(damaged(taught, tmp_path / "worse", "decision.out"))
     metrics = begun.model_copy(update={"checks": tuple(c for c in begun.checks if c.kind == "metric")})
     verdict = gate(worse, version, metrics, folder)
     assert not verdict.passed

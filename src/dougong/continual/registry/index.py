@@ -86,8 +86,6 @@ class _Mlflow(Index):
         # Asked before it is loaded: it would otherwise tell its makers of every use.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what its own parts no longer like is nothing a user can mend
@@ -96,8 +94,12 @@ class _Mlflow(Index):
                 from mlflow.tracking import MlflowClient
         except ImportError:
             raise ConfigError("the registry is kept by MLflow, which is not installed: dougong[continual].") from None
+        for noisy in ("mlflow", "alembic"):  # only now: loading it sets its own level
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         self._error: type[Exception] = MlflowException
-        self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._client: Any = _Quiet(MlflowClient(tracking_uri=uri, registry_uri=uri))
 
     def entries(self, name: str | None) -> list[Entry]:
         models = self._all(self._client.search_registered_models, None if name is None else f"name='{_quoted(name)}'")
@@ -124,17 +126,15 @@ class _Mlflow(Index):
             return {}
 
     def add(self, name: str, tags: Mapping[str, str], metrics: Mapping[str, Mapping[str, float]]) -> int:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self._client.create_registered_model(name)
-            except self._error:
-                self._client.get_registered_model(name)  # it is there already, or this says what is wrong
-            run = self._run(name, metrics)
-            # One transaction, its tags included: with it the version is there, and before it is not.
-            made = self._client.create_model_version(
-                name, source=f"dougong:{tags['dougong.tree']}", run_id=run, tags=dict(tags)
-            )
+        try:
+            self._client.create_registered_model(name)
+        except self._error:
+            self._client.get_registered_model(name)  # it is there already, or this says what is wrong
+        run = self._run(name, metrics)
+        # One transaction, its tags included: with it the version is there, and before it is not.
+        made = self._client.create_model_version(
+            name, source=f"dougong:{tags['dougong.tree']}", run_id=run, tags=dict(tags)
+        )
         return int(made.version)
 
     def _run(self, name: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
@@ -172,6 +172,23 @@ class _Mlflow(Index):
             token = page.token
             if not token:
                 return found
+
+
+class _Quiet:
+    """MLflow's client without the warnings of its own parts, which a user cannot mend."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+
+        def quietly(*given: Any, **named: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return call(*given, **named)
+
+        return quietly
 
 
 class _Folder(Index):
