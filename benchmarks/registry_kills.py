@@ -106,7 +106,7 @@ def measure(quick: bool) -> Iterator[Figure]:
         removed: set[str] = set()
         for number in range(kills):
             seconds = float(random.uniform(0.0, LONGEST_SECONDS))
-            lines = child(lambda said, n=number: work(registry, bundle, said, n), seconds)  # type: ignore[misc]
+            lines = child(lambda said, n=number: work(registry, bundle, said, n), seconds)
             for line in lines:
                 what, _, value = line.partition(" ")
                 {"version": versions, "task": tasks, "removing": removed}[what].add(value)

@@ -175,9 +175,10 @@ class Elastic(BlockStack[SandwichState, ElasticOutput]):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Elastic:
-        self.base._apply(fn, recurse)
+        self.base._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch ships it without types
         self._stacks.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # as above
+        return self
 
     # Which row is of which task ------------------------------------------------------------------------------
 

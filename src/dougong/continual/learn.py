@@ -273,7 +273,8 @@ def learn_original(bundle: Path, table: Table, *, seed: int = 0) -> None:
 
     def told(batch: Batch) -> Tensor:
         with torch.inference_mode():
-            return base(batch).output_BC
+            output_BC: Tensor = base(batch).output_BC
+            return output_BC
 
     seen = [_features(base, part, preparation, loader, seed, told) for part in (training, held_out)]
     classes = preparation.target.num_outputs if preparation.target.task == "single_label" else 1
@@ -321,12 +322,12 @@ def _reading(
     base = model.preparation
     names = [name for name in table.schema.names if name != target.name]
     known = {**(earlier[-1].task.columns if earlier else {}), **named}
-    for modality, column in named.items():
-        if modality not in base.modalities:
+    for name, column in named.items():
+        if name not in base.modalities:
             have = ", ".join(base.modalities)
-            raise ConfigError(f"--column {modality}={column}: {modality!r} is no modality of the base. It has {have}.")
+            raise ConfigError(f"--column {name}={column}: {name!r} is no modality of the base. It has {have}.")
         if column not in names:
-            raise ConfigError(f"--column {modality}={column}: the table has no such column. It has {', '.join(names)}.")
+            raise ConfigError(f"--column {name}={column}: the table has no such column. It has {', '.join(names)}.")
     sample = table.head(1000)
     roles = {name: infer_role(sample.column(name), name).role for name in names}
     own: dict[str, Modality] = {}
@@ -378,7 +379,7 @@ def _fit_extras(table: Table, columns: Sequence[str], task: str) -> dict[str, Ex
         tokenizer = modality.tokenizer.to_str(pretty=False) if isinstance(modality, TextModality) else None
         extras[f"{task}.{name}"] = Extra(
             modality=modality.config,  # type: ignore[attr-defined]
-            encoder=encoder,  # type: ignore[arg-type]
+            encoder=encoder,
             tokenizer=tokenizer,
         )
     return extras

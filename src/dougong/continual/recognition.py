@@ -85,7 +85,7 @@ class Traits(NamedTuple):
     scatter: dict[str, Tensor]
     """(F, F): the sum of squares around those means."""
 
-    count: dict[str, int]
+    count: dict[str, int]  # type: ignore[assignment]  # a tuple counts too, which nobody asks here
     """Records behind it."""
 
     held_out: dict[str, Tensor]

@@ -446,13 +446,12 @@ def merge_tasks(bundle: Path, base: Sandwich, names: Sequence[str], into: str, w
     shares = [share / sum(shares) for share in shares]
     modules = []
     for part in chosen:
-        module = build_parts(base, part.task.model_copy(update={"prompts": part.task.prompts}))
+        module = build_parts(base, part.task)
         put_weights(module, part.weights, where=part.task.name)
         modules.append(module)
     merged = build_parts(base, first)
     with torch.no_grad():
-        own = distinct_weights(merged)
-        for name, x in own.items():
+        for name, x in distinct_weights(merged).items():
             like = [distinct_weights(module).get(name) for module in modules]
             same = [each for each in like if each is not None and each.shape == x.shape]
             if len(same) == len(modules):

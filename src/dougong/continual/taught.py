@@ -282,8 +282,8 @@ class Taught:
         some = _rows(batch, row_R)
         features = _on_cpu(frozen_features(self.base, _of_base(some, self.base.names)))
         guess = self.recognition(features)
-        place = {item.key: number for number, item in enumerate(self._asked)}
-        place_K = torch.tensor([place[item.key] for item in self._known])
+        place_of = {item.key: number for number, item in enumerate(self._asked)}
+        place_K = torch.tensor([place_of[item.key] for item in self._known])
         score_RK = guess.score_BS.masked_fill(~allowed_BS[row_R][:, place_K], -1e9)
         score_RK = self._with_confidence(some, score_RK)
         chance_RK = score_RK.softmax(dim=1)

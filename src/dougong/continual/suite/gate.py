@@ -17,7 +17,7 @@ import numpy as np
 
 from dougong.continual.suite.ask import Asked, Scored, ask, rows_for
 from dougong.continual.suite.performance import answer, compare_seconds, peak_bytes, weight_bytes
-from dougong.continual.suite.statistics import detectable_loss, holm, loss_beyond
+from dougong.continual.suite.statistics import Loss, detectable_loss, holm, loss_beyond
 from dougong.continual.suite.suite import LatencyCheck, MemoryCheck, Suite
 from dougong.continual.taught import Taught
 from dougong.core.errors import ConfigError
@@ -120,7 +120,7 @@ def gate(
 def compare(after: Asked, before: Asked | None, suite: Suite) -> list[Comparison]:
     """Scores against scores, with Holm's correction over all of them."""
     number = len(after.scored)
-    losses = []
+    losses: list[Loss | None] = []
     for place, new in enumerate(after.scored):
         old = None if before is None else before.scored[place]
         if old is None:
