@@ -22,12 +22,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-import dougong
 from dougong.bundle.model import Model
 from dougong.bundle.model import load as load_model
 from dougong.continual.adapters import TaskParts, layers_of, rank_within
 from dougong.continual.elastic import Elastic, ElasticOutput
 from dougong.continual.extra import ExtraModality
+from dougong.continual.origin import program
 from dougong.continual.prompt import PromptNetwork
 from dougong.continual.recognition import Features, Traits, frozen_features, traits_of
 from dougong.continual.rehearsal import RehearsalStore
@@ -244,7 +244,7 @@ def learn(
                 "learnt from": f"{table.path.name}, {table.num_rows} records",
                 "held out": held_out.num_rows,
                 "seed": config.seed,
-                "dougong": dougong.__version__,
+                "code": program(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 **(note or {}),

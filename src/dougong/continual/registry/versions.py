@@ -17,13 +17,12 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-import dougong
 from dougong.continual.lock import locked
+from dougong.continual.origin import program
 from dougong.continual.registry.index import Entry, Index, open_index
 from dougong.continual.registry.store import ObjectStore, differing
 from dougong.core.bundle import Manifest, bundle_in, read_bundle
@@ -385,26 +384,11 @@ def _about(bundle: Path, manifest: Manifest, parent: int | None, note: str) -> A
         metrics=metrics,
         tasks=tuple(tasks),
         data=None if data is None else str(data),
-        code=f"dougong {dougong.__version__}{_commit()}",
+        code=program(),
         environment=environment,
         note=note,
         num_bytes=sum(found.num_bytes for found in manifest.files.values()),
     )
-
-
-def _commit() -> str:
-    folder = Path(dougong.__file__).parent
-    try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f" at {done.stdout.strip()}" if done.returncode == 0 and done.stdout.strip() else ""
 
 
 def _now() -> str:
