@@ -28,8 +28,7 @@ from dougong.continual.tasks import (
 )
 from dougong.continual.taught import open_taught
 from dougong.core.bundle import read_bundle
-from dougong.core.errors import BundleError, ConfigError, DataError, RunError
-from dougong.engine.trainer import TrainConfig
+from dougong.core.errors import BundleError, ConfigError, DataError
 
 Records = Callable[..., list[dict[str, Any]]]
 
@@ -221,28 +220,6 @@ def test_a_kill_at_any_moment_leaves_the_task_whole_or_absent(copied: Path, monk
         if there:
             break
     assert outcomes == {0, 1}
-
-
-def test_learning_that_was_killed_goes_on_to_the_same(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(**more: Any) -> None:
-        few = quick(train=TrainConfig(steps=6, evaluate_every=3, checkpoint_every=1, precision="fp32"))
-        learn(copied, "again", table_of(tones(40, seed=21)), few, target="pitch", **more)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    begin()
-    whole = next(part for part in read_parts(copied, read_bundle(copied)) if part.task.name == "again")
-    remove_task(copied, "again")
-    with monkeypatch.context() as patched:
-        patched.setattr("dougong.continual.learn.load_weights", killed)
-        with pytest.raises(KeyboardInterrupt):
-            begin()
-    with pytest.raises(RunError, match="holds a run already"):
-        begin()
-    begin(resume=True)
-    resumed = next(part for part in read_parts(copied, read_bundle(copied)) if part.task.name == "again")
-    assert all(torch.equal(x, resumed.weights[name]) for name, x in whole.weights.items())
 
 
 def test_numbers_outside_training_are_the_base_s_own_business(taught: Path) -> None:
