@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from dougong.bundle.model import Model, Prediction, load
 from dougong.core.bundle import is_bundle
 from dougong.core.errors import BundleError, ConfigError
 from dougong.core.files import whole_file
-from dougong.data.table import open_table
+from dougong.data.table import Table, open_table
 
 ENDINGS: Final = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP: Final = 5000
@@ -39,8 +39,18 @@ def load_from(folder: Path) -> Model:
     raise BundleError(f"{folder} is neither a bundle nor a finished run: it has no bundle.json and no bundle/ in it.")
 
 
-def predict_file(model: Path, records: Path, answers: Path, withhold: Sequence[str] = ()) -> dict[str, int | str]:
+def predict_file(
+    model: Path,
+    records: Path,
+    answers: Path,
+    withhold: Sequence[str] = (),
+    *,
+    answer: Callable[[Table], Iterator[Prediction]] | None = None,
+    kind: type[Prediction] = Prediction,
+) -> dict[str, int | str]:
     """Answer every record of a table into a file; says how many were answered and how many refused.
+
+    `answer` makes answers of this kind in another way than the bundle's own.
 
     Raises:
         ConfigError: `answers` has no known ending, or is the table itself.
@@ -49,12 +59,14 @@ def predict_file(model: Path, records: Path, answers: Path, withhold: Sequence[s
         raise ConfigError(f"{answers.name} ends in {answers.suffix!r}: answers are written as {', '.join(ENDINGS)}.")
     if answers.exists() and records.exists() and answers.samefile(records):
         raise ConfigError(f"{answers} is the table of records itself: give the answers another file.")
-    loaded = load_from(model)
+    if answer is None:
+        loaded = load_from(model)
     table = open_table(records)
     counts = {"answered": 0, "refused": 0}
     with whole_file(answers) as temporary:
         writer = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}[answers.suffix.lower()]
-        for counted in writer(temporary, loaded.predictions(table, withhold=withhold)):
+        predictions = loaded.predictions(table, withhold=withhold) if answer is None else answer(table)
+        for counted in writer(temporary, predictions, kind):
             counts["refused" if counted.error is not None else "answered"] += 1
     return {**counts, "path": str(answers)}
 
@@ -68,26 +80,27 @@ def _flat(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _write_jsonl(path: Path, predictions: Any) -> Any:
+def _write_jsonl(path: Path, predictions: Any, kind: type[Prediction]) -> Any:
     with path.open("w", encoding="utf-8") as file:
         for prediction in predictions:
             file.write(prediction.model_dump_json() + "\n")
             yield prediction
 
 
-def _write_csv(path: Path, predictions: Any) -> Any:
+def _write_csv(path: Path, predictions: Any, kind: type[Prediction]) -> Any:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(Prediction.model_fields))
+        writer = csv.DictWriter(file, list(kind.model_fields))
         writer.writeheader()
         for prediction in predictions:
             writer.writerow(_flat(prediction))
             yield prediction
 
 
-def _write_parquet(path: Path, predictions: Any) -> Any:
+def _write_parquet(path: Path, predictions: Any, kind: type[Prediction]) -> Any:
     text = pa.string()
-    kinds = {"row": pa.int64(), **dict.fromkeys(("confidence", "vacuity", "conflict"), pa.float64())}
-    schema = pa.schema([pa.field(name, kinds.get(name, text)) for name in Prediction.model_fields])
+    numbers = ("confidence", "vacuity", "conflict", "task_confidence")
+    kinds = {"row": pa.int64(), **dict.fromkeys(numbers, pa.float64())}
+    schema = pa.schema([pa.field(name, kinds.get(name, text)) for name in kind.model_fields])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         held: list[dict[str, Any]] = []
         for prediction in predictions:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from dougong.cli.teach import add_commands
 from dougong.core.errors import ConfigError, DougongError, RankError
 
 app = typer.Typer(
@@ -338,12 +339,26 @@ def predict(
     records: Annotated[Path, Argument(help="A table of records.")],
     answers: Annotated[Path, Argument(help="Where to write: .jsonl, .csv or .parquet.")],
     withhold: Annotated[list[str] | None, Option(help="A modality to answer without. May be repeated.")] = None,
+    task: Annotated[
+        str | None, Option(help="Of a bundle that was taught: a task's name, or auto, which finds each record's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer every record of a table; a record that cannot be read gets its reason."""
     from dougong.bundle.files import predict_file
 
-    summary = predict_file(model, records, answers, withhold or ())
+    if task is None:
+        summary = predict_file(model, records, answers, withhold or ())
+    else:
+        from dougong.continual.taught import Answer, open_taught
+
+        if withhold:
+            raise ConfigError(
+                f"--withhold {withhold[0]} cannot take effect beside --task. Leave its column out instead."
+            )
+        taught = open_taught(model)
+        taught.check(task)
+        summary = predict_file(model, records, answers, answer=lambda table: taught.answers(table, task), kind=Answer)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -494,6 +509,9 @@ def bench(
         return 2
     short = any(figure.holds is False for figures in measured.values() for figure in figures)
     return 1 if check_figures and short else 0
+
+
+add_commands(app)
 
 
 def main(arguments: list[str] | None = None) -> int:
