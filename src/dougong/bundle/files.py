@@ -39,8 +39,12 @@ def load_from(folder: Path) -> Model:
     raise BundleError(f"{folder} is neither a bundle nor a finished run: it has no bundle.json and no bundle/ in it.")
 
 
-def predict_file(model: Path, records: Path, answers: Path, withhold: Sequence[str] = ()) -> dict[str, int | str]:
+def predict_file(
+    model: Path | Model, records: Path, answers: Path, withhold: Sequence[str] = ()
+) -> dict[str, int | str]:
     """Answer every record of a table into a file; says how many were answered and how many refused.
+
+    `model` is a bundle's or a run's folder, or what has been loaded of one.
 
     Raises:
         ConfigError: `answers` has no known ending, or is the table itself.
@@ -49,7 +53,7 @@ def predict_file(model: Path, records: Path, answers: Path, withhold: Sequence[s
         raise ConfigError(f"{answers.name} ends in {answers.suffix!r}: answers are written as {', '.join(ENDINGS)}.")
     if answers.exists() and records.exists() and answers.samefile(records):
         raise ConfigError(f"{answers} is the table of records itself: give the answers another file.")
-    loaded = load_from(model)
+    loaded = load_from(model) if isinstance(model, Path) else model
     table = open_table(records)
     counts = {"answered": 0, "refused": 0}
     with whole_file(answers) as temporary:
