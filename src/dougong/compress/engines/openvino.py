@@ -168,6 +168,8 @@ def write_graph(graph: Any, path: Path, layers: Mapping[str, Any], *, half: bool
         # The library numbers its operations from one count for the whole process.
         if id_of(operation) not in kept and kind not in ("Parameter", "Result"):
             operation.set_friendly_name(f"{kind}_{place}")
+            for made in operation.outputs():
+                made.get_tensor().set_names(set())
     openvino.save_model(graph, path, compress_to_fp16=half)
 
 
