@@ -186,11 +186,10 @@ class FramedAudio(nn.Module):
     def forward(self, values: Given) -> Tokens:
         stem, mask_UT = self.stem, values["mask_UT"]
         frames_UTD = stem.projection(stem.features(values["samples_UT"]).transpose(1, 2))[0]
-        num_frames_U = mask_UT.sum(dim=1)
-        for kernel, stride in stem.steps:
-            num_frames_U = torch.div(num_frames_U - kernel, stride, rounding_mode="floor") + 1
         place_T = torch.arange(frames_UTD.shape[1], device=mask_UT.device)
-        frame_mask_UT = place_T < num_frames_U.clamp(min=1)[:, None]  # too short a sound is one frame
+        # Without a division, which engines round in their own ways. Too short a sound is one frame.
+        needed_T = place_T * math.prod(stride for _, stride in stem.steps) + stem.receptive_field
+        frame_mask_UT = (needed_T <= mask_UT.sum(dim=1)[:, None]) | (place_T == 0)
         frames_UTD = frames_UTD.masked_fill(~frame_mask_UT[..., None], 0.0)  # or neighbours' places would show padding
         return Tokens(stem.norm(frames_UTD + stem.position(frames_UTD)), frame_mask_UT)
 
