@@ -222,15 +222,15 @@ class WindowedSignal(nn.Module):
     def forward(self, values: Given) -> Tokens:
         stem, mask_UT = self.stem, values["mask_UT"]
         samples_UCT = values["samples_UCT"].masked_fill(~mask_UT[:, None], 0.0)  # 0 * NaN would still be NaN
-        more_U = mask_UT.sum(dim=1) - stem.window + stem.stride - 1
-        num_windows_U = torch.div(more_U, stem.stride, rounding_mode="floor").clamp(min=0) + 1
         window_UCNW = samples_UCT.unfold(2, stem.window, stem.stride)
         if stem.spectrum:
             power_UCNF = torch.fft.rfft(window_UCNW * stem.bell_W).abs().square() / stem.bell_W.square().sum()
             window_UCNW = (power_UCNF + FAINTEST).log()
         x_UTD = stem.embed(window_UCNW.transpose(1, 2).flatten(2))
         x_UTD = x_UTD + stem.place_ND[: x_UTD.shape[1]]
-        return Tokens(x_UTD, torch.arange(x_UTD.shape[1], device=mask_UT.device) < num_windows_U[:, None])
+        place_T = torch.arange(x_UTD.shape[1], device=mask_UT.device)
+        before_T = (place_T - 1) * stem.stride + stem.window  # samples that earlier windows see
+        return Tokens(x_UTD, (before_T < mask_UT.sum(dim=1)[:, None]) | (place_T == 0))
 
 
 def _exportable(stem: nn.Module) -> nn.Module:
