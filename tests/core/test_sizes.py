@@ -1,7 +1,7 @@
 import pytest
 
 from dougong.core.errors import ConfigError
-from dougong.core.sizes import bytes_as_text, read_bytes
+from dougong.core.sizes import bytes_as_text, read_bytes, read_seconds
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,14 @@ def test_the_largest_unit_is_shown() -> None:
         "1.5 GiB",
         "2 TiB",
     ]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("5ms", 0.005), ("250 us", 0.00025), ("1.5s", 1.5)])
+def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
+    assert read_seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["5", "ms", "-5ms", "5 minutes", ""])
+def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="Write for example 5ms"):
+        read_seconds(text)

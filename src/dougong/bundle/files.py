@@ -40,7 +40,7 @@ def load_from(folder: Path) -> Model:
 
 
 def predict_file(
-    model: Path,
+    model: Path | Model,
     records: Path,
     answers: Path,
     withhold: Sequence[str] = (),
@@ -50,7 +50,8 @@ def predict_file(
 ) -> dict[str, int | str]:
     """Answer every record of a table into a file; says how many were answered and how many refused.
 
-    `answer` makes answers of this kind in another way than the bundle's own.
+    `model` is a bundle's or a run's folder, or what has been loaded of one. `answer` makes answers of this kind in
+    another way than the bundle's own.
 
     Raises:
         ConfigError: `answers` has no known ending, or is the table itself.
@@ -60,7 +61,7 @@ def predict_file(
     if answers.exists() and records.exists() and answers.samefile(records):
         raise ConfigError(f"{answers} is the table of records itself: give the answers another file.")
     if answer is None:
-        loaded = load_from(model)
+        loaded = load_from(model) if isinstance(model, Path) else model
     table = open_table(records)
     counts = {"answered": 0, "refused": 0}
     with whole_file(answers) as temporary:

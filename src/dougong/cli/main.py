@@ -346,9 +346,15 @@ def predict(
 ) -> None:
     """Answer every record of a table; a record that cannot be read gets its reason."""
     from dougong.bundle.files import predict_file
+    from dougong.core.bundle import is_bundle, kind_of
 
     if task is None:
-        summary = predict_file(model, records, answers, withhold or ())
+        asked: Path | Model = model
+        if is_bundle(model) and kind_of(model) == "export":
+            from dougong.compress.export import load_export
+
+            asked = load_export(model)
+        summary = predict_file(asked, records, answers, withhold or ())
     else:
         from dougong.continual.taught import Answer, open_taught
 
@@ -363,6 +369,64 @@ def predict(
         print(json.dumps(summary))
     else:
         print(f"{summary['answered']} answered, {summary['refused']} could not be read: {answers}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
+    out: Annotated[Path, Option(help="The folder to write.")],
+    to: Annotated[
+        str, Option(help="openvino, onnx, torch, or auto: whichever is measured to be fastest here.")
+    ] = "auto",
+    bits: Annotated[
+        str | None,
+        Option(help="16, 8 or 4 for all layers, w8a16 for weights alone, or mixed: chosen by --size and --latency."),
+    ] = None,
+    plan: Annotated[
+        Path | None, Option(help="In place of --bits: a JSON file with a choice for each layer, as --json tells it.")
+    ] = None,
+    size: Annotated[str | None, Option(help="With --bits mixed: the graphs' most bytes, like 8MB.")] = None,
+    latency: Annotated[str | None, Option(help="With --bits mixed: a batch's most time, like 5ms.")] = None,
+    batch: Annotated[int, Option(min=1, max=64, help="Records of the batch that is timed.")] = 1,
+    data: Annotated[Path | None, Option(help="A table of records to calibrate with and to measure on.")] = None,
+    records: Annotated[int, Option(min=2, help="How many of them at most: half for each.")] = 256,
+    method: Annotated[
+        str, Option(help="How layers are scored: fisher (one pass) or output (one for each).")
+    ] = "fisher",
+    recover: Annotated[
+        int | None, Option(min=1, help="With --bits: steps of teaching the rounded model to answer as before.")
+    ] = None,
+    edge: Annotated[
+        bool, Option("--edge", help="Measure the memory of answering, and state it in the folder.")
+    ] = False,
+    threads: Annotated[int | None, Option(min=1, help="Of the engine. Default: its own choice.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a bundle as graphs that run without Dougong, at the bits that each layer needs."""
+    from dougong.cli.show import print_delivered
+    from dougong.compress.delivery import ExportRequest, deliver
+    from dougong.compress.plan import read_plan
+    from dougong.core.config import parse
+    from dougong.core.sizes import read_bytes, read_seconds
+
+    values = {
+        "to": to,
+        "bits": bits,
+        "plan": None if plan is None else read_plan(plan),
+        "most_bytes": None if size is None else read_bytes(size),
+        "most_seconds": None if latency is None else read_seconds(latency),
+        "batch_size": batch,
+        "num_records": records,
+        "quantise": {"method": method},
+        "edge": edge,
+        "recover": None if recover is None else {"steps": recover},
+        "engine": {"threads": threads},
+    }
+    delivered = deliver(model, out, parse(ExportRequest, values, where="export"), data, None if as_json else _tell)
+    if as_json:
+        print(json.dumps(delivered.as_json()))
+    else:
+        print_delivered(delivered)
 
 
 @app.command()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dougong.bundle.contribution import Contribution
+    from dougong.compress.delivery import Delivered
     from dougong.engine.robustness import Robustness
     from dougong.recipes.align import AlignResult
     from dougong.recipes.check import CheckResult
@@ -145,6 +146,25 @@ def print_figures(figures: dict[str, Any]) -> None:
         values = [f"{found['metrics'][name]:.4f}" if name in found["metrics"] else "-" for name in names]
         table.add_row(condition, *values, str(found["num_records"]))
     Console().print(table)
+
+
+def print_delivered(delivered: Delivered) -> None:
+    """What was exported, at which bits, and what was measured of it."""
+    console = Console()
+    if delivered.plan is not None:
+        table = Table()
+        for name in ("layer", "bits", "ran as"):
+            table.add_column(name)
+        for name, choice in delivered.plan.layers.items():
+            table.add_row(name, choice, delivered.precisions.get(name, "-"))
+        console.print(table)
+    for name, value in delivered.figures.items():
+        told = f"{value * 1e3:.3f} ms" if name.startswith("seconds of ") else f"{value:.6f}"
+        console.print(f"{name.removeprefix('seconds of '):24} {told}", highlight=False)
+    if delivered.memory_bytes is not None:
+        console.print(f"{'memory of answering':24} {bytes_as_text(delivered.memory_bytes)}", highlight=False)
+    console.print(f"{'graphs':24} {bytes_as_text(delivered.num_bytes)}, {delivered.to}", highlight=False)
+    console.print(f"{'export':24} {delivered.folder}", highlight=False, soft_wrap=True)
 
 
 def print_robustness(curves: list[Robustness]) -> None:

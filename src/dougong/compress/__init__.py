@@ -1,1 +1,1 @@
-"""A bundle made smaller and faster: distilled, pruned, quantised, to a budget."""
+"""A bundle made smaller and faster: distilled, pruned, rounded and exported, to a budget."""

@@ -1,6 +1,6 @@
-"""Numbers of bytes as people write them.
+"""Numbers of bytes and of seconds as people write them.
 
-Here        `read_bytes`, `bytes_as_text`.
+Here        `read_bytes`, `bytes_as_text`, `read_seconds`.
 Elsewhere   who asks for them.
 Promise     "80GiB" is 80 times 2 to the 30th, "80GB" 80 times 10 to the 9th; anything else is refused with an example.
 """
@@ -18,6 +18,8 @@ UNITS: Final = {
     **{f"{letter}B": 1000 ** (place + 1) for place, letter in enumerate("kMGT")},
     "KB": 1000,
 }
+
+SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 _WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
@@ -40,3 +42,15 @@ def bytes_as_text(count: float) -> str:
         if count >= 1024**power:
             return f"{count / 1024**power:.3g} {letter}iB"
     return f"{count:.0f} B"
+
+
+def read_seconds(text: str) -> float:
+    """
+    Raises:
+        ConfigError: it is no time.
+    """
+    found = _WRITTEN.fullmatch(text)
+    if found is None or found[2] not in SECONDS:
+        raise ConfigError(f"{text!r} is no time. Write for example 5ms, 250us or 0.5s.")
+    seconds: float = float(found[1]) * SECONDS[found[2]]
+    return seconds

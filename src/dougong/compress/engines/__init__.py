@@ -1,0 +1,1 @@
+"""What carries an exported model out, each behind the same small interface."""

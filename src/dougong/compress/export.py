@@ -1,0 +1,277 @@
+"""A bundle as graphs that run without Dougong.
+
+Here        Source, `export` (ONNX, OpenVINO or torch.export, at a plan's bits), `load_export` (the same as a model to
+            ask), `fastest_kind`, `answering_bytes`.
+Elsewhere   where a model is cut into graphs (parts.py); answering with them anywhere (runtime.py); bits (quantise.py).
+Promise     the folder is a bundle: sums, signature, preparation, whole or absent. It answers as its source does, within
+            what its number formats round; two exports of one bundle are the same to the byte; nothing in it is a
+            pickle, and `run.py` in it needs no Dougong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import torch
+
+from dougong.bundle.model import Model
+from dougong.compress import runtime
+from dougong.compress.engines.engine import Eager, Engine, EngineConfig, EngineNetwork, fastest
+from dougong.compress.engines.graphs import GraphEngine
+from dougong.compress.engines.openvino import OpenVino, apply_bits, name_layers, to_graph, write_graph
+from dougong.compress.latency import Timing
+from dougong.compress.needs import needed
+from dougong.compress.parts import Part, cut
+from dougong.compress.plan import CHOICES
+from dougong.compress.quantise import Quantised
+from dougong.core.bundle import Manifest, read_bundle, write_bundle
+from dougong.core.errors import BundleError, ConfigError
+from dougong.core.files import write_atomic, write_json
+from dougong.core.sizes import bytes_as_text
+from dougong.data.preparation import Preparation
+from dougong.model.sandwich import Sandwich
+from dougong.nn.batch import Batch
+
+KIND: Final = "export"
+RUNTIME: Final = "run.py"
+GRAPHS: Final = "graphs"
+To = Literal["openvino", "onnx", "torch"]
+OPSET: Final = 20
+MEMORY_STEP: Final = 32 * 2**20
+
+_NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "openvino": ("openvino",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torch": (),
+}
+
+
+_PACKAGE: Final = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
+
+
+class Source:
+    """A model cut into graphs, and what of them has been converted already: several exports of one model share it."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.cut = cut(model.network, model.manifest.signature)
+        self._programs: dict[str, torch.export.ExportedProgram] = {}
+        self._graphs: dict[str, Any] = {}
+
+    def program(self, name: str) -> torch.export.ExportedProgram:
+        """A part as torch exports it."""
+        if name not in self._programs:
+            self._programs[name] = exported_program(self.cut.parts[name])
+        return self._programs[name]
+
+    def graph(self, name: str) -> Any:
+        """A part as OpenVINO has it, for whoever changes it."""
+        if name not in self._graphs:
+            self._graphs[name] = to_graph(self.cut.parts[name])
+        return self._graphs[name].clone()
+
+
+def export(
+    source: Source, folder: Path, to: To, quantised: Quantised | None = None, memory_bytes: int | None = None
+) -> Path:
+    """Write the export; an older one at that place is replaced at once and whole.
+
+    Without `quantised`, weights keep the bits that the bundle has. Bits are chosen for OpenVINO alone, whose kernels
+    carry out each of them. `memory_bytes` is what its card says that answering takes.
+
+    Raises:
+        ConfigError: the library is not installed, bits are asked of another than OpenVINO, or an input has no graph.
+        BundleError: the folder holds something else.
+    """
+    for module in _NEEDS[to]:
+        needed(module, "compress")
+    if quantised is not None and to != "openvino":
+        raise ConfigError(f"bits are chosen for openvino alone, and {to} was asked for. Use --to openvino.")
+    model, made = source.model, source.cut
+    spec: dict[str, Any] = {
+        "format": "dougong-export",
+        "format_version": 1,
+        "to": to,
+        **made.spec,
+        "layers": {
+            name: "as it was" if quantised is None else quantised.plan.layers.get(name, CHOICES[0])
+            for name in made.layers
+        },
+        "target": model.preparation.target.model_dump(mode="json"),
+    }
+    manifest = Manifest(
+        name=model.manifest.name,
+        signature=model.manifest.signature,
+        model={"kind": KIND, "to": to, "layers": spec["layers"]},
+        provenance={**model.manifest.provenance, "exported_from": _origin(model.manifest)},
+    )
+    with write_bundle(folder, manifest) as building:
+        model.preparation.save(building)
+        (building / GRAPHS).mkdir()
+        write = {"openvino": _write_openvino, "onnx": _write_onnx, "torch": _write_torch}[to]
+        write(source, building / GRAPHS, quantised)
+        write_json(building / runtime.EXPORT, spec)
+        write_atomic(building / RUNTIME, Path(runtime.__file__).read_text(encoding="utf-8"))
+        size = sum(path.stat().st_size for path in (building / GRAPHS).iterdir())
+        write_atomic(building / "README.md", _card(manifest, to, size, quantised, memory_bytes))
+    return folder
+
+
+def _origin(manifest: Manifest) -> dict[str, str]:
+    return {name: each.sha256 for name, each in manifest.files.items() if name.endswith(".safetensors")}
+
+
+def _write_openvino(source: Source, folder: Path, quantised: Quantised | None) -> None:
+    for name in source.cut.parts:
+        graph = source.graph(name)
+        own = {key: layer.module.weight for key, layer in source.cut.layers.items() if layer.graph == name}
+        operations = name_layers(graph, own)
+        lost = sorted(own.keys() - operations.keys())
+        assert not lost, f"{name} has lost {lost} on the way through its exporter"
+        if quantised is not None:
+            apply_bits(operations, quantised)
+        write_graph(graph, folder / f"{name}.xml", operations, half=quantised is not None)
+
+
+def _write_onnx(source: Source, folder: Path, quantised: Quantised | None) -> None:
+    for name in source.cut.parts:
+        write_atomic(folder / f"{name}.onnx", _as_onnx(source.cut.parts[name], source.program(name)))
+
+
+def _write_torch(source: Source, folder: Path, quantised: Quantised | None) -> None:
+    for name in source.cut.parts:
+        torch.export.save(source.program(name), folder / f"{name}.pt2")
+
+
+def exported_program(part: Part) -> torch.export.ExportedProgram:
+    """A part as torch exports it, with open axes."""
+    # Named dimensions would refuse guards that hold of no length that is ever given.
+    shapes = {key: dict.fromkeys(part.dynamic[key], torch.export.Dim.AUTO) for key in part.example}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own deprecations, of which no reader can do anything
+        program = torch.export.export(part.module, (part.example,), dynamic_shapes=(shapes,))
+    _check_open(part, program)
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        # Paths of this machine, and lines of files that a reader does not have.
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
+            node.meta.pop(key, None)
+    return program
+
+
+def _check_open(part: Part, program: torch.export.ExportedProgram) -> None:
+    """Hold that no axis that is to be open was fixed to the example's length on the way."""
+    names = list(program.graph_signature.user_inputs)
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for key, name in zip(part.example, names, strict=True):
+        for axis in part.dynamic[key]:
+            length = nodes[str(name)].meta["val"].shape[axis]
+            assert not isinstance(length, int), f"axis {axis} of {key} was fixed to {length}"
+
+
+def _as_onnx(part: Part, program: torch.export.ExportedProgram) -> bytes:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it tells of operators of torchvision
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(
+            program,
+            input_names=list(part.example),
+            output_names=list(part.outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert made is not None
+    proto = made.model_proto
+    _without_traces(proto)
+    return cast(bytes, proto.SerializeToString(deterministic=True))
+
+
+def _without_traces(proto: Any) -> None:
+    """Leave out what only tells of the machine that exported it."""
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
+        del value.metadata_props[:]
+    del proto.metadata_props[:]
+    del proto.graph.metadata_props[:]
+    proto.doc_string = proto.graph.doc_string = ""
+
+
+def load_export(folder: Path, config: EngineConfig | None = None) -> Model:
+    """An export as a model to ask and to judge; the sum of every file is checked first.
+
+    Raises:
+        BundleError: it is not a whole, unaltered export.
+        ConfigError: its engine is not installed.
+    """
+    manifest = read_bundle(folder)
+    if manifest.model.get("kind") != KIND:
+        raise BundleError(f"{folder} is no export. Make one with dougong export {folder} --out DIR.")
+    engine = open_engine(folder, config)
+    network = EngineNetwork(engine, list(manifest.signature.inputs))
+    return Model(cast(Sandwich, network), Preparation.load(folder), manifest)
+
+
+def open_engine(folder: Path, config: EngineConfig | None = None, *, profile: bool = False) -> GraphEngine:
+    """The engine that an export was made for."""
+    to = json.loads((folder / runtime.EXPORT).read_text(encoding="utf-8"))["to"]
+    needed(_PACKAGE[to], "compress")
+    return OpenVino(folder, config, profile=profile) if to == "openvino" else GraphEngine(folder, config)
+
+
+def fastest_kind(source: Source, batch: Batch, config: EngineConfig | None = None) -> tuple[str, dict[str, Timing]]:
+    """Which engine answers this batch fastest here, and what was measured of each that is installed, eager beside."""
+    with tempfile.TemporaryDirectory() as temporary:
+        engines: dict[str, Engine] = {"eager": Eager(source.model.network, config)}
+        for to in _NEEDS:
+            try:
+                engines[to] = open_engine(export(source, Path(temporary) / to, cast(To, to)), config)
+            except ConfigError:
+                continue
+        return fastest(engines, batch)
+
+
+def answering_bytes(folder: Path, records: Path) -> int:
+    """The most memory that the folder's own run.py had while it answered these records (.jsonl), in a process of its
+    own, libraries included; rounded up, so that two measurements mostly agree."""
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, str(folder / RUNTIME), str(records)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603, our own file
+    return -(-int(done.stderr.split()[-1]) * 1024 // MEMORY_STEP) * MEMORY_STEP
+
+
+def _card(manifest: Manifest, to: str, size: int, quantised: Quantised | None, memory_bytes: int | None) -> str:
+    lines = [
+        f"# {manifest.name}, exported",
+        "",
+        f"Predicts `{manifest.signature.target.name}` from {', '.join(manifest.signature.inputs)}, with {to}. "
+        f"Its graphs take {bytes_as_text(size)}.",
+        "",
+        "    python run.py RECORDS.jsonl ANSWERS.jsonl     where Dougong is not installed",
+        "    dougong predict FOLDER RECORDS ANSWERS        where it is",
+        "",
+        f"`run.py` is all of the runtime: it needs NumPy, {_PACKAGE[to]}, and what reads the media at hand. "
+        "Inputs and their preparation stand in `preparation.json`, what each graph is fed in `export.json`.",
+        "",
+    ]
+    if memory_bytes is not None:
+        lines += [f"Answering takes up to {bytes_as_text(memory_bytes)} of memory, libraries included.", ""]
+    if quantised is not None:
+        lines += ["## Bits of the layers", "", "| weights and activations | layers |", "|---|---|"]
+        lines += [f"| {choice} | {count} |" for choice, count in quantised.plan.counts().items()]
+        lines.append("")
+    return "\n".join(lines)

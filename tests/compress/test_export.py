@@ -1,0 +1,251 @@
+"""Exports of one small trained model: the same answers, the same bytes, and bits that really ran."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dougong
+from dougong.bundle.model import Model
+from dougong.cli.main import main
+from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
+from dougong.compress.export import Source, answering_bytes, export, load_export, open_engine
+from dougong.compress.plan import Plan
+from dougong.compress.quantise import QuantiseConfig, calibrate
+from dougong.core.bundle import read_bundle
+from dougong.core.config import parse
+from dougong.core.errors import BundleError, ConfigError, DataError
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("openvino")
+Records = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def model(colour_run: Path) -> Model:
+    return dougong.load(colour_run / "bundle")
+
+
+@pytest.fixture(scope="module")
+def source(model: Model) -> Source:
+    return Source(model)
+
+
+@pytest.fixture(scope="module")
+def openvino_export(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(source, tmp_path_factory.mktemp("exports") / "openvino", "openvino")
+
+
+@pytest.fixture(scope="module")
+def rows(records: Records) -> list[dict[str, Any]]:
+    lacking = [dict.fromkeys(("photo", "clip", "remark", "weight", "maker")), {"remark": "cold like the sea"}]
+    return [*records(30, seed=11, missing=0.3), *lacking]
+
+
+def alike(found: list[Any], want: list[Any], tolerance: float = 2e-5) -> None:
+    assert [each.answer for each in found] == [each.answer for each in want]
+    for one, other in zip(found, want, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=tolerance)
+        assert one.gate == pytest.approx(other.gate, abs=tolerance)
+        assert one.absent == other.absent
+
+
+@pytest.mark.slow
+def test_openvino_answers_alike_whatever_a_record_lacks(
+    model: Model, openvino_export: Path, rows: list[dict[str, Any]]
+) -> None:
+    exported = load_export(openvino_export)
+
+    alike(exported.predict(rows), model.predict(rows))
+    alike(exported.predict(rows[:1]), model.predict(rows[:1]))
+    for withheld in model.preparation.modalities:
+        alike(exported.predict(rows[:5], withhold=[withheld]), model.predict(rows[:5], withhold=[withheld]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_others_answer_alike(model: Model, source: Source, to: Any, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    exported = load_export(export(source, tmp_path / to, to))
+
+    alike(exported.predict(rows), model.predict(rows))
+    alike(exported.predict(rows[:1]), model.predict(rows[:1]))
+    alike(exported.predict(rows[:3], withhold=["photo"]), model.predict(rows[:3], withhold=["photo"]))
+    _answers_without_dougong(tmp_path / to, model, tmp_path, blocked="openvino")
+
+
+@pytest.mark.slow
+def test_a_plain_script_answers_alike_without_dougong(model: Model, openvino_export: Path, tmp_path: Path) -> None:
+    _answers_without_dougong(openvino_export, model, tmp_path, blocked="torch")
+
+
+def _answers_without_dougong(folder: Path, model: Model, tmp_path: Path, blocked: str) -> None:
+    lines = [
+        {"remark": "it is warm like fire number 3", "weight": 0.2, "maker": "r1"},
+        {"weight": "heavy"},
+        {"maker": "g2"},
+        {},
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code = (
+        "import sys, runpy\n"
+        f"sys.modules['dougong'] = sys.modules[{blocked!r}] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(folder / "run.py"), str(tmp_path / "records.jsonl")]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    want = model.predict(lines)
+    assert [each["answer"] for each in found] == [each.answer for each in want]
+    assert "not a number" in found[1]["error"]
+    for one, other in zip(found, want, strict=True):
+        assert one.get("probabilities", {}) == pytest.approx(other.probabilities, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_two_exports_are_the_same_to_the_byte(model: Model, openvino_export: Path, tmp_path: Path) -> None:
+    again = export(Source(model), tmp_path / "again", "openvino")
+
+    assert read_bundle(again).files == read_bundle(openvino_export).files
+    assert (again / "bundle.json").read_bytes() == (openvino_export / "bundle.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_two_exports_of_others_are_the_same_to_the_byte(model: Model, to: Any, tmp_path: Path) -> None:
+    one, other = (export(Source(model), tmp_path / name, to) for name in ("one", "other"))
+
+    assert read_bundle(one).files == read_bundle(other).files
+
+
+@pytest.mark.slow
+def test_nothing_of_this_machine_is_in_an_export(openvino_export: Path) -> None:
+    here = str(Path(dougong.__file__).parent).encode()
+
+    assert not [path for path in openvino_export.rglob("*") if path.is_file() and here in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_an_altered_export_is_refused(openvino_export: Path, tmp_path: Path) -> None:
+    shutil.copytree(openvino_export, tmp_path / "altered")
+    graph = tmp_path / "altered" / "graphs" / "roof.bin"
+    content = bytearray(graph.read_bytes())
+    content[5] ^= 1
+    graph.write_bytes(content)
+
+    with pytest.raises(BundleError, match=r"roof\.bin"):
+        load_export(tmp_path / "altered")
+
+
+@pytest.mark.slow
+def test_each_layer_runs_at_its_bits(model: Model, source: Source, colour_table: Path, tmp_path: Path) -> None:
+    calibration, judged = records_of(model, colour_table, 64)
+    known = calibrate(model.network, source.cut.layers, calibration, "single_label", QuantiseConfig())
+    linear = [name for name, layer in source.cut.layers.items() if "w8a8" in layer.choices]
+    turns = ("w8a8", "w4a16", "w16a16", "w8a16")
+    plan = Plan(layers={name: turns[place % 4] for place, name in enumerate(linear)})
+
+    engine = open_engine(export_plan(source, tmp_path / "mixed", plan, known, QuantiseConfig()))
+
+    ran = engine.precisions()
+    assert ran.keys() >= plan.layers.keys()
+    for name, choice in plan.layers.items():
+        weights, inputs = ran[name].split("/")
+        want = {"w8a8": ("i8", "i8"), "w4a16": ("u4", "f32"), "w8a16": ("i8", "f32"), "w16a16": ("f", "f32")}[choice]
+        assert weights.startswith(want[0]), (name, choice, ran[name])
+        assert (inputs in ("i8", "u8")) == (want[1] == "i8"), (name, choice, ran[name])
+    for batch in judged:
+        want_BC = model.network(batch).output_BC.detach().softmax(dim=-1)
+        found_BC = engine.run(batch)["output_BC"].softmax(dim=-1)
+        np.testing.assert_allclose(found_BC, want_BC, atol=0.1)
+
+
+@pytest.mark.slow
+def test_a_budget_of_bytes_is_kept_from_the_command_line(
+    colour_run: Path, colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = sum(path.stat().st_size for path in (colour_run / "bundle").glob("*.safetensors"))
+    options = [
+        "--bits",
+        "mixed",
+        "--size",
+        f"{whole * 6 // 10}B",
+        "--data",
+        str(colour_table),
+        "--records",
+        "64",
+        "--json",
+    ]
+
+    assert main(["export", str(colour_run), "--out", str(tmp_path / "small"), *options]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_bytes"] <= whole * 6 // 10
+    assert told["num_bytes"] == graph_bytes(tmp_path / "small")
+    assert len(set(told["plan"].values())) > 1
+    assert told["figures"]["same answers"] > 0.9
+    assert main(["predict", str(tmp_path / "small"), str(colour_table), str(tmp_path / "answers.jsonl")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 240
+    assert all(answer["answer"] in ("red", "green", "blue") for answer in answers)
+
+
+@pytest.mark.slow
+def test_memory_of_answering_is_told(openvino_export: Path, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text('{"maker": "r1"}\n')
+
+    assert 20 * 2**20 < answering_bytes(openvino_export, tmp_path / "records.jsonl") < 2 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"bits": "mixed"}, "Give --size 8MB, --latency 5ms, or both"),
+        ({"bits": "8", "most_bytes": 5.0}, "Use --bits mixed"),
+        ({"bits": "3"}, "'3' is no choice of bits"),
+        ({"bits": "8", "to": "onnx"}, "chosen for openvino alone"),
+        ({"to": "tflite"}, "to"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse(ExportRequest, values, where="export")
+
+
+def test_what_needs_records_says_so(colour_run: Path, tmp_path: Path) -> None:
+    for request in (ExportRequest(bits="8"), ExportRequest(bits="mixed", most_bytes=1e5), ExportRequest(to="auto")):
+        with pytest.raises(ConfigError, match="--data"):
+            deliver(colour_run, tmp_path / "out", request)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_too_small_a_budget_says_what_binds(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    request = ExportRequest(bits="mixed", most_bytes=1000.0, num_records=64)
+
+    with pytest.raises(ConfigError, match="the size binds"):
+        deliver(colour_run, tmp_path / "out", request, colour_table)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_records_are_told(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text(
+        json.dumps(dict.fromkeys(model.preparation.columns, None) | {"remark": "warm"}) + "\n"
+    )
+
+    with pytest.raises(DataError, match="usable records"):
+        records_of(model, tmp_path / "few.jsonl", 64)
+
+
+def test_a_bundle_is_no_export(colour_run: Path) -> None:
+    with pytest.raises(BundleError, match="is no export"):
+        load_export(colour_run / "bundle")
