@@ -2,9 +2,9 @@
 
 Here        Batcher (admit, poll, done, cancel, retry), BatcherConfig, Ticket, Refusal, Poll.
 Elsewhere   how long batches take (service_time.py); how long to wait (hindsight.py); carrying it out (engine.py).
-Promise     a request leaves exactly once: in a batch, refused, expired or cancelled. One that cannot be answered in time
-            is refused when it comes, not when it is late. No client's backlog delays another client's next request by
-            more than one batch, and nobody waits for ever behind a higher priority.
+Promise     a request leaves exactly once: in a batch, refused, expired or cancelled. One that cannot be answered in
+            time is refused when it comes, not when it is late. No client's backlog delays another client's next request
+            by more than one batch, and nobody waits for ever behind a higher priority.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class BatcherConfig(Config):
     def _in_order(self) -> BatcherConfig:
         if self.timeout_seconds < self.slo_seconds:
             raise ValueError(
-                f"timeout_seconds {self.timeout_seconds:g} is below slo_seconds {self.slo_seconds:g}: requests would be "
-                "given up while they are still in time. Use a timeout of a few objectives."
+                f"timeout_seconds {self.timeout_seconds:g} is below slo_seconds {self.slo_seconds:g}: requests would "
+                "be given up while they are still in time. Use a timeout of a few objectives."
             )
         return self
 
@@ -226,8 +226,8 @@ class Batcher:
         return True
 
     def retry(self, now: float, batch: Iterable[Ticket]) -> tuple[Ticket, ...]:
-        """A worker died of this batch, or beside it. Each is tried once more, alone; those that were alone are returned:
-        they have cost a worker each, and are not tried again."""
+        """A worker died of this batch, or beside it. Each is tried once more, alone; those that were alone are
+        returned: they have cost a worker each, and are not tried again."""
         tickets = list(batch)
         self.done(now, tickets, measured=False)
         guilty = tuple(ticket for ticket in tickets if ticket.alone)

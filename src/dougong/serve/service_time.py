@@ -50,8 +50,8 @@ def length_step(length: float) -> int:
 class ServiceTime:
     """Seconds of a batch: `a` and, for each record, what its shape costs when padded to the batch's longest.
 
-    Fitted by recursive least squares on relative errors, with forgetting (Haykin 2002, chapter 9), and then corrected by
-    how batches of about that size really were, since the cost of a batch is seldom quite linear in its size.
+    Fitted by recursive least squares on relative errors, with forgetting (Haykin 2002, chapter 9), and then corrected
+    by how batches of about that size really were, since the cost of a batch is seldom quite linear in its size.
     """
 
     def __init__(self, *, fixed_seconds: float = 0.004, item_seconds: float = 0.0005) -> None:
