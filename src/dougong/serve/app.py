@@ -23,7 +23,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 import dougong
 from dougong.core.config import parse
@@ -204,12 +204,9 @@ class App:
                 self._log.note(plain_id, route, status, seconds, time.time(), more)
 
     async def _send(self, reply: _Reply, request_id: str, headers: Mapping[bytes, bytes], send: Send) -> None:
-        own = [
-            (b"content-type", reply.content_type),
-            (b"content-length", b"%d" % len(reply.body)),
-            (b"x-request-id", request_id.encode()),
-            *reply.headers,
-        ]
+        own = [(b"x-request-id", request_id.encode()), *reply.headers]
+        if reply.status != 204:
+            own += [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(reply.body))]
         if self.draining:
             own.append((b"connection", b"close"))
         if self.config.cors_origins:
@@ -278,11 +275,11 @@ class App:
         if found is not None:
             request.route = f"/v2/repository/{found[2]}"
             _only(method, "POST")
-            return await self._change(request, unquote(found[1]), found[2] == "load", receive)
+            return await self._change(request, found[1], found[2] == "load", receive)
         found = _TRAFFIC.fullmatch(path)
         if found is not None:
             request.route = "/v1/traffic"
-            return await self._traffic(request, unquote(found[1]), receive)
+            return await self._traffic(request, found[1], receive)
         raise Status(404, "there is nothing at this address; /openapi.json lists what is")
 
     async def _predict(self, request: _Request, receive: Receive, send: Send) -> _Reply | None:
@@ -444,7 +441,7 @@ class App:
         await send({"type": "http.response.body", "body": b""})
 
     async def _model(self, request: _Request, found: re.Match[str], receive: Receive) -> _Reply:
-        name, version_name, what = unquote(found[1]), found[2], found[3]
+        name, version_name, what = found[1], found[2], found[3]
         request.route = f"/v2/models/{what or 'metadata'}"
         if what == "infer":
             _only(request.method, "POST")
