@@ -2,8 +2,8 @@
 
 The parts (all but `policy` start servers on this machine's loopback, which should have nothing else to do):
 
-policy      in simulated time, so the same everywhere: load x model, ours against fixed waits of 0, 2 and 5 ms; a step in
-            the load against an oracle that knows all arrivals; twice as much as can be served
+policy      in simulated time, so the same everywhere: load x model, ours against fixed waits of 0, 2 and 5 ms; a step
+            in the load against an oracle that knows all arrivals; twice as much as can be served
 throughput  32 callers that wait for their answers, a simulated device (4 ms and 0.1 ms a record) and a perceptron on
             one core: ours, with validation, metrics, limits and deadlines, against the least that batches (uvicorn and
             thirty lines), against no batching, and against peers where PEERS names a Python that has them (litserve,

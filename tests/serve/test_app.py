@@ -387,7 +387,10 @@ def test_settings_that_would_let_everybody_in_are_refused(tmp_path: Path) -> Non
         serving([], host="0.0.0.0"),
     ):
         pass
-    for content, reason in (("{}", "no list of keys"), ('[{"name": "a", "sha256": "s"}]', "a sha256 sum has 64 digits")):
+    for content, reason in (
+        ("{}", "no list of keys"),
+        ('[{"name": "a", "sha256": "s"}]', "a sha256 sum has 64 digits"),
+    ):
         (tmp_path / "keys.json").write_text(content)
         with pytest.raises(ConfigError, match=reason):
             read_keys(tmp_path / "keys.json")
