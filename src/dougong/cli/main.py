@@ -491,20 +491,22 @@ def loadtest(
 ) -> None:
     """Ask a server at a steady rate, whether or not it keeps up, and say how long answers took."""
     from dougong.cli.show import print_load
+    from dougong.core.config import parse
     from dougong.serve.loadtest import LoadConfig, draw_load, load_test
     from dougong.serve.settings import read_seconds
 
-    config = LoadConfig(
-        url=url,
-        rates=tuple(rate or (50.0,)),
-        seconds=seconds,
-        mix=mix,
-        records=records,
-        model=model,
-        slo_seconds=read_seconds(slo),
-        connections=connections,
-        seed=seed,
-    )
+    values = {
+        "url": url,
+        "rates": tuple(rate or (50.0,)),
+        "seconds": seconds,
+        "mix": mix,
+        "records": records,
+        "model": model,
+        "slo_seconds": read_seconds(slo),
+        "connections": connections,
+        "seed": seed,
+    }
+    config = parse(LoadConfig, values, where="loadtest")
     if picture is not None and picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--picture {picture} is no .png, .svg or .pdf. Name one of those.")
     found = load_test(config, key=key, tell=None if as_json else _tell)

@@ -7,7 +7,7 @@ Promise     every request is answered with a status that says whose turn it is: 
             nothing of it is logged.
 
 Written against ASGI itself: a framework's routing and validation take longer than all of the work on a request here
-(docs/adr/19-asgi-by-hand.md).
+(docs/adr/0019-asgi-by-hand.md).
 """
 
 from __future__ import annotations

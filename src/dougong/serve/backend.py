@@ -198,6 +198,9 @@ BackendMaker = Callable[[Mapping[str, Any]], Backend]
 
 def from_bundle(settings: Mapping[str, Any]) -> Backend:
     """As a worker is told: `folder`, and limits."""
+    import torch
+
+    torch.set_num_threads(1)  # threads that load weights would not outlive the fork
     return load_backend(Path(settings["folder"]), settings)
 
 

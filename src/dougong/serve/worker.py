@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None, make: BackendMaker = from_bundle) -
         for frame in frames.feed(data):
             if frame["kind"] == "load":
                 threads = int(frame["settings"].get("threads", 1))
-                _one_thread()
                 try:
                     backend = make(frame["settings"])
                 except DougongError as error:
@@ -128,12 +127,6 @@ def _write(server: socket.socket, backend: Backend, frame: Mapping[str, Any]) ->
     except Exception as error:
         end = {"kind": "written", "error": f"the model failed on this record ({type(error).__name__})", "status": "500"}
     server.sendall(pack(end))
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":
