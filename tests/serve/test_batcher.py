@@ -251,3 +251,20 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         batcher(timeout_seconds=0.01)
     with pytest.raises(ConfigError, match="0 must be above 0"):
         batcher(max_batch=0)
+
+
+def test_a_wrong_forecast_is_tried_and_mended() -> None:
+    known = ServiceTime()
+    for _ in range(20):
+        known.observe({Shape(): 1}, 0.5)  # as it was before, or as a pause made it seem
+    queue = Batcher(BatcherConfig(slo_seconds=0.05), known)
+
+    now = 0.0
+    for _ in range(30):
+        taken(queue.admit(now, None))
+        batch = queue.poll(now, 1).batch
+        now += 0.002
+        queue.done(now, batch)
+        now += 0.01
+    assert known.seconds({Shape(): 1}) < 0.01
+    assert isinstance(queue.admit(now, None, within_seconds=0.02), Ticket)

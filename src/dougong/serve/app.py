@@ -301,17 +301,18 @@ class App:
                 raise BadRequest("explain is for one record")
             outcomes = [await version.engine.explain(await self._fetched(version, asked.records[0]))]
         else:
-            version, outcomes = await self._outcomes(request, version, asked.records, receive)
+            within, priority = _urgency(headers)
+            version, outcomes = await self.answer(
+                version,
+                asked.records,
+                within,
+                request.caller.name,
+                priority=priority,
+                request_id=request.id,
+                receive=receive,
+            )
         status, answer = answers_json(version.name, version.version, asked, outcomes)
         return _Reply(answer, status)
-
-    async def _outcomes(
-        self, request: _Request, version: Version, records: list[dict[str, Any]], receive: Receive | None
-    ) -> tuple[Version, list[Outcome]]:
-        within, priority = _urgency(request.headers)
-        return await self.answer(
-            version, records, within, request.caller.name, priority=priority, request_id=request.id, receive=receive
-        )
 
     async def answer(
         self,
@@ -468,7 +469,19 @@ class App:
         if length is not None and not (length.isdigit() and len(length) < 12):
             raise BadRequest("Inference-Header-Content-Length is no number", 400)
         inference = read_request(body, None if length is None else int(length), version.columns)
-        version, outcomes = await self._outcomes(request, version, inference.records, receive)
+        within, priority = _urgency(headers)
+        microseconds = inference.parameters.get("timeout")  # as Triton's clients give it
+        if within is None and type(microseconds) is int and microseconds > 0:
+            within = microseconds / 1e6
+        version, outcomes = await self.answer(
+            version,
+            inference.records,
+            within,
+            request.caller.name,
+            priority=priority,
+            request_id=request.id,
+            receive=receive,
+        )
         outputs = from_outcomes(outcomes, version.signature)
         answer, json_bytes = write_response(inference, version.name, version.version, outputs)
         if json_bytes is None:

@@ -1,6 +1,6 @@
 """What a worker does with records: the model itself.
 
-Here        Backend (the interface), BundleBackend, WritingBackend, load_backend, Outcome, answer_batch.
+Here        Backend (the interface), BundleBackend, WritingBackend, load_backend, sample, Outcome, answer_batch.
 Elsewhere   being asked (worker.py); bundles (bundle/).
 Promise     one record that fails, in whatever way short of ending the process, fails alone: its neighbours get the
             answers that they would have had without it. What an answer says is what `dougong predict` would say.
@@ -8,6 +8,7 @@ Promise     one record that fails, in whatever way short of ending the process, 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import numpy as np
+import soundfile
+from PIL import Image
 
 from dougong.core.bundle import bundle_in, kind_of
 from dougong.core.errors import ConfigError, DataError
+from dougong.core.signature import ImageInput, Input
 from dougong.data.collate import Collator, Request
 
 if TYPE_CHECKING:
@@ -91,10 +95,12 @@ class BundleBackend:
                 modality.config = modality.config.model_copy(update={"largest_seconds": shorter})
 
     def warm(self) -> None:
+        record = {}
+        for modality in self.model.preparation.modalities.values():
+            record.update(dict.fromkeys(modality.columns, sample(modality.signature())))
         for number in WARM_SIZES:
-            self.model.predict([{}] * number)
-            for columns in (modality.columns for modality in self.model.preparation.modalities.values()):
-                self.model.predict([dict.fromkeys(columns, "warm")] * number)
+            for warmed in (record, {}):
+                self.model.predict([warmed] * number)
 
     def answer(self, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         found = self.model.predict(records, batch_size=max(1, len(records)))
@@ -135,7 +141,6 @@ class WritingBackend:
 
     def __init__(self, folder: Path) -> None:
         from dougong.bundle.describer import load_writing
-        from dougong.core.signature import ImageInput
 
         self.model = load_writing(folder)
         inputs = self.model.preparation.signature().inputs
@@ -202,6 +207,24 @@ def from_bundle(settings: Mapping[str, Any]) -> Backend:
 
     torch.set_num_threads(1)  # threads that load weights would not outlive the fork
     return load_backend(Path(settings["folder"]), settings)
+
+
+def sample(signature: Input) -> Any:
+    """A cell of this kind that can be read, and says nothing."""
+    if signature.kind == "text":
+        return "warm"
+    if signature.kind == "table":
+        return 0.0
+    content = io.BytesIO()
+    if signature.kind == "image":
+        Image.new("RGB", (signature.width, signature.height)).save(content, format="PNG")
+    elif signature.kind == "audio":
+        soundfile.write(content, np.zeros(signature.sample_rate // 2), signature.sample_rate, format="WAV")
+    elif signature.kind == "signal":
+        np.save(content, np.zeros((signature.num_channels, signature.max_samples), np.float32))
+    else:
+        np.save(content, np.zeros((signature.depth, signature.height, signature.width), np.float32))
+    return {"bytes": content.getvalue(), "path": None}
 
 
 def _json(value: Any) -> bytes:

@@ -166,8 +166,10 @@ class Batcher:
         start = max(now, self._virtual.get(client, 0.0))
         order = start + (due - now) - priority * HEAD_START * config.slo_seconds
         ahead = waiting if not waiting or order >= self._queue[-1][0] else bisect_left(self._queue, (order,))
-        # A caller's own limit is meant; the objective is only promised where refusing was agreed.
-        if config.refuse_late or within_seconds is not None:
+        # Whoever finds nobody before him is tried, whatever is foretold: else a wrong forecast would never be mended.
+        # A caller's own limit is meant.
+        busy = waiting or len(self._running) >= self.replicas
+        if (config.refuse_late and busy) or within_seconds is not None:
             late = now + self._foretold_seconds(now, ahead, shape) - due
             if late > 0:
                 return Refusal("late", late)

@@ -73,9 +73,9 @@ class Columns:
     def of_bundle(cls, folder: Path, manifest: Manifest, limits: Limits, fetch_from: tuple[str, ...] = ()) -> Columns:
         """As a bundle's preparation says. Its files' sums are checked by whoever loads it."""
         found: list[Column] = []
-        written = manifest.model.get("writes") if manifest.model.get("kind") else None
+        writes = "kind" in manifest.model  # about a picture, and reads nothing else
         for name, modality in Preparation.load(folder).modalities.items():
-            if name == written:
+            if writes and not isinstance(modality, ImageModality):
                 continue
             if isinstance(modality, TableModality):
                 found += [Column(each.name, "number", name, 1) for each in modality.config.numbers]

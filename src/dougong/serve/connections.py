@@ -9,13 +9,16 @@ Promise     whoever opens connections and never finishes a request's head holds 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dougong.serve.settings import Limits
 
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+LARGEST_HEAD: Final = 64 * 2**10
+"""Bytes of a request before its body."""
+
+BUSY: Final = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
 
 
 def protocol(limits: Limits) -> type[asyncio.Protocol]:
@@ -23,6 +26,8 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
 
     class Connection(HttpToolsProtocol):
         _unfinished: asyncio.TimerHandle | None = None
+        _head_bytes = 0
+        refused = False
 
         def connection_made(self, transport: Any) -> None:
             if len(self.connections) >= limits.connections:
@@ -44,14 +49,17 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
             if self._unfinished is None and self.cycle is not None and self.cycle.response_complete:
                 self._wait_for_head()  # of another request on the same connection
             super().data_received(data)
+            if self._unfinished is not None:
+                self._head_bytes += len(data)
+                if self._head_bytes > LARGEST_HEAD:
+                    self._too_slow()
 
         def on_headers_complete(self) -> None:
             self._head_is_there()
             super().on_headers_complete()
 
-        refused = False
-
         def _wait_for_head(self) -> None:
+            self._head_bytes = 0
             self._unfinished = self.loop.call_later(limits.body_seconds, self._too_slow)
 
         def _head_is_there(self) -> None:
@@ -60,7 +68,7 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
                 self._unfinished = None
 
         def _too_slow(self) -> None:
-            self._unfinished = None
+            self._head_is_there()
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.close()
 
