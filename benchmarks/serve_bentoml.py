@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import bentoml  # type: ignore[import-not-found, unused-ignore]  # only in the peers' environment
+import bentoml  # only in the peers' environment
 from serve_sides import MODELS, MOST
 
 

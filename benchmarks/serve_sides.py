@@ -195,7 +195,7 @@ def _none(port: int, model: str, *rest: str) -> None:
 
 
 def _litserve(port: int, model: str, *rest: str) -> None:
-    import litserve  # type: ignore[import-not-found, unused-ignore]  # only in the peers' environment
+    import litserve  # only in the peers' environment
 
     class Api(litserve.LitAPI):  # type: ignore[misc, unused-ignore]
         def setup(self, device: Any) -> None:
@@ -230,7 +230,7 @@ def _bentoml(port: int, model: str, *rest: str) -> None:
 
 
 def _ray(port: int, model: str, *rest: str) -> None:
-    import ray  # type: ignore[import-not-found, unused-ignore]  # only in the peers' environment
+    import ray  # only in the peers' environment
     from ray import serve
 
     @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})  # type: ignore[untyped-decorator, unused-ignore]
@@ -253,7 +253,7 @@ def _ray(port: int, model: str, *rest: str) -> None:
 
 
 def _mosec(port: int, model: str, *rest: str) -> None:
-    import mosec  # type: ignore[import-not-found, unused-ignore]  # only in the peers' environment
+    import mosec  # only in the peers' environment
 
     class Served(mosec.Worker):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
