@@ -454,6 +454,8 @@ def serve(
         "telemetry": telemetry,
     }
     config = parse(ServeConfig, values, where="serve")
+    if models is not None and not models.is_dir():
+        raise ConfigError(f"--models {models} is no folder. Name the one in which NAME/VERSION bundles lie.")
     wanted = read_wanted(bundles)
     if ray:
         from dougong.serve.ray_serve import serve_on_ray
@@ -466,8 +468,13 @@ def serve(
 
 
 def _tell_where(as_json: bool) -> Any:
-    def tell(url: str) -> None:
-        print(json.dumps({"url": url}) if as_json else f"serving at {url}  (a form to try it is there too)", flush=True)
+    def tell(url: str, grpc_port: int | None = None) -> None:
+        if as_json:
+            print(json.dumps({"url": url, "grpc_port": grpc_port}), flush=True)
+            return
+        print(f"serving at {url}  (a form to try it is there too)", flush=True)
+        if grpc_port is not None:
+            print(f"gRPC at port {grpc_port}", flush=True)
 
     return tell
 

@@ -24,6 +24,9 @@ from dougong.serve.workers import Died, Worker, Workers
 RESTART_SECONDS: Final = (0.0, 0.2, 1.0, 3.0)
 """Before a worker is replaced: at once, and later where one dies after the other."""
 
+_GONE: Final[Mapping[str, Any]] = {}
+"""In place of a record that has left: its place in the queue of deadlines outlives it, its media must not."""
+
 _log = logging.getLogger("dougong.serve")
 
 
@@ -160,6 +163,7 @@ class Engine:
     def give_up(self, ticket: Ticket) -> None:
         """Nobody waits for this any more: take it out of the queue, if it is still there."""
         if self.batcher.cancel(ticket):
+            ticket.payload.record = _GONE
             ticket.payload.future.cancel()
             self._left(1)
 
@@ -281,6 +285,7 @@ class Engine:
         shapes: dict[Shape, int] = {}
         for ticket, outcome in zip(batch, answers.outcomes, strict=True):
             shapes[ticket.shape] = shapes.get(ticket.shape, 0) + 1
+            ticket.payload.record = _GONE
             future = ticket.payload.future
             if not future.done():
                 future.set_result(outcome)
@@ -320,6 +325,7 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Refused) -> None:
         ticket.state = "gone"
+        ticket.payload.record = _GONE
         future = ticket.payload.future
         if not future.done():
             future.set_exception(error)

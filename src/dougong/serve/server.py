@@ -43,9 +43,13 @@ def check_installed() -> None:
 
 
 def serve(
-    config: ServeConfig, wanted: Sequence[Wanted], *, tell: Callable[[str], None] | None = None, quiet: bool = False
+    config: ServeConfig,
+    wanted: Sequence[Wanted],
+    *,
+    tell: Callable[[str, int | None], None] | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `tell` hears where, once every model is warm.
+    """Serve until SIGTERM or SIGINT. `tell` hears where, and gRPC's port, once every model is warm.
 
     Raises:
         DougongError: a bundle cannot be loaded, or the port is taken.
@@ -59,7 +63,7 @@ def serve(
     async def run() -> None:
         async with Running.start(config, wanted, log=config.log_requests and not quiet) as running:
             if tell is not None:
-                tell(running.url)
+                tell(running.url, running.grpc_port)
             await running.until_ended()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
