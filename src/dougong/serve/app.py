@@ -25,7 +25,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from typing import Any, Final
 from urllib.parse import parse_qs
 
-import dougong
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError, DougongError, RunError
 from dougong.serve.access import Access, Caller, key_of
@@ -37,7 +36,7 @@ from dougong.serve.fetching import fetch
 from dougong.serve.logs import RequestLog
 from dougong.serve.metrics import Metrics
 from dougong.serve.models import Models, Traffic, Unknown, Version, Wanted
-from dougong.serve.openapi import describe
+from dougong.serve.openapi import VERSION, describe
 from dougong.serve.settings import ServeConfig
 from dougong.serve.v1 import answers_json, load_json, read_form, read_json
 from dougong.serve.v2 import from_outcomes, metadata, read_request, write_response
@@ -256,7 +255,7 @@ class App:
             _only(method, "GET")
             self._admit(request)
             extensions = ["binary_tensor_data", "model_repository"]
-            return _json({"name": "dougong", "version": dougong.__version__, "extensions": extensions})
+            return _json({"name": "dougong", "version": VERSION, "extensions": extensions})
         if path == "/v1/models":
             request.route = path
             _only(method, "GET")

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-import dougong
 from dougong.core.errors import ConfigError
 from dougong.serve.access import key_of
 from dougong.serve.columns import BadRequest
 from dougong.serve.engine import Refused
 from dougong.serve.models import Unknown
+from dougong.serve.openapi import VERSION
 from dougong.serve.settings import ServeConfig
 from dougong.serve.v2 import NUMPY, Tensor, from_binary, from_outcomes, metadata, to_binary, to_columns
 
@@ -246,7 +246,7 @@ class _Service:
         return messages()["ModelReadyResponse"](ready=version.engine.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
-        return messages()["ServerMetadataResponse"](name="dougong", version=dougong.__version__)
+        return messages()["ServerMetadataResponse"](name="dougong", version=VERSION)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         models = self._app.models

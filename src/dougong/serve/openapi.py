@@ -7,11 +7,13 @@ Promise     it lists every status that a route answers with, and each model's co
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.metadata import version
+from typing import Any, Final
 
-import dougong
 from dougong.serve.columns import MEDIA, Column
 from dougong.serve.models import Models
+
+VERSION: Final = version("dougong")
 
 _ERROR = {
     "description": "Why not, in one line.",
@@ -122,7 +124,7 @@ def describe(models: Models, *, keys: bool) -> dict[str, Any]:
     }
     document: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "Dougong", "version": dougong.__version__},
+        "info": {"title": "Dougong", "version": VERSION},
         "paths": paths,
         "components": {"schemas": {"InferenceRequest": _inference_schema()}},
     }
@@ -142,8 +144,8 @@ def _responses(*statuses: str, keys: bool) -> dict[str, Any]:
 
 def _record(models: Models) -> Any:
     columns: dict[str, Column] = {}
-    for version in models.all:
-        columns.update(version.columns.by_name)
+    for each in models.all:
+        columns.update(each.columns.by_name)
 
     def schema(*, files: bool) -> dict[str, Any]:
         properties = {name: _value(column, files=files) for name, column in columns.items()}
