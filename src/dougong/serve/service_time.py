@@ -161,7 +161,7 @@ class ServiceTime:
         alike = [each for each in self._place if each.carries == shape.carries]
         if alike:
             nearest = min(alike, key=lambda each: abs(each.length - shape.length))
-            stretch = 2.0 ** ((shape.length - nearest.length) / 2)
+            stretch: float = 2.0 ** ((shape.length - nearest.length) / 2)
             return max(1e-7, self._costs[self._place[nearest]]) * min(8.0, max(0.125, stretch))
         if self._place:
             return max(1e-7, sum(self._costs[1:]) / len(self._place))
