@@ -43,6 +43,7 @@ from dougong.core.config import parse
 from dougong.core.errors import RunError
 from dougong.core.figures import Figure
 from dougong.serve.batcher import Batcher, BatcherConfig
+from dougong.serve.engine import Engine
 from dougong.serve.loadtest import Asker, picture, quantile, run_load
 from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
 
@@ -392,11 +393,7 @@ def _swap(quick: bool) -> Iterator[Figure]:
                 await asyncio.sleep(0.001)
             killed = time.monotonic()
             os.kill(version.engine.pids[0], signal.SIGKILL)
-            while version.engine.ready:
-                await asyncio.sleep(0.001)
-            while not version.engine.ready:
-                await asyncio.sleep(0.005)
-            back = time.monotonic() - killed
+            back = await _back(version.engine, killed)
             await load
             asker.close()
             return swapped, back, list(seen)
@@ -410,6 +407,14 @@ def _swap(quick: bool) -> Iterator[Figure]:
     yield Figure(name="worker killed: back", value=back, unit="s", asked="<= 5")
     odd = sum(status not in (200, 429, 503) for status, _ in after)
     yield Figure(name="worker killed: other than answered, 429 or 503", value=odd, unit="requests", asked="<= 0")
+
+
+async def _back(engine: Engine, killed: float) -> float:
+    """Seconds from a kill until a worker is warm again."""
+    for wanted in (False, True):
+        while engine.ready is not wanted:
+            await asyncio.sleep(0.002)
+    return time.monotonic() - killed
 
 
 def _leak(quick: bool) -> Iterator[Figure]:

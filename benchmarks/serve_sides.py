@@ -58,7 +58,7 @@ MODELS: Mapping[str, Callable[[], Compute]] = {"device": device, "perceptron": p
 def run_side(arguments: Sequence[str]) -> None:
     """SIDE PORT MODEL [BUNDLE [WAIT]]: serve until ended."""
     side, port, model, *rest = arguments
-    {
+    sides: dict[str, Callable[..., None]] = {
         "ours": _ours,
         "minimal": _minimal,
         "none": _none,
@@ -66,7 +66,8 @@ def run_side(arguments: Sequence[str]) -> None:
         "bentoml": _bentoml,
         "ray": _ray,
         "mosec": _mosec,
-    }[side](int(port), model, *rest)
+    }
+    sides[side](int(port), model, *rest)
 
 
 def worker() -> None:
@@ -247,7 +248,8 @@ def _ray(port: int, model: str, *rest: str) -> None:
 
     ray.init(include_dashboard=False, logging_level="ERROR")
     serve.start(http_options={"port": port})
-    serve.run(Served.bind())
+    deployed: Any = Served
+    serve.run(deployed.bind())
     while True:
         time.sleep(3600)
 

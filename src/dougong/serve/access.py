@@ -55,6 +55,8 @@ class Access:
 
     def wait_seconds(self, caller: Caller, now: float) -> float:
         """0 if this caller may ask now, and has then done so; else seconds until it may. A bucket of tokens."""
+        if not self._keys:
+            return 0.0
         bucket = self._buckets.get(caller.name)
         config = next((config for _, config in self._keys if config.name == caller.name), None)
         if bucket is None or config is None or config.per_second is None:

@@ -30,6 +30,7 @@ CHARACTERS_A_TOKEN: Final = 4
 LENGTH_UNIT: Final = 16
 """Tokens: what is shorter differs too little to be kept apart."""
 
+MOST_KEPT_SHAPES: Final = 1000
 SOUND_TOKENS_A_SECOND: Final = 50
 
 
@@ -68,6 +69,7 @@ class Columns:
         self.by_name = {column.name: column for column in columns}
         self.limits = limits
         self._fetch_from = frozenset(fetch_from)
+        self._shapes: dict[tuple[tuple[str, ...], int], Shape] = {}
 
     @classmethod
     def of_bundle(cls, folder: Path, manifest: Manifest, limits: Limits, fetch_from: tuple[str, ...] = ()) -> Columns:
@@ -116,11 +118,9 @@ class Columns:
 
     def shape(self, cells: Mapping[str, Any]) -> Shape:
         """What sets the cost of a record: what it carries, and about how many tokens."""
-        carries: set[str] = set()
         length = 0.0
         for name, cell in cells.items():
             column = self.by_name[name]
-            carries.add(column.modality)
             if column.kind == "text":
                 length += min(column.most_tokens, len(cell) / CHARACTERS_A_TOKEN)
             elif column.kind == "audio" and isinstance(cell, dict):
@@ -129,7 +129,13 @@ class Columns:
             elif column.kind == "signal":
                 longest = len(cell["bytes"]) / 8 if isinstance(cell, dict) else _last_length(cell)
                 length += min(column.most_tokens, longest / 8)
-        return Shape(tuple(sorted(carries)), length_step(length / LENGTH_UNIT))
+        key = (tuple(cells), length_step(length / LENGTH_UNIT))
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = Shape(tuple(sorted({self.by_name[name].modality for name in cells})), key[1])
+            if len(self._shapes) < MOST_KEPT_SHAPES:
+                self._shapes[key] = shape
+        return shape
 
     def _cell(self, column: Column, value: Any) -> Any:
         kind = column.kind

@@ -19,15 +19,20 @@ LARGEST_HEAD: Final = 64 * 2**10
 """Bytes of a request before its body."""
 
 BUSY: Final = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 def protocol(limits: Limits) -> type[asyncio.Protocol]:
     """The class of a connection."""
 
     class Connection(HttpToolsProtocol):
-        _unfinished: asyncio.TimerHandle | None = None
-        _head_bytes = 0
         refused = False
+        _begun: float | None = None
+        """When the request began that has not come wholly yet; None: there is none."""
+
+        _head_bytes = 0
+        _has_head = False
+        _check: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             if len(self.connections) >= limits.connections:
@@ -36,40 +41,53 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
                 transport.close()
                 return
             super().connection_made(transport)
-            self._wait_for_head()
+            self._begin()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._head_is_there()
+            if self._check is not None:
+                self._check.cancel()
             if not self.refused:
                 super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             if self.refused:
                 return
-            if self._unfinished is None and self.cycle is not None and self.cycle.response_complete:
-                self._wait_for_head()  # of another request on the same connection
+            if self._begun is None:
+                self._begin()
             super().data_received(data)
-            if self._unfinished is not None:
+            if self._begun is not None and not self._has_head:
                 self._head_bytes += len(data)
                 if self._head_bytes > LARGEST_HEAD:
-                    self._too_slow()
+                    self._end()
 
         def on_headers_complete(self) -> None:
-            self._head_is_there()
+            self._has_head = True
             super().on_headers_complete()
 
-        def _wait_for_head(self) -> None:
-            self._head_bytes = 0
-            self._unfinished = self.loop.call_later(limits.body_seconds, self._too_slow)
+        def on_message_complete(self) -> None:
+            self._begun = None
+            super().on_message_complete()
 
-        def _head_is_there(self) -> None:
-            if self._unfinished is not None:
-                self._unfinished.cancel()
-                self._unfinished = None
+        def _begin(self) -> None:
+            self._begun, self._head_bytes, self._has_head = self.loop.time(), 0, False
+            if self._check is None:  # one for a connection, however many requests it has: most end long before
+                self._check = self.loop.call_later(limits.body_seconds, self._look)
 
-        def _too_slow(self) -> None:
-            self._head_is_there()
-            if self.transport is not None and not self.transport.is_closing():
-                self.transport.close()
+        def _look(self) -> None:
+            self._check = None
+            if self._begun is None:
+                return
+            left = self._begun + limits.body_seconds - self.loop.time()
+            if left > 0.001:
+                self._check = self.loop.call_later(left, self._look)
+            else:
+                self._end()
+
+        def _end(self) -> None:
+            if self.transport is None or self.transport.is_closing():
+                return
+            if self._has_head and self.cycle is not None and not self.cycle.response_started:
+                self.transport.write(SLOW)
+            self.transport.close()
 
     return Connection

@@ -45,7 +45,7 @@ def deployment(config: ServeConfig, wanted: Sequence[Wanted], *, most_replicas: 
     class Replica:
         """One server's application, without its port."""
 
-        async def __init__(self) -> None:
+        async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
             from dougong.serve.app import App
             from dougong.serve.metrics import Metrics
             from dougong.serve.models import Models
@@ -87,7 +87,7 @@ def deployment(config: ServeConfig, wanted: Sequence[Wanted], *, most_replicas: 
 
 async def through(app: Any, request: Any) -> Any:
     """One Starlette request, as Ray hands it over, through an ASGI application."""
-    from starlette.responses import Response
+    from starlette.responses import Response  # Ray brings it
 
     body = await request.body()
     given = False

@@ -8,6 +8,7 @@ Promise     a body that is no request is refused with a line that says where; re
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -160,10 +161,15 @@ class _Parts:
 
 def answers_json(model: str, version: str, asked: Asked, outcomes: Sequence[Outcome]) -> tuple[int, bytes]:
     """Status and body. Answers are passed on as the worker wrote them."""
-    head = f'{{"model":{json.dumps(model)},"version":{json.dumps(version)},'.encode()
+    head = _head(model, version)
     if not asked.many:
         outcome = outcomes[0]
         if outcome.status != 200:
             return outcome.status, outcome.body
         return 200, head + outcome.body[1:]
     return 200, head + b'"answers":[' + b",".join(outcome.body for outcome in outcomes) + b"]}"
+
+
+@functools.lru_cache
+def _head(model: str, version: str) -> bytes:
+    return f'{{"model":{json.dumps(model)},"version":{json.dumps(version)},'.encode()
