@@ -256,7 +256,20 @@ def test_tensors_that_are_none_are_refused(server: Server, tensor: tuple[str, st
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{}", b"[]", b'{"inputs": [1]}', b'{"inputs": []}', b'{"inputs": [{"name": "remark"}]}', b'{"inputs": {}}'],
+    [
+        b'{"inputs": [{"name": "remark", "datatype": [], "shape": [1], "data": []}]}',
+        b'{"inputs": [{"name": "remark", "datatype": "BYTES", "shape": [1], "data": [[["a"], "b"]]}]}',
+        b'{"inputs": [{"name": "weight", "datatype": "FP32", "shape": [1], "data": [{}]}]}',
+        b'{"inputs": [], "parameters": 1}',
+        b'{"inputs": [], "outputs": 1}',
+        b"",
+        b"{}",
+        b"[]",
+        b'{"inputs": [1]}',
+        b'{"inputs": []}',
+        b'{"inputs": [{"name": "remark"}]}',
+        b'{"inputs": {}}',
+    ],
 )
 def test_requests_that_are_none_are_refused(server: Server, body: bytes) -> None:
     assert server.ask("POST", "/v2/models/colours/infer", body)[0] == 400
@@ -336,7 +349,7 @@ def test_versions_are_swapped_directed_and_shadowed(bundle: Path, tmp_path: Path
         ended.set()
         for thread in threads:
             thread.join()
-        assert asked[0] > 20
+        assert asked[0] > 5
         assert wrong == []
         assert server.ask("POST", "/v1/predict", {"remark": "x"})[1]["version"] == "2"
 

@@ -134,7 +134,7 @@ class App:
         """Whether SIGTERM has come: still answered, but no longer ready, and connections are given back."""
 
         self.last_request = 0.0
-        """When the last one came, by the event loop's clock."""
+        """When the last one came, by `time.monotonic`."""
 
         self.in_flight = 0
         self._access = Access(config.keys)
@@ -151,7 +151,7 @@ class App:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1000})
             return
-        started = asyncio.get_running_loop().time()
+        started = time.monotonic()
         self.last_request = started
         self.in_flight += 1
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -195,7 +195,7 @@ class App:
             )
         finally:
             self.in_flight -= 1
-            seconds = asyncio.get_running_loop().time() - started
+            seconds = time.monotonic() - started
             route = request.route if request is not None else "other"
             self.metrics.request(route, status, seconds)
             if self._log is not None and request is not None:
@@ -551,7 +551,7 @@ class App:
         caller = self._access.caller(key, address)
         if caller is None:
             raise Status(401, "this needs a key: Authorization: Bearer KEY")
-        wait = self._access.wait_seconds(caller, asyncio.get_running_loop().time())
+        wait = self._access.wait_seconds(caller, time.monotonic())
         if wait > 0:
             raise Status(429, "this key has asked too often", wait)
         return caller

@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from time import monotonic  # the loop's own clock may count whole milliseconds (uvloop's does)
 from typing import Any, Final, Literal, NamedTuple
 
 from dougong.core.errors import DougongError
@@ -133,7 +134,7 @@ class Engine:
             raise Refused("closed")
         future: asyncio.Future[Outcome] = self._loop.create_future()
         taken = self.batcher.admit(
-            self._loop.time(),
+            monotonic(),
             _Job(record, future),
             shape=shape,
             client=client,
@@ -215,9 +216,9 @@ class Engine:
     async def _borrowed(self) -> AsyncIterator[Worker]:
         if self._closing or not self._alive:
             raise Refused("closed")
-        until = self._loop.time() + self.batcher.config.timeout_seconds
+        until = monotonic() + self.batcher.config.timeout_seconds
         while not self._free:
-            if self._loop.time() > until:
+            if monotonic() > until:
                 raise Refused("expired")
             await asyncio.sleep(0.005)
         worker = self._free.popleft()
@@ -252,7 +253,7 @@ class Engine:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = self._loop.time()
+        now = monotonic()
         while True:
             poll = self.batcher.poll(now, len(self._free))
             for ticket in poll.expired:
@@ -264,18 +265,18 @@ class Engine:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if poll.wake_at is not None:
-            self._timer = self._loop.call_at(poll.wake_at, self._pump)
+            self._timer = self._loop.call_later(max(0.0, poll.wake_at - now), self._pump)
         elif not self._free and len(self.batcher):
             self._timer = self._loop.call_later(self.batcher.config.timeout_seconds, self._pump)
 
     async def _run(self, worker: Worker, batch: tuple[Ticket, ...]) -> None:
-        started = self._loop.time()
+        started = monotonic()
         try:
             answers = await worker.ask("batch", [ticket.payload.record for ticket in batch])
         except Died:
             self._died(batch)
             return
-        now = self._loop.time()
+        now = monotonic()
         self.batcher.done(now, batch)
         self._free.append(worker)
         self._deaths = 0
@@ -295,7 +296,7 @@ class Engine:
             self._heard(BatchDone(len(batch), waited, now - started, answers.outcomes, shapes, answers.quality))
 
     def _died(self, batch: tuple[Ticket, ...]) -> None:
-        now = self._loop.time()
+        now = monotonic()
         for ticket in self.batcher.retry(now, batch):
             self._fail(ticket, Refused("died"))
         self._lost()

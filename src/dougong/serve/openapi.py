@@ -34,7 +34,7 @@ def describe(models: Models, *, keys: bool) -> dict[str, Any]:
         "name": "version",
         "in": "path",
         "required": True,
-        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+        "schema": {"type": "string", "enum": sorted({each.version for each in models.all}) or ["none"]},
     }
     query = [
         {

@@ -13,6 +13,7 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -155,13 +156,13 @@ class Running:
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        app, config, loop = self.app, self.app.config, asyncio.get_running_loop()
+        app, config = self.app, self.app.config
         app.draining = True
-        began = loop.time()
+        began = time.monotonic()
         # Requests may be on their way on connections that are open: those are answered, with Connection: close.
-        while loop.time() - began < config.drain_seconds:
+        while time.monotonic() - began < config.drain_seconds:
             quiet_since = max(began, app.last_request)
-            if app.in_flight == 0 and loop.time() - quiet_since >= config.settle_seconds:
+            if app.in_flight == 0 and time.monotonic() - quiet_since >= config.settle_seconds:
                 break
             await asyncio.sleep(0.02)
         self._server.should_exit = True

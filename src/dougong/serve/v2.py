@@ -123,7 +123,7 @@ def _read_tensor(given: Any, rest: memoryview) -> tuple[Tensor, memoryview]:
         raise BadRequest("an input tensor is an object with a name", 400)
     name, datatype, shape = given["name"], given.get("datatype"), given.get("shape")
     where = f"tensor {name[:40]!r}"
-    if datatype != "BYTES" and datatype not in NUMPY:
+    if not isinstance(datatype, str) or (datatype != "BYTES" and datatype not in NUMPY):
         raise BadRequest(f"{where}: datatype is not one of BYTES, {', '.join(NUMPY)}", 400)
     if not isinstance(shape, list) or not shape or not all(type(size) is int and size >= 0 for size in shape):
         raise BadRequest(f"{where}: shape is no list of sizes with the records first", 400)
