@@ -12,6 +12,8 @@ throughput  32 callers that wait for their answers, a simulated device (4 ms and
 cells       load x model over HTTP: ours against its own fixed waits
 step        50 to 500 requests a second and back; twice as much as can be served, and how soon the rest is refused
 swap        versions swapped, and a worker killed (SIGKILL), under load
+attack      thousands of connections that say nothing, heads and bodies that never end, sockets half closed, pictures
+            that claim to be huge: what they cost everybody else
 leak        many mixed and partly malformed requests: memory, and every answer against the first one
 
 Medians of interleaved runs; the interval is the lowest and the highest. A wait or a peer is the baseline where its name
@@ -47,7 +49,7 @@ from dougong.serve.engine import Engine
 from dougong.serve.loadtest import Asker, picture, quantile, run_load
 from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
 
-PARTS = ("policy", "throughput", "cells", "step", "swap", "leak")
+PARTS = ("policy", "throughput", "cells", "step", "swap", "attack", "leak")
 PEERS = ("mosec", "litserve", "bentoml", "ray")
 WAITS = (0.0, 0.002, 0.005)
 CALLERS = 32
@@ -62,6 +64,7 @@ def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
         "cells": _cells,
         "step": _step,
         "swap": _swap,
+        "attack": _attack,
         "leak": _leak,
     }
     for part in parts:
@@ -415,6 +418,45 @@ async def _back(engine: Engine, killed: float) -> float:
         while engine.ready is not wanted:
             await asyncio.sleep(0.002)
     return time.monotonic() - killed
+
+
+def _attack(quick: bool) -> Iterator[Figure]:
+    idle, seconds = (300, 2.0) if quick else (10_000, 20.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with side("ours", "device", str(_bundle(folder)), folder=folder) as started:
+            calm = asyncio.run(_opened(started, 100.0, seconds, 1.0))
+            before, under = asyncio.run(_attacked(started, idle, seconds))
+    ratio = under.quantiles["0.99"] / calm.quantiles["0.99"]
+    yield Figure(name=f"p99 beside {before} hostile connections", value=ratio, unit="x of before", asked="<= 2")
+    failed = under.sent - under.answered
+    yield Figure(name="others' requests that failed meanwhile", value=failed, unit="requests", asked="<= 0")
+
+
+async def _attacked(found: Side, idle: int, seconds: float) -> tuple[int, Any]:
+    host, port = found.url.removeprefix("http://").split(":")
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    starts = (
+        b"",
+        b"POST /v1/pre",
+        head + b"content-length: 900\r\n\r\n{",
+        head + b"transfer-encoding: chunked\r\n\r\n5\r\n{",
+    )
+    held = []
+    for place in range(idle):
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            break  # this machine gives no more of them
+        writer.write(starts[place % len(starts)])
+        if place % 8 == 3 and writer.can_write_eof():
+            writer.write_eof()
+        held.append(writer)
+    try:
+        return len(held), await _opened(found, 100.0, seconds, 1.0, seed=1)
+    finally:
+        for writer in held:
+            writer.close()
 
 
 def _leak(quick: bool) -> Iterator[Figure]:

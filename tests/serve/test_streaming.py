@@ -20,6 +20,8 @@ from dougong.serve.models import Wanted
 from dougong.serve.streaming import words_as_written
 from dougong.serve.workers import ThreadWorkers
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "train.steps=8",
     "train.evaluate_every=8",
