@@ -199,7 +199,8 @@ async def _wait_for(found: Side, name: str, log: str) -> None:
         asker = Asker(found.url, most=1)
         try:
             async with asyncio.timeout(5):
-                status, _ = await asker.ask(_body(asker, found.path, 1.0, name))
+                ready = asker.get("/v2/health/ready") if name == "ours" else None
+                status, _ = await (ready or asker.ask(_body(asker, found.path, 1.0, name)))
             if status == 200:
                 return
         except (OSError, TimeoutError):
