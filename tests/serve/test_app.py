@@ -1,6 +1,7 @@
 """The interface, on a model that only says what it was asked."""
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
@@ -166,6 +167,15 @@ def test_a_head_that_never_ends_holds_no_connection(server: Server) -> None:
         started = time.perf_counter()
         assert caller.recv(1000) == b""
         assert 0.3 < time.perf_counter() - started < 3
+
+
+def test_a_head_of_any_length_is_not_kept(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), 5) as caller:
+        started = time.perf_counter()
+        with contextlib.suppress(ConnectionError):
+            caller.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"a" * 100_000)
+            assert caller.recv(1000) == b""
+        assert time.perf_counter() - started < 0.4  # not by its time: by its length
 
 
 def test_a_caller_that_goes_away_in_the_middle_costs_nothing(server: Server) -> None:
