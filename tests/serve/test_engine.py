@@ -114,7 +114,7 @@ class Mortal:
 
     def __init__(self, deaths: int) -> None:
         self.deaths = deaths
-        self.started = 0
+        self.started = self.killed = 0
 
     async def load(self) -> None:
         return
@@ -134,7 +134,7 @@ class _MortalWorker:
         self._all = all_of_them
 
     async def ask(self, kind: str, records: Sequence[Mapping[str, Any]], options: Any = None) -> Answers:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(3600 if records[0]["remark"] == "endless" else 0.001)
         if self._all.deaths or any(record["remark"] == "poison" for record in records):
             self._all.deaths = max(0, self._all.deaths - 1)
             raise Died
@@ -142,6 +142,32 @@ class _MortalWorker:
 
     def end(self) -> None:
         return
+
+    def kill(self) -> None:
+        self._all.killed += 1
+
+
+def test_who_waits_behind_a_worker_that_hangs_is_told_in_time() -> None:
+    workers, config = Mortal(deaths=0), BatcherConfig(refuse_late=False, slo_seconds=0.05, timeout_seconds=0.1)
+
+    async def test(engine: Engine) -> tuple[Any, float]:
+        hung = asyncio.create_task(ask(engine, "endless"))
+        await asyncio.sleep(0.02)
+        started = asyncio.get_running_loop().time()
+        (behind,) = await asyncio.gather(ask(engine, "behind"), return_exceptions=True)
+        took = asyncio.get_running_loop().time() - started
+        assert workers.killed == 0
+        with pytest.raises(Refused, match="expired|died"):
+            await hung
+        assert (await ask(engine, "after")).body == b"after"
+        return behind, took
+
+    behind, took = run(test, Slow(), config, workers=workers, patience_seconds=0.6)
+
+    assert isinstance(behind, Refused)
+    assert behind.reason == "expired"
+    assert took < 0.5
+    assert workers.killed == 1
 
 
 def test_requests_of_a_worker_that_dies_are_answered_by_the_next() -> None:

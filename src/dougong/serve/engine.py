@@ -72,7 +72,10 @@ class Engine:
         *,
         replicas: int = 1,
         heard: Callable[[BatchDone], None] | None = None,
+        patience_seconds: float | None = None,
     ) -> None:
+        """A worker that has a batch for longer than `patience_seconds` hangs, and is killed. None: by the timeout."""
+        self._patience = max(10.0, 4 * config.timeout_seconds) if patience_seconds is None else patience_seconds
         self.batcher = Batcher(config, ServiceTime(), replicas=replicas)
         self._workers = workers
         self._replicas = replicas
@@ -146,6 +149,8 @@ class Engine:
         self._outstanding += 1
         self._idle.clear()
         self._kick()
+        if self._timer is None and not self._free:  # whoever has the workers may never give them back
+            self._timer = self._loop.call_later(self.batcher.config.timeout_seconds, self._pump)
         return taken
 
     async def outcome(self, ticket: Ticket) -> Outcome:
@@ -272,8 +277,12 @@ class Engine:
     async def _run(self, worker: Worker, batch: tuple[Ticket, ...]) -> None:
         started = monotonic()
         try:
-            answers = await worker.ask("batch", [ticket.payload.record for ticket in batch])
-        except Died:
+            async with asyncio.timeout(self._patience):
+                answers = await worker.ask("batch", [ticket.payload.record for ticket in batch])
+        except (Died, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                _log.error("a worker hangs and is killed", extra={"pid": worker.pid})
+                worker.kill()
             self._died(batch)
             return
         now = monotonic()

@@ -59,6 +59,9 @@ class Worker(Protocol):
     def end(self) -> None:
         """Let it go."""
 
+    def kill(self) -> None:
+        """End it whatever it does."""
+
 
 class Workers(Protocol):
     """A source of workers that hold one model."""
@@ -146,6 +149,12 @@ class _ProcessWorker:
             raise RunError(found["error"]) if "status" in found else BundleError(found["error"])
 
     def end(self) -> None:
+        self._channel.close()
+
+    def kill(self) -> None:
+        if self.pid is not None and not self._channel.lost.is_set():  # it lives, so the number is still its own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         self._channel.close()
 
 
@@ -256,6 +265,9 @@ class _ThreadWorker:
 
     def end(self) -> None:
         self._pool.shutdown(wait=False)
+
+    def kill(self) -> None:
+        self.end()  # a thread cannot be killed: it is left to itself
 
 
 class ThreadWorkers:
