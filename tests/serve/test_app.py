@@ -329,7 +329,7 @@ def test_a_burst_beyond_the_queue_is_sent_back(bundle: Path) -> None:
             thread.join()
 
     statuses = [status for status, _ in found]
-    assert 3 <= statuses.count(200) <= 4
+    assert 3 <= statuses.count(200) < 8
     assert set(statuses) == {200, 429}
     assert all(int(headers["retry-after"]) >= 1 for status, headers in found if status == 429)
 
@@ -431,7 +431,7 @@ def test_another_origin_is_let_in_only_where_it_was_named(server: Server, bundle
 
 
 def test_a_draining_server_answers_what_still_comes(bundle: Path) -> None:
-    with serving([Wanted("colours", "1", bundle)], workers=slow_workers, settle_seconds=0.3) as server:
+    with serving([Wanted("colours", "1", bundle)], workers=slow_workers, settle_seconds=1.0) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         connection.request("GET", "/v2/health/ready")
         assert connection.getresponse().read() == b'{"ready":true}'
