@@ -15,6 +15,8 @@ import pytest
         "dougong.data.loader, dougong.data.check, dougong.data.sources.easy_vqa, dougong.data.sources.digits",
         "dougong.data.join, dougong.data.alignment, dougong.data.duplicates, dougong.data.leak",
         "dougong.watch.progress, dougong.watch.tensorboard",
+        "dougong.serve.batcher, dougong.serve.rehearsal, dougong.serve.loadtest",
+        "dougong.serve.app, dougong.serve.server, dougong.serve.workers, dougong.serve.grpc_server",
     ],
 )
 def test_no_tensor_library_is_loaded(modules: str) -> None:

@@ -19,6 +19,7 @@ MOST_PARTS: Final = 8
 """Of a profile: those that hold most, and those that take longest."""
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from dougong.bundle.contribution import Contribution
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dougong.recipes.generate import GenerationResult
     from dougong.recipes.plan import PlanResult
     from dougong.recipes.run import RunResult
+    from dougong.serve.loadtest import LoadResult
 
 
 def print_comparison(result: Comparison) -> None:
@@ -375,3 +377,23 @@ def print_plan(result: PlanResult) -> None:
         return
     chosen = " ".join(f"--set {setting}" for setting in first["settings"])
     console.print(f"to carry it out: {chosen or 'no setting is needed'}", highlight=False, soft_wrap=True)
+
+
+def print_load(found: Sequence[LoadResult]) -> None:
+    """One row for each rate."""
+    table = Table(title="milliseconds from when a request was due until its answer")
+    for name in ("asked/s", "answered/s", "in time/s", "p50", "p90", "p99", "p99.9", "others"):
+        table.add_column(name, justify="right")
+    for each in found:
+        others = ", ".join(f"{status}: {number}" for status, number in each.statuses.items() if status != "200")
+        shares = [f"{1e3 * each.quantiles[key]:.3g}" if key in each.quantiles else "" for key in map(str, _SHARES)]
+        rates = (each.rate, each.answered_per_second, each.good_per_second)
+        table.add_row(*(f"{rate:.4g}" for rate in rates), *shares, others)
+    console = Console()
+    console.print(table)
+    held = max(each.most_waiting for each in found)
+    if held:
+        console.print(f"{held} requests waited for a connection at once: give more --connections", highlight=False)
+
+
+_SHARES = (0.5, 0.9, 0.99, 0.999)

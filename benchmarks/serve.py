@@ -1,0 +1,590 @@
+"""Serving: batches by the load against fixed waits and other servers, and what a server must survive.
+
+The parts (all but `policy` start servers on this machine's loopback, which should have nothing else to do):
+
+policy      in simulated time, so the same everywhere: load x model, ours against fixed waits of 0, 2 and 5 ms; a step
+            in the load against an oracle that knows all arrivals; twice as much as can be served
+throughput  32 callers that wait for their answers, a simulated device (4 ms and 0.1 ms a record) and a perceptron on
+            one core: ours, with validation, metrics, limits and deadlines, against the least that batches (uvicorn and
+            thirty lines), against no batching, and against peers where PEERS names a Python that has them (litserve,
+            bentoml, ray[serve], mosec; from PyPI); requests a second, quantiles, milliseconds of processor a request,
+            processor when idle
+cells       load x model over HTTP: ours against its own fixed waits
+step        50 to 500 requests a second and back; twice as much as can be served, and how soon the rest is refused
+swap        versions swapped, and a worker killed (SIGKILL), under load
+attack      thousands of connections that say nothing, heads and bodies that never end, sockets half closed, pictures
+            that claim to be huge: what they cost everybody else
+leak        many mixed and partly malformed requests: memory, and every answer against the first one
+
+Medians of interleaved runs; the interval is the lowest and the highest. A wait or a peer is the baseline where its name
+stands in the figure's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import ROOT, run
+
+from dougong.core.config import parse
+from dougong.core.errors import RunError
+from dougong.core.figures import Figure
+from dougong.serve.batcher import Batcher, BatcherConfig
+from dougong.serve.engine import Engine
+from dougong.serve.loadtest import Asker, picture, quantile, run_load
+from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
+
+PARTS = ("policy", "throughput", "cells", "step", "swap", "attack", "leak")
+PEERS = ("mosec", "litserve", "bentoml", "ray")
+WAITS = (0.0, 0.002, 0.005)
+CALLERS = 32
+MODELS: Mapping[str, tuple[float, float]] = {"device": (0.004, 0.0001), "perceptron": (0.0003, 0.00055)}
+"""Seconds of a batch, and of each record: what the simulated cells take the models to be."""
+
+
+def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
+    known: dict[str, Callable[[bool], Iterator[Figure]]] = {
+        "policy": _policy,
+        "throughput": _throughput,
+        "cells": _cells,
+        "step": _step,
+        "swap": _swap,
+        "attack": _attack,
+        "leak": _leak,
+    }
+    for part in parts:
+        print(f"{part} ...", file=sys.stderr)
+        yield from known[part](quick)
+
+
+def _policy(quick: bool) -> Iterator[Figure]:
+    requests, seconds = (500, 0.6) if quick else (6000, 6.0)
+    worst_mean = worst_tail = worst_rate = 0.0
+    for model, (fixed, item) in MODELS.items():
+        most = 32 / (fixed + 32 * item)
+        for share in (0.05, 0.2, 0.5, 0.8, 0.95):
+            load = open_load([(requests / (share * most), share * most)], seed=3)
+            ours, *waits = (_rehearsed(model, load, wait) for wait in (None, *WAITS))
+            best = min(each.mean for each in waits)
+            worst_mean = max(worst_mean, ours.mean / best)
+            worst_tail = max(worst_tail, ours.quantile(0.99) / min(each.quantile(0.99) for each in waits))
+            name = f"{model}, {share:.0%} of capacity: mean, simulated"
+            yield Figure(name=name, value=1e3 * ours.mean, unit="ms", baseline=1e3 * best, seeds=1)
+        for callers, think in ((1, (0.001, 0.002)), (8, (0.0005, 0.002)), (32, (0.0005, 0.002)), (32, (0.002, 0.004))):
+            found = []
+            for wait in (None, *WAITS):
+                one = _rehearsed(model, closed_load(callers, seconds=seconds, think=think, seed=3), wait)
+                found.append(len(one.seconds) / one.left_at)
+            worst_rate = max(worst_rate, max(found[1:]) / found[0])
+            name = f"{model}, {callers} callers back in {1e3 * think[0]:g}-{1e3 * think[1]:g} ms: simulated"
+            yield Figure(name=name, value=found[0], unit="1/s", baseline=max(found[1:]), seeds=1)
+    yield Figure(name="mean, of the best fixed wait, worst cell", value=worst_mean, unit="x", asked="<= 1.03")
+    yield Figure(name="p99, of the best fixed wait, worst cell", value=worst_tail, unit="x", asked="<= 1.06")
+    yield Figure(name="best fixed wait's rate, of ours, worst cell", value=worst_rate, unit="x", asked="<= 1.03")
+    yield from _against_the_oracle(quick)
+
+
+def _against_the_oracle(quick: bool) -> Iterator[Figure]:
+    fixed, item, slo = 0.006, 0.001, 0.05
+    times = (0.5, 1.2, 0.5) if quick else (3.0, 5.0, 3.0)
+    attained, after_step = [], []
+    for seed in range(1 if quick else 5):
+        load = open_load(list(zip(times, (50.0, 500.0, 50.0), strict=True)), seed=seed)
+        config = parse(BatcherConfig, {"slo_seconds": slo, "max_batch": 32}, where="benchmark")
+        found = rehearse(Batcher(config), load, _affine(fixed, item), noise=0.05, seed=seed)
+        best = feasible([each[0] for each in load.arrivals], lambda n: fixed + item * n, slo=slo, max_batch=24)
+        attained.append((len(found.seconds) - found.late) / best)
+        late = [at - times[0] for at, took in zip(found.answered_at, found.seconds, strict=True) if took > slo]
+        after_step.append(max([each for each in late if each > 0], default=0.0))
+    yield _figure("in time under a step, of the oracle, simulated", attained, "x", asked=">= 0.99")
+    yield _figure("last late answer after the step, simulated", after_step, "s", asked="<= 2")
+    goodput = []
+    for seed in range(1 if quick else 5):
+        config = parse(BatcherConfig, {"slo_seconds": 0.06, "max_batch": 64}, where="benchmark")
+        most = 25 / (0.002 + 0.001 * 25)  # the largest batch that can be waited for twice
+        seconds = 2.0 if quick else 10.0
+        load = open_load([(seconds, 2 * most)], seed=seed)
+        found = rehearse(Batcher(config), load, _affine(0.002, 0.001), noise=0.05, seed=seed)
+        goodput.append((len(found.seconds) - found.late) / seconds / most)
+    yield _figure("good answers at twice the capacity, of it, simulated", goodput, "x", asked=">= 0.95")
+
+
+def _affine(fixed: float, item: float) -> Service:
+    return lambda counts: fixed + item * sum(counts.values())
+
+
+def _rehearsed(model: str, load: Load, wait: float | None) -> Any:
+    values = {"slo_seconds": 0.1, "timeout_seconds": 5.0, "max_batch": 32, "refuse_late": False}
+    config = parse(BatcherConfig, {**values, "fixed_wait_seconds": wait}, where="benchmark")
+    return rehearse(Batcher(config), load, _affine(*MODELS[model]), noise=0.05, seed=1)
+
+
+def _figure(name: str, values: Sequence[float], unit: str, **more: Any) -> Figure:
+    middle = statistics.median(values)
+    return Figure(name=name, value=middle, unit=unit, low=min(values), high=max(values), seeds=len(values), **more)
+
+
+class Side(NamedTuple):
+    """A server that runs."""
+
+    url: str
+    path: str
+    process: subprocess.Popen[bytes]
+
+    def cpu_seconds(self) -> float:
+        """Of all its processes until now."""
+        return sum(_cpu_seconds(pid) for pid in _family(self.process.pid))
+
+    def memory_bytes(self) -> int:
+        """Of all its processes, what is theirs alone."""
+        return sum(_private_bytes(pid) for pid in _family(self.process.pid))
+
+
+@contextlib.contextmanager
+def side(name: str, model: str, *more: str, folder: Path, python: str = sys.executable) -> Iterator[Side]:
+    """Start a server; at the end it and all that it started are ended, by their numbers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = [str(ROOT / "benchmarks")] + ([str(ROOT / "src")] if name == "ours" else [])
+    paths += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ and name in ("ours", "minimal", "none") else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    code = "import sys, serve_sides; serve_sides.run_side(sys.argv[1:])"
+    log = (folder / f"{name}-{model}.log").open("ab")
+    process = subprocess.Popen(  # noqa: S603, our own script
+        [python, "-c", code, name, str(port), model, *more],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    found = Side(f"http://127.0.0.1:{port}", "/v1/predict" if name == "ours" else "/", process)
+    try:
+        if name == "mosec":
+            found = found._replace(path="/inference")
+        if name == "litserve":
+            found = found._replace(path="/predict")
+        asyncio.run(_wait_for(found, name, log.name))
+        yield found
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        for pid in _group(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+async def _wait_for(found: Side, name: str, log: str) -> None:
+    for _ in range(600):
+        if found.process.poll() is not None:
+            break
+        asker = Asker(found.url, most=1)
+        try:
+            async with asyncio.timeout(5):
+                ready = asker.get("/v2/health/ready") if name == "ours" else None
+                status, _ = await (ready or asker.ask(_body(asker, found.path, 1.0, name)))
+            if status == 200:
+                return
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            asker.close()
+        await asyncio.sleep(0.2)
+    raise RunError(f"{name} did not start: see {log}. Is it installed where PEERS says?")
+
+
+def _body(asker: Asker, path: str, value: float, name: str) -> bytes:
+    body = {"x": [value]} if name == "bentoml" else {"x": value}
+    return asker.frame(path, json.dumps(body).encode(), "application/json")
+
+
+def _bundle(folder: Path) -> Path:
+    """A bundle of one column of numbers, for the columns that our side checks."""
+    import dougong
+
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        rows.write_text("".join(json.dumps({"x": x / 50, "y": "high" if x > 50 else "low"}) + "\n" for x in range(100)))
+        dougong.fit(rows, target="y", steps=5, out=folder / "run", quiet=True)
+    return folder / "run" / "bundle"
+
+
+class Closed(NamedTuple):
+    """What callers that wait for their answers saw."""
+
+    rate: float
+    seconds: list[float]
+    cpu_milliseconds: float
+
+
+async def _closed(found: Side, name: str, callers: int, seconds: float) -> Closed:
+    asker = Asker(found.url, most=callers)
+    requests = [_body(asker, found.path, place / 7, name) for place in range(64)]
+    loop, took, dice = asyncio.get_running_loop(), list[float](), random.Random(0)  # noqa: S311, no secret
+    until = loop.time() + 0.5  # to warm up
+
+    async def caller() -> None:
+        while loop.time() < until:
+            started = loop.time()
+            status, _ = await asker.ask(dice.choice(requests))
+            if status == 200:
+                took.append(loop.time() - started)
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    took.clear()
+    before, began = found.cpu_seconds(), loop.time()
+    until = began + seconds
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    lasted = loop.time() - began
+    cpu = found.cpu_seconds() - before
+    asker.close()
+    return Closed(len(took) / lasted, took, 1e3 * cpu / max(1, len(took)))
+
+
+def _throughput(quick: bool) -> Iterator[Figure]:
+    python = os.environ.get("PEERS")
+    peers = PEERS if python else ()
+    if not python:
+        print("no peers: PEERS=/path/to/python names an environment that has them", file=sys.stderr)
+    repeats, seconds = (1, 1.0) if quick else (3, 8.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = str(_bundle(folder))
+        for model in ("device",) if quick else tuple(MODELS):
+            found: dict[str, list[Closed]] = {}
+            idle: dict[str, float] = {}
+            for _ in range(repeats):
+                for each in ("ours", "minimal", "none", *peers):
+                    where = {"python": python} if each in PEERS and python else {}
+                    try:
+                        with side(
+                            each, model, *([bundle] if each == "ours" else []), folder=folder, **where
+                        ) as started:
+                            found.setdefault(each, []).append(asyncio.run(_closed(started, each, CALLERS, seconds)))
+                            before = started.cpu_seconds()
+                            time.sleep(1.0 if quick else 5.0)
+                            idle[each] = (started.cpu_seconds() - before) / (1.0 if quick else 5.0)
+                    except RunError as error:
+                        print(error, file=sys.stderr)
+            yield from _throughput_figures(model, found, idle)
+
+
+def _throughput_figures(model: str, found: Mapping[str, list[Closed]], idle: Mapping[str, float]) -> Iterator[Figure]:
+    rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
+    others = [rates[name] for name in PEERS if name in rates]
+    for name, runs in found.items():
+        yield _figure(f"{model}, {name}: answered", [each.rate for each in runs], "1/s")
+        for share in (0.5, 0.99):
+            tails = [1e3 * quantile(each.seconds, share) for each in runs]
+            yield _figure(f"{model}, {name}: p{100 * share:g}", tails, "ms")
+        asked = {"asked": "<= 0.15"} if name == "ours" and model == "device" else {}
+        yield _figure(f"{model}, {name}: processor a request", [each.cpu_milliseconds for each in runs], "ms", **asked)
+        asked = {"asked": "<= 0.01"} if name == "ours" else {}
+        yield Figure(name=f"{model}, {name}: processor when idle", value=idle[name], unit="cores", **asked)
+    ratio = rates["ours"] / rates["minimal"]
+    yield Figure(name=f"{model}: ours, of the minimal batcher", value=ratio, unit="x", asked=">= 0.9")
+    if others:
+        ratio = rates["ours"] / max(others)
+        yield Figure(name=f"{model}: ours, of the best peer", value=ratio, unit="x", asked=">= 1.25")
+
+
+def _cells(quick: bool) -> Iterator[Figure]:
+    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
+    shares = (0.2,) if quick else (0.05, 0.2, 0.5, 0.8)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = str(_bundle(folder))
+        for model in ("device",) if quick else tuple(MODELS):
+            fixed, item = MODELS[model]
+            most = min(2000.0, 32 / (fixed + 32 * item))
+            for share in shares:
+                found: dict[float | None, list[Any]] = {}
+                for repeat in range(repeats):
+                    for wait in (None, *WAITS):
+                        more = [bundle, "" if wait is None else str(wait)]
+                        with side("ours", model, *more, folder=folder) as started:
+                            found.setdefault(wait, []).append(
+                                asyncio.run(_opened(started, share * most, seconds, 1.0, seed=repeat))
+                            )
+                for key in ("0.5", "0.99"):
+                    ours = [1e3 * each.quantiles[key] for each in found[None]]
+                    best = min(statistics.median(1e3 * each.quantiles[key] for each in found[wait]) for wait in WAITS)
+                    name_of = f"{model}, {share:.0%} of capacity: p{100 * float(key):g}, best fixed wait beside it"
+                    yield _figure(name_of, ours, "ms", baseline=best, asked=f"<= {1.1 * best:.4g}")
+
+
+async def _opened(found: Side, rate: float, seconds: float, slo: float, *, seed: int = 0) -> Any:
+    asker = Asker(found.url, most=512)
+    requests = [_body(asker, found.path, place / 7, "ours") for place in range(64)]
+    try:
+        await run_load(asker, requests, min(rate, 200.0), 1.0, slo, 99)  # to warm up
+        return await run_load(asker, requests, rate, seconds, slo, seed)
+    finally:
+        asker.close()
+
+
+def _step(quick: bool) -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = str(_bundle(folder))
+        slo, seconds = 0.05, 1.5 if quick else 8.0
+        with side("ours", "device", bundle, "", str(slo), folder=folder) as started:
+            results = [asyncio.run(_opened(started, rate, seconds, slo)) for rate in (50.0, 500.0, 50.0)]
+        sent = sum(each.sent for each in results)
+        good = sum(each.good_per_second * max(seconds, each.sent / each.rate) for each in results)
+        yield Figure(name="device, 50-500-50 a second: in time", value=min(1.0, good / sent), unit="x", asked=">= 0.99")
+        with side("ours", "perceptron", bundle, "", str(slo), folder=folder) as started:
+            most = asyncio.run(_closed(started, "ours", 64, seconds)).rate
+            found = asyncio.run(_opened(started, 2 * most, seconds, slo))
+        good = found.good_per_second / most
+        yield Figure(name="perceptron, twice too much: good", value=good, unit="x of capacity", asked=">= 0.95")
+        if found.refused_quantile is not None:
+            refused = 1e3 * found.refused_quantile
+            yield Figure(name="perceptron, twice too much: p99 to a refusal", value=refused, unit="ms", asked="<= 10")
+
+
+def _swap(quick: bool) -> Iterator[Figure]:
+    from dougong.serve.models import Wanted
+    from dougong.serve.server import Running
+    from dougong.serve.settings import ServeConfig
+
+    seconds = 6.0 if quick else 40.0
+    swaps = 1 if quick else 5
+
+    async def under_load(bundle: Path) -> tuple[list[tuple[int, bytes]], float, list[tuple[int, bytes]]]:
+        config = parse(
+            ServeConfig, {"port": 0, "batching": {"slo_seconds": 1.0}, "log_requests": False}, where="benchmark"
+        )
+        seen: list[tuple[int, bytes]] = []
+        async with Running.start(config, [Wanted("model", "1", bundle)]) as running:
+            asker = Asker(running.url, most=64)
+            requests = [_body(asker, "/v1/predict", place / 7, "ours") for place in range(64)]
+            load = asyncio.create_task(
+                run_load(
+                    asker, requests, 100.0, seconds, 1.0, 0, seen=lambda _, status, body: seen.append((status, body))
+                )
+            )
+            for number in range(2, 2 + swaps):
+                await asyncio.sleep(0.5)
+                await running.models.load(Wanted("model", str(number), bundle))
+            await load
+            swapped = list(seen)
+            seen.clear()
+            load = asyncio.create_task(
+                run_load(asker, requests, 100.0, 4.0, 1.0, 1, seen=lambda _, status, body: seen.append((status, body)))
+            )
+            await asyncio.sleep(0.5)
+            (version,) = running.models.all
+            while not version.engine.pids:
+                await asyncio.sleep(0.001)
+            killed = time.monotonic()
+            os.kill(version.engine.pids[0], signal.SIGKILL)
+            back = await _back(version.engine, killed)
+            await load
+            asker.close()
+            return swapped, back, list(seen)
+
+    with tempfile.TemporaryDirectory() as name:
+        swapped, back, after = asyncio.run(under_load(_bundle(Path(name))))
+    failed = sum(status != 200 for status, _ in swapped)
+    yield Figure(name=f"{swaps} swaps under 100 a second: failed", value=failed, unit="requests", asked="<= 0")
+    versions = {json.loads(body)["version"] for status, body in swapped if status == 200}
+    yield Figure(name="versions that answered", value=len(versions), unit="versions")
+    yield Figure(name="worker killed: back", value=back, unit="s", asked="<= 5")
+    odd = sum(status not in (200, 429, 503) for status, _ in after)
+    yield Figure(name="worker killed: other than answered, 429 or 503", value=odd, unit="requests", asked="<= 0")
+
+
+async def _back(engine: Engine, killed: float) -> float:
+    """Seconds from a kill until a worker is warm again."""
+    for wanted in (False, True):
+        while engine.ready is not wanted:
+            await asyncio.sleep(0.002)
+    return time.monotonic() - killed
+
+
+def _attack(quick: bool) -> Iterator[Figure]:
+    idle, seconds = (300, 2.0) if quick else (10_000, 20.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with side("ours", "device", str(_bundle(folder)), folder=folder) as started:
+            calm = asyncio.run(_opened(started, 100.0, seconds, 1.0))
+            before, under = asyncio.run(_attacked(started, idle, seconds))
+    ratio = under.quantiles["0.99"] / calm.quantiles["0.99"]
+    yield Figure(name=f"p99 beside {before} hostile connections", value=ratio, unit="x of before", asked="<= 2")
+    failed = under.sent - under.answered
+    yield Figure(name="others' requests that failed meanwhile", value=failed, unit="requests", asked="<= 0")
+
+
+async def _attacked(found: Side, idle: int, seconds: float) -> tuple[int, Any]:
+    host, port = found.url.removeprefix("http://").split(":")
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    starts = (
+        b"",
+        b"POST /v1/pre",
+        head + b"content-length: 900\r\n\r\n{",
+        head + b"transfer-encoding: chunked\r\n\r\n5\r\n{",
+    )
+    held = []
+    for place in range(idle):
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            break  # this machine gives no more of them
+        writer.write(starts[place % len(starts)])
+        if place % 8 == 3 and writer.can_write_eof():
+            writer.write_eof()
+        held.append(writer)
+    try:
+        return len(held), await _opened(found, 100.0, seconds, 1.0, seed=1)
+    finally:
+        for writer in held:
+            writer.close()
+
+
+def _leak(quick: bool) -> Iterator[Figure]:
+    number, rate = (600, 200.0) if quick else (300_000, 500.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = _mixed_bundle(folder)
+        with side("ours", "bundle", str(bundle), "", "1.0", folder=folder) as started:
+            wrong, statuses, grown = asyncio.run(_mixed(started, bundle, number, rate))
+    yield Figure(name=f"{number} mixed requests: wrong answers", value=wrong, unit="answers", asked="<= 0")
+    broken = sum(count for status, count in statuses.items() if status[0] == "5" or not status.isdigit())
+    yield Figure(name=f"{number} mixed requests: 5xx or broken", value=broken, unit="requests", asked="<= 0")
+    asked = {} if quick else {"asked": "<= 0.05"}
+    yield Figure(name="memory grown since a tenth of them", value=grown, unit="x", **asked)
+
+
+def _mixed_bundle(folder: Path) -> Path:
+    """A bundle of pictures, text and a number, learnt in a few steps."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import dougong
+
+    dice = random.Random(0)  # noqa: S311, no secret
+    rows = [
+        {
+            "photo": {"bytes": picture(24, 24, dice), "path": None},
+            "remark": f"it is {x % 7} now",
+            "weight": x / 9,
+            "y": "ab"[x % 2],
+        }
+        for x in range(80)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    dougong.fit(folder / "rows.parquet", target="y", steps=5, out=folder / "mixed", quiet=True)
+    return folder / "mixed" / "bundle"
+
+
+async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[int, dict[str, int], float]:
+    import dougong
+
+    dice = random.Random(1)  # noqa: S311, no secret
+    rows: list[dict[str, Any]] = []
+    for place in range(60):
+        row = {"photo": picture(24, 24, dice), "remark": f"it is {place} now", "weight": place / 5}
+        rows.append({name: value for name, value in row.items() if dice.random() < 0.7})
+    cells = [{key: {"bytes": v, "path": None} if isinstance(v, bytes) else v for key, v in row.items()} for row in rows]
+    model = await asyncio.get_running_loop().run_in_executor(None, dougong.load, bundle)
+    expected = [each.answer for each in model.predict(cells)]
+    asker = Asker(found.url, most=128)
+    requests = []
+    for row in rows:
+        plain = {key: base64.b64encode(v).decode() if isinstance(v, bytes) else v for key, v in row.items()}
+        requests.append(asker.frame("/v1/predict", json.dumps(plain).encode(), "application/json"))
+    malformed = (
+        b"{",
+        b"[]",
+        b'{"photo": "%%"}',
+        b'{"photo": "aGVsbG8="}',
+        b'{"smell": 1}',
+        b'{"weight": "x"}',
+        b"\xff",
+    )
+    requests += [asker.frame("/v1/predict", body, "application/json") for body in malformed]
+    wrong = 0
+
+    def look(place: int, status: int, body: bytes) -> None:
+        nonlocal wrong
+        if place < len(expected):
+            wrong += status == 200 and json.loads(body)["answer"] != expected[place]
+        else:
+            wrong += status == 200
+
+    try:
+        first = await run_load(asker, requests, rate, number / 10 / rate, 1.0, 0, seen=look)
+        before = found.memory_bytes()
+        rest = await run_load(asker, requests, rate, 0.9 * number / rate, 1.0, 1, seen=look)
+        after = found.memory_bytes()
+    finally:
+        asker.close()
+    statuses = {
+        key: first.statuses.get(key, 0) + rest.statuses.get(key, 0) for key in {*first.statuses, *rest.statuses}
+    }
+    return wrong, statuses, after / before - 1
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, ahead = [], [pid]
+    while ahead:
+        found.append(ahead.pop())
+        ahead += children.get(found[-1], [])
+    return found
+
+
+def _group(leader: int) -> list[int]:
+    """Processes of the session that a side began, those included whose parents have gone."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
+                    found.append(int(entry.name))
+    return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _private_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
+if __name__ == "__main__":
+    run("serve", "Serving: by the load, against fixed waits and other servers", measure, parts=PARTS)

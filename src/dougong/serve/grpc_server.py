@@ -1,0 +1,311 @@
+"""Open Inference Protocol v2 over gRPC, beside HTTP.
+
+Here        start_grpc; `messages`, the protocol's messages, made when they are first needed.
+Elsewhere   what tensors mean (v2.py); models (models.py).
+Promise     the same answers, refusals, keys and limits as over HTTP; Triton's and KServe's clients work unchanged.
+
+The messages are described here, field by field, with the numbers of the protocol's own file
+(https://github.com/kserve/open-inference-protocol, specification/protocol/open_inference_grpc.proto): generated code
+would tie us to one version of protobuf.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dougong.core.errors import ConfigError
+from dougong.serve.access import key_of
+from dougong.serve.columns import BadRequest
+from dougong.serve.engine import Refused
+from dougong.serve.models import Unknown
+from dougong.serve.openapi import VERSION
+from dougong.serve.settings import ServeConfig
+from dougong.serve.v2 import NUMPY, Tensor, from_binary, from_outcomes, metadata, to_binary, to_columns
+
+if TYPE_CHECKING:
+    from dougong.serve.app import App
+
+PACKAGE: Final = "inference"
+SERVICE: Final = f"{PACKAGE}.GRPCInferenceService"
+CONTENTS: Final = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+# Message: fields as "name number type", where a type is a scalar's, a message's, or a map's value; + repeats it.
+_MESSAGES: Final[Mapping[str, Sequence[str]]] = {
+    "ServerLiveRequest": (),
+    "ServerLiveResponse": ("live 1 bool",),
+    "ServerReadyRequest": (),
+    "ServerReadyResponse": ("ready 1 bool",),
+    "ModelReadyRequest": ("name 1 string", "version 2 string"),
+    "ModelReadyResponse": ("ready 1 bool",),
+    "ServerMetadataRequest": (),
+    "ServerMetadataResponse": ("name 1 string", "version 2 string", "extensions 3 +string"),
+    "ModelMetadataRequest": ("name 1 string", "version 2 string"),
+    "TensorMetadata": ("name 1 string", "datatype 2 string", "shape 3 +int64"),
+    "ModelMetadataResponse": (
+        "name 1 string",
+        "versions 2 +string",
+        "platform 3 string",
+        "inputs 4 +TensorMetadata",
+        "outputs 5 +TensorMetadata",
+    ),
+    "InferParameter": ("bool_param 1 bool", "int64_param 2 int64", "string_param 3 string"),
+    "InferTensorContents": (
+        "bool_contents 1 +bool",
+        "int_contents 2 +int32",
+        "int64_contents 3 +int64",
+        "uint_contents 4 +uint32",
+        "uint64_contents 5 +uint64",
+        "fp32_contents 6 +float",
+        "fp64_contents 7 +double",
+        "bytes_contents 8 +bytes",
+    ),
+    "InferInputTensor": (
+        "name 1 string",
+        "datatype 2 string",
+        "shape 3 +int64",
+        "parameters 4 {InferParameter",
+        "contents 5 InferTensorContents",
+    ),
+    "InferRequestedOutputTensor": ("name 1 string", "parameters 2 {InferParameter"),
+    "InferOutputTensor": (
+        "name 1 string",
+        "datatype 2 string",
+        "shape 3 +int64",
+        "parameters 4 {InferParameter",
+        "contents 5 InferTensorContents",
+    ),
+    "ModelInferRequest": (
+        "model_name 1 string",
+        "model_version 2 string",
+        "id 3 string",
+        "parameters 4 {InferParameter",
+        "inputs 5 +InferInputTensor",
+        "outputs 6 +InferRequestedOutputTensor",
+        "raw_input_contents 7 +bytes",
+    ),
+    "ModelInferResponse": (
+        "model_name 1 string",
+        "model_version 2 string",
+        "id 3 string",
+        "parameters 4 {InferParameter",
+        "outputs 5 +InferOutputTensor",
+        "raw_output_contents 6 +bytes",
+    ),
+}
+_METHODS: Final = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+
+
+@functools.cache
+def messages() -> Mapping[str, Any]:
+    """The protocol's messages by name."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(
+        name="dougong_open_inference_grpc.proto", package=PACKAGE, syntax="proto3"
+    )
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for text in fields:
+            label, number, kind = text.split()
+            field = message.field.add(name=label, number=int(number))
+            field.label = kinds.LABEL_REPEATED if kind[0] in "+{" else kinds.LABEL_OPTIONAL
+            plain = kind.lstrip("+{")
+            if kind[0] == "{":
+                entry = message.nested_type.add(name=f"{label.title().replace('_', '')}Entry")
+                entry.options.map_entry = True
+                entry.field.add(name="key", number=1, label=kinds.LABEL_OPTIONAL, type=kinds.TYPE_STRING)
+                entry.field.add(
+                    name="value",
+                    number=2,
+                    label=kinds.LABEL_OPTIONAL,
+                    type=kinds.TYPE_MESSAGE,
+                    type_name=f".{PACKAGE}.{plain}",
+                )
+                field.type, field.type_name = kinds.TYPE_MESSAGE, f".{PACKAGE}.{name}.{entry.name}"
+            elif plain in _MESSAGES:
+                field.type, field.type_name = kinds.TYPE_MESSAGE, f".{PACKAGE}.{plain}"
+            else:
+                field.type = getattr(kinds, f"TYPE_{plain.upper()}")
+            if name == "InferParameter":
+                field.oneof_index = 0
+        if name == "InferParameter":
+            message.oneof_decl.add(name="parameter_choice")
+    # A pool of its own: a client in the same process has the same names in the common one.
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in _MESSAGES
+    }
+
+
+async def start_grpc(config: ServeConfig, app: App) -> Any:
+    """A server that listens; `port` is its `.port`.
+
+    Raises:
+        ConfigError: gRPC is not installed, or the port is taken.
+    """
+    try:
+        import grpc
+        from grpc import aio
+    except ImportError as error:
+        raise ConfigError(f"--grpc-port needs {error.name}. Use: pip install 'dougong[serve]'") from None
+    most = config.limits.body_bytes
+    server = aio.server(
+        options=[("grpc.max_receive_message_length", most), ("grpc.so_reuseport", 0)],
+        maximum_concurrent_rpcs=config.batching.max_queue,
+    )
+    service = _Service(app, grpc)
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            service.handler(name),
+            request_deserializer=messages()[f"{name}Request"].FromString,
+            response_serializer=messages()[f"{name}Response"].SerializeToString,
+        )
+        for name in _METHODS
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    address = f"{config.host}:{config.grpc_port}"
+    try:
+        if config.certificate is not None and config.certificate_key is not None:
+            pair = (config.certificate_key.read_bytes(), config.certificate.read_bytes())
+            server.port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            server.port = server.add_insecure_port(address)
+    except (RuntimeError, OSError):
+        raise ConfigError(f"cannot listen on {address} for gRPC. Use another --grpc-port.") from None
+    await server.start()
+    return server
+
+
+class _Service:
+    def __init__(self, app: App, grpc: Any) -> None:
+        self._app = app
+        self._codes = {
+            400: grpc.StatusCode.INVALID_ARGUMENT,
+            401: grpc.StatusCode.UNAUTHENTICATED,
+            404: grpc.StatusCode.NOT_FOUND,
+            413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+            422: grpc.StatusCode.INVALID_ARGUMENT,
+            429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+            500: grpc.StatusCode.INTERNAL,
+            503: grpc.StatusCode.UNAVAILABLE,
+            504: grpc.StatusCode.DEADLINE_EXCEEDED,
+        }
+
+    def handler(self, name: str) -> Any:
+        """One method, with its refusals as statuses."""
+        from dougong.serve.app import STATUS_OF, WHY, Status
+
+        method = getattr(self, name)
+
+        async def handle(request: Any, context: Any) -> Any:
+            try:
+                if name not in ("ServerLive", "ServerReady"):
+                    self._app.admit_plain(_key(context), _address(context))
+                return await method(request, context)
+            except Status as error:
+                status, reason = error.status, error.reason
+            except BadRequest as error:
+                status, reason = error.status, error.reason
+            except Refused as error:
+                self._app.metrics.refused(error.reason)
+                status, reason = STATUS_OF[error.reason], WHY[error.reason]
+            except Unknown as error:
+                status, reason = 404, str(error)
+            await context.abort(self._codes.get(status, self._codes[500]), reason)
+            raise AssertionError("abort raises")
+
+        return handle
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        return messages()["ServerLiveResponse"](live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return messages()["ServerReadyResponse"](ready=self._app.models.ready and not self._app.draining)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        version = self._app.models.choose(request.name, request.version or None)
+        return messages()["ModelReadyResponse"](ready=version.engine.ready)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return messages()["ServerMetadataResponse"](name="dougong", version=VERSION)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        models = self._app.models
+        version = models.choose(request.name, request.version or None)
+        about = metadata(version.name, list(models.versions(version.name)), version.columns, version.signature)
+        for one in about["inputs"] + about["outputs"]:
+            one.pop("parameters", None)
+        return messages()["ModelMetadataResponse"](**about)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        version = self._app.models.choose(request.model_name, request.model_version or None)
+        records = to_columns(list(_tensors(request)), version.columns)
+        remaining = context.time_remaining()
+        within = None if remaining is None or remaining > 1e6 else max(0.001, remaining)
+        version, outcomes = await self._app.answer(version, records, within, _address(context))
+        outputs = from_outcomes(outcomes, version.signature)
+        wanted = [output.name for output in request.outputs] or list(outputs)
+        strange = next((name for name in wanted if name not in outputs), None)
+        if strange is not None:
+            raise BadRequest(f"no output is called {strange[:40]!r}; the model gives {', '.join(outputs)}", 400)
+        chosen = [outputs[name] for name in wanted]
+        return messages()["ModelInferResponse"](
+            model_name=version.name,
+            model_version=version.version,
+            id=request.id,
+            outputs=[{"name": each.name, "datatype": each.datatype, "shape": each.shape} for each in chosen],
+            raw_output_contents=[to_binary(each) for each in chosen],
+        )
+
+
+def _tensors(request: Any) -> Any:
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(request.inputs):
+        raise BadRequest("raw_input_contents does not have one part for each input", 400)
+    for place, given in enumerate(request.inputs):
+        where, shape = f"tensor {given.name[:40]!r}", tuple(given.shape)
+        if given.datatype != "BYTES" and given.datatype not in NUMPY:
+            raise BadRequest(f"{where}: datatype is not one of BYTES, {', '.join(NUMPY)}", 400)
+        if not shape or min(shape) < 0:
+            raise BadRequest(f"{where}: shape is no list of sizes with the records first", 400)
+        number = int(np.prod(shape, dtype=object))
+        if raw:
+            values = from_binary(given.datatype, raw[place], number, where)
+        else:
+            if given.datatype not in CONTENTS:
+                raise BadRequest(f"{where}: {given.datatype} is only read from raw_input_contents", 400)
+            values = list(getattr(given.contents, CONTENTS[given.datatype]))
+            if len(values) != number:
+                raise BadRequest(f"{where}: {len(values)} values are not {number}", 400)
+            if given.datatype != "BYTES":
+                values = np.array(values, NUMPY[given.datatype])
+        yield Tensor(given.name, given.datatype, shape, values if isinstance(values, list) else values.reshape(shape))
+
+
+def _key(context: Any) -> bytes | None:
+    given = dict(context.invocation_metadata() or ())
+    as_bytes = {key: value if isinstance(value, bytes) else value.encode() for key, value in given.items()}
+    return key_of(as_bytes.get("authorization"), as_bytes.get("x-api-key"))
+
+
+def _address(context: Any) -> str:
+    return str(context.peer()).rsplit(":", 1)[0]
