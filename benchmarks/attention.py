@@ -97,6 +97,7 @@ def _recipe(steps: int) -> Recipe:
     values["model"]["encoders"].pop("speech", None)
     values["objective"] = {}
     values["train"].update(steps=steps, evaluate_every=steps)
+    values["train"]["optimizer"]["multipliers"].pop("speech", None)
     return parse(Recipe, values, where="vqa-demo")
 
 

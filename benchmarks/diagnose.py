@@ -6,9 +6,10 @@ Here        each fault of fault_operators.py in each training of fault_subjects.
 Elsewhere   options and the written result (harness.py).
 Promise     only faults that did harm count (killed mutants): the twin learnt, and the spoilt one is at least .05 less
             accurate on held-out records, or crashed, or was no longer finite. A twin that did not learn (below chance +
-            half of the way to its subject's best) drops its fault. Healthy runs are the twins and as many more as it
-            takes to be at least half. Thresholds were set on the training half (`--part training`): sandwich and
-            decoder of other sizes, data and seeds. The test half has also two architectures that no rule was made on.
+            three quarters of the way to its subject's best) drops its fault. Healthy runs are the twins and as many
+            more as it takes to be at least half. Thresholds were set on the training half (`--part training`):
+            sandwich and decoder of other sizes, data and seeds. The test half has also two architectures that no rule
+            was made on.
 
 A run counts as detected where a finding is at least as sure as .5 at any time; cause and place are those of the surest
 finding at the end. A place is right where the found path lies within the true one, or around it at most one level, or
@@ -42,7 +43,7 @@ from dougong.watch.diagnose.hook import Watched
 from dougong.watch.diagnose.rules import SURE, Finding, diagnose
 
 HARM: Final = 0.05
-JUDGED_EVERY: Final = 40
+JUDGED_EVERY: Final = 32
 OURS: Final = "ours"
 
 
@@ -91,7 +92,7 @@ def carry_out(subject: str, half: str, seed: int, operator: Operator | None) -> 
             loss = _step(job, optimizer, step)
             finite = finite and math.isfinite(loss)
             watched.step(loss)
-            if (step + 1) % JUDGED_EVERY == 0 or step in (5, 20):
+            if (step + 1) % JUDGED_EVERY == 0 or step == 5:
                 accuracy = _judge(job)
                 watched.judged(accuracy=accuracy)
     except Exception as error:  # what a fault breaks is a finding too
@@ -130,7 +131,7 @@ def _optimizer(job: Job) -> torch.optim.Optimizer:
     settings = job.settings
     held = job.held(job.model) if job.held is not None else [p for p in job.model.parameters() if p.requires_grad]
     if settings.optimizer == "adamw":
-        given = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, **job.changes}
+        given = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True, **job.changes}
         return torch.optim.AdamW(held, **given)
     given = {"lr": settings.learning_rate, "momentum": 0.9, "weight_decay": settings.weight_decay, **job.changes}
     return torch.optim.SGD(held, **given)
@@ -172,7 +173,7 @@ CLASSES: Final = {"sandwich": 8, "decoder": 15, "convolutions": 6, "two towers":
 
 def learnt(subject: str, accuracy: float) -> bool:
     chance = 1 / CLASSES[subject]
-    return accuracy >= chance + 0.5 * (BEST[subject] - chance)
+    return accuracy >= chance + 0.75 * (BEST[subject] - chance)
 
 
 def killed(twin: Ran, spoilt: Ran) -> bool:

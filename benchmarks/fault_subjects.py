@@ -4,7 +4,7 @@ Here        Job, SUBJECTS: sandwich (picture, words and a tone), decoder, a conv
             network that reads words and numbers; each by a seed, half (training or test) and settings drawn at random.
 Elsewhere   the faults (fault_operators.py); carrying jobs out and judging findings (diagnose.py).
 Promise     the two halves have other sizes, other data and other seeds. The convolutional and the recurrent network are
-            of the test half alone: no rule was made on them. Everything is made up, and learnt in some 160 steps.
+            of the test half alone: no rule was made on them. Everything is made up, and learnt in some 64 steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sandwich import SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 
-STEPS: Final = 160
+STEPS: Final = 64
 JUDGED: Final = 256
 
 
@@ -50,7 +50,7 @@ class Settings(NamedTuple):
         optimizer = str(random.choice(["adamw", "adamw", "adamw", "sgd"]))
         return cls(
             learning_rate=float(random.choice([1.0, 2.0, 4.0])) * 1e-3,
-            batch_size=int(random.choice([24, 32, 48])),
+            batch_size=int(random.choice([16, 24, 32])),
             weight_decay=float(random.choice([0.0, 0.01, 0.1])) if optimizer == "adamw" else 0.0,
             dropout=float(random.choice([0.0, 0.0, 0.1, 0.2])),
             clip=[None, 1.0][int(random.integers(2))],

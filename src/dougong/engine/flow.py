@@ -116,6 +116,9 @@ class FlowMeter:
         self.places = _places(model)
         self._measuring: _Measuring | None = None
         self._wanted = False
+        self._began: dict[str, Any] | None = None
+        """Where a number that is not finite was first made, in a step that was not measured."""
+
         self._judged: dict[str, dict[str, float]] = {}
         self._judging: dict[str, float] = {}
         self._last_rows: dict[str, set[int]] = {}
@@ -152,7 +155,8 @@ class FlowMeter:
         step, measuring = self.steps, self._measuring
         self.steps += 1
         # Where a number is not finite, the next step is looked at, whatever its number.
-        self._wanted = not math.isfinite(loss) and (measuring is None or measuring.first_not_finite is None)
+        broken = not math.isfinite(loss)
+        self._wanted = broken and (measuring is None or measuring.first_not_finite is None)
         if measuring is None:
             return None
         self._measuring = None
@@ -176,9 +180,28 @@ class FlowMeter:
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():
             self.forwards_ended += 1
+            if self._measuring is None and self._began is None:
+                self._look_for_beginning(model, args, kwargs, output)
             if self._measuring is not None and self._measuring.output is None:
                 self._measuring.output = output
                 self._measuring.forward_done()
+
+    def _look_for_beginning(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """An answer that is not finite is asked for once more, before any weight has met it."""
+        answer = _answer(output)
+        if answer is None or bool(answer.detach().isfinite().all()):
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        with torch.no_grad(), random_state_kept(), _unhooked(model):
+            looking = _Measuring(self, args, kwargs)
+            try:
+                model(*args, **kwargs)
+            finally:
+                looking.stop()
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        self._began = looking.first_not_finite or {"module": "", "kind": "", "rows": []}
+        self._wanted = True
 
     def _before_update(self, *_: Any) -> None:
         if self._measuring is not None:
@@ -245,6 +268,7 @@ class _Measuring:
     gradients: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -263,7 +287,7 @@ class _Measuring:
             self._handles.append(module.register_forward_hook(self._leave(name)))
         self._follow_one_gradient()
         self._mode = _Listening(self)
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch ships it without types
         self.listening = True
 
     def _enter(self, name: str) -> Callable[..., None]:
@@ -315,7 +339,7 @@ class _Measuring:
             self._fresh[id(followed)] = gradient.detach().clone()
 
         self._followed = followed
-        self._handles.append(followed.register_hook(fresh))
+        self._handles.append(followed.register_hook(fresh))  # type: ignore[no-untyped-call]  # torch ships it without types
 
     def forward_done(self) -> None:
         """The output is there; the loss is still to come, and is listened to."""
@@ -328,7 +352,7 @@ class _Measuring:
     def stop(self) -> None:
         """Nothing is hooked any more."""
         if self._mode is not None:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch ships it without types
             self._mode = None
         self.listening = False
         for handle in self._handles:
@@ -346,6 +370,7 @@ class _Measuring:
         parameters = [p for place in self.meter.places for p in place.parameters]
         self.gradients = _norms([torch.zeros(()) if p.grad is None else p.grad for p in parameters])
         self.weights = _norms([p.detach() for p in parameters])
+        self.spreads = [_spread_of(place) for place in self.meter.places]
         self._before = [p.detach().clone() for p in parameters]
         self.facts["gradient_norm"] = math.sqrt(math.fsum(norm * norm for norm in self.gradients))
         self._see_leftover()
@@ -356,8 +381,9 @@ class _Measuring:
             return
         fresh, whole = self._fresh[id(self._followed)].flatten(), self._followed.grad.flatten()
         if float(fresh.norm()) > SMALL and float(whole.norm()) > SMALL:
-            # Clipping shortens a gradient, and does not turn it.
-            self.facts["gradient_is_fresh"] = float(functional.cosine_similarity(fresh, whole, dim=0))
+            # Clipping shortens a gradient, and does not turn it. In double: squares of small ones are soon nought.
+            fresh, whole = fresh.double() / fresh.double().norm(), whole.double() / whole.double().norm()
+            self.facts["gradient_is_fresh"] = float(fresh @ whole)
 
     def _see_target_of_update(self, parameters: Sequence[nn.Parameter]) -> None:
         self._descent = [None if p.grad is None else p.grad.detach().clone() for p in parameters]
@@ -408,7 +434,7 @@ class _Measuring:
             dropout=self.dropout,
             optimizer={key: float(value) for key, value in _settings(group)},
             probes=probes,
-            first_not_finite=self.first_not_finite,
+            first_not_finite=self.meter._began or self.first_not_finite,
             facts=facts,
             seconds=self.seconds + time.perf_counter() - started,
         )
@@ -453,7 +479,9 @@ class _Measuring:
     def _places(self) -> list[dict[str, Any]]:
         held = {id(p) for group in self.meter.optimizer.param_groups for p in group["params"]}
         found, start = [], 0
-        for place in self.meter.places:
+        # Of a step that was skipped the weights are still as they were.
+        spreads = self.spreads or [_spread_of(place) for place in self.meter.places]
+        for place, spread in zip(self.meter.places, spreads, strict=True):
             end = start + len(place.parameters)
             largest = max(place.parameters, key=lambda p: p.numel())
             found.append(
@@ -465,7 +493,7 @@ class _Measuring:
                     "weight": _together(self.weights[start:end]),
                     "gradient": _together(self.gradients[start:end]),
                     "update": _together(self.updates[start:end]),
-                    "spread": float(largest.detach().float().std()) if largest.numel() > 1 else 0.0,
+                    "spread": spread,
                     "dims": largest.ndim,
                     "fan_in": largest[0].numel() if largest.ndim > 1 else 0,
                     "bits": 8 * largest.element_size(),
@@ -476,6 +504,12 @@ class _Measuring:
             )
             start = end
         return found
+
+
+def _spread_of(place: _Place) -> float:
+    """Of the largest of its weights."""
+    largest = max(place.parameters, key=lambda p: p.numel())
+    return float(largest.detach().float().std()) if largest.numel() > 1 else 0.0
 
 
 def _settings(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -805,15 +839,20 @@ def _inputs_told(given: Mapping[str, Given]) -> dict[str, dict[str, float]]:
                     told["pitch"] = _pitch(value.float())
             else:
                 told.update(mean=float(value.float().mean()), spread=float(value.float().std(correction=0)))
-                told["kinds"] = float(value.unique().numel())
+                told["kinds"] = _kinds(value)
                 if one.mask is not None and one.mask.shape == value.shape:
-                    told["kinds_real"] = float(value[one.mask].unique().numel())
-                    told["kinds_hidden"] = float(value[~one.mask].unique().numel())
+                    told["kinds_real"] = _kinds(value[one.mask])
+                    told["kinds_hidden"] = _kinds(value[~one.mask])
             if len(value) > 1:
                 same = (value == value[:1]).flatten(1).all(dim=1)
                 told["all_alike"] = float(same.all())
         found[name] = told
     return found
+
+
+def _kinds(value: Tensor) -> float:
+    """How many values there are."""
+    return float(torch.unique(value).numel())
 
 
 def _pitch(value: Tensor) -> float:

@@ -44,6 +44,7 @@ from dougong.nn.pooling import AttentionPooling
 
 Method = Literal["relevance", "rollout"]
 METHODS: Final[tuple[Method, ...]] = ("relevance", "rollout")
+ASKED: Final = "asked "
 
 
 class Map(NamedTuple):
@@ -154,19 +155,13 @@ def survey(network: Sandwich, batches: Iterable[Batch]) -> list[Survey]:
             for place in range(len(walk.seen)):
                 one = walk.maps(place)
                 _add(sums.setdefault((one.block, one.asking), {}), _measured(one))
-    return [
-        Survey(
-            block,
-            asking,
-            *(totals[name] / max(totals["rows"], 1.0) for name in ("entropy", "agreement", "padding")),
-            {
-                name.removeprefix("asked "): value / max(totals["rows"], 1.0)
-                for name, value in totals.items()
-                if name.startswith("asked ")
-            },
-        )
-        for (block, asking), totals in sorted(sums.items())
-    ]
+    found = []
+    for (block, asking), totals in sorted(sums.items()):
+        rows = max(totals["rows"], 1.0)
+        asked = {key.removeprefix(ASKED): value / rows for key, value in totals.items() if key.startswith(ASKED)}
+        mean = {key: totals[key] / rows for key in ("entropy", "agreement", "padding")}
+        found.append(Survey(block, asking, mean["entropy"], mean["agreement"], mean["padding"], asked))
+    return found
 
 
 def unshared(batch: Batch) -> Batch:
@@ -336,19 +331,19 @@ class _Walk:
         if isinstance(block, EncoderBlock) and block.name in state.tokens:
             mask = state.masks[block.name]
             for _, weight in attended:
-                keys = ((block.name, mask.shape[1]),)
-                self.seen.append(_SeenBlock(number, block.name, keys, weight, mask, mask, joined))
+                own = ((block.name, mask.shape[1]),)
+                self.seen.append(_SeenBlock(number, block.name, own, weight, mask, mask, joined))
         if not isinstance(block, BridgeBlock):
             return
         by = {id(module): weight for module, weight in attended}
         here = [name for name in self.network.names if name in state.tokens]
-        inner = block.block
+        inner: Any = block.block  # a module's own children are of no type
         if isinstance(inner, MergedBlock) and here:
             counts = [state.tokens[name].shape[1] for name in here]
             mask_BS = torch.cat([state.masks[name] for name in here], dim=1)
-            rows = by[id(inner.attention)].split(counts, dim=2)
+            rows = torch.split(by[id(inner.attention)], counts, dim=2)  # type: ignore[no-untyped-call]  # as torch ships it
             for name, weight in zip(here, rows, strict=True):
-                keys = tuple(zip(here, counts, strict=True))
+                keys: tuple[tuple[str, int], ...] = tuple(zip(here, counts, strict=True))
                 self.seen.append(_SeenBlock(number, name, keys, weight, state.masks[name], mask_BS, joined=True))
         for name in here if isinstance(inner, CrossBlock | BottleneckBlock) else ():
             attention = inner.attention[name] if isinstance(inner, BottleneckBlock) or len(inner.names) > 1 else None
@@ -562,7 +557,7 @@ def _measured(one: Map) -> dict[str, float]:
     start = 0
     for name, count in one.keys:
         mass_BT = on_real[..., start : start + count].sum(dim=-1).mean(dim=1)
-        found[f"asked {name}"] = found.get(f"asked {name}", 0.0) + float((mass_BT * asking_BT).sum())
+        found[ASKED + name] = found.get(ASKED + name, 0.0) + float((mass_BT * asking_BT).sum())
         start += count
     return found
 

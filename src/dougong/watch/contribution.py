@@ -12,6 +12,7 @@ Promise     a record's values add up, exactly, to its answer's probability with 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -119,7 +120,7 @@ def study(model: Model, table: Table | str | Path, config: StudyConfig | None = 
     num = len(names)
     score = np.array([probe.score(output_BC) for output_BC in outputs])
     everything = len(outputs) - 1
-    value_M = shapley_values(lambda sets_KM: score[_numbers(sets_KM)], num)
+    value_M = shapley_values(functools.partial(_looked_up, score), num)
     records = of_records(outputs, model.preparation.target.task)
     perceptual = perceptual_scores(
         probe.answer,
@@ -182,7 +183,7 @@ def of_records(outputs: Sequence[torch.Tensor], task: str) -> OfRecords:
     value_BM = np.zeros((len(whole_BC), num))
     for record in range(len(whole_BC)):
         sure_K = sure_KB[:, record]
-        value_BM[record] = shapley_values(lambda sets_KM, sure_K=sure_K: sure_K[_numbers(sets_KM)], num)
+        value_BM[record] = shapley_values(functools.partial(_looked_up, sure_K), num)
     return OfRecords(value_BM, sure_KB[-1], sure_KB[0], target_B.cpu().numpy())
 
 
@@ -231,6 +232,11 @@ def _check(names: Sequence[str]) -> None:
 
 def _numbers(sets_KM: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     found: npt.NDArray[np.int64] = sets_KM.astype(np.int64) @ (1 << np.arange(sets_KM.shape[1]))
+    return found
+
+
+def _looked_up(value_K: Floats, sets_KM: npt.NDArray[np.bool_]) -> Floats:
+    found: Floats = value_K[_numbers(sets_KM)]
     return found
 
 

@@ -239,7 +239,7 @@ def patches(network: Sandwich) -> dict[str, tuple[int, int]]:
 
 def _sure(network: Sandwich, batch: Batch, target_B: Tensor, whole_B: Tensor | None) -> Tensor:
     with torch.inference_mode(), evaluating(network):
-        output_BC = network(batch).output_BC.float()
+        output_BC: Tensor = network(batch).output_BC.float()
     if output_BC.shape[1] > 1:
         chances_BC = output_BC.softmax(dim=1) if network.task == "single_label" else output_BC.sigmoid()
         return chances_BC.gather(1, target_B[:, None])[:, 0]
@@ -254,7 +254,8 @@ def _ranks(score: Mapping[str, Tensor], masks: Mapping[str, Tensor], chosen: Seq
     order_BN = all_BN.masked_fill(~real_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
     place_BN = order_BN.argsort(dim=1)
     rank_BN = place_BN / real_BN.sum(dim=1, keepdim=True).clamp(min=1)
-    return dict(zip(chosen, rank_BN.split([score[name].shape[1] for name in chosen], dim=1), strict=True))
+    ends = np.cumsum([score[name].shape[1] for name in chosen])[:-1].tolist()
+    return dict(zip(chosen, rank_BN.tensor_split(ends, dim=1), strict=True))
 
 
 def _mean(found: Sequence[Curve]) -> Curve:
@@ -277,4 +278,5 @@ def _average_ranks(x_T: Tensor) -> Tensor:
     """Equal values share their mean rank: a map that is 0 in most places has many."""
     _, inverse, counts = torch.unique(x_T, return_inverse=True, return_counts=True)
     end = counts.cumsum(0).double()
-    return (end - (counts - 1) / 2)[inverse]
+    ranks_T: Tensor = (end - (counts - 1) / 2)[inverse]
+    return ranks_T

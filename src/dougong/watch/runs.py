@@ -121,7 +121,7 @@ class Reader:
 
     def curves(self, points: int = POINTS) -> dict[str, Any]:
         """Losses, gradient norms and learning rates, thinned, and all that was judged."""
-        judged: dict[str, list[list[float]]] = {}
+        judged: dict[str, list[list[float | None]]] = {}
         for event in self.judged():
             for name, value in event["metrics"].items():
                 judged.setdefault(f"{event['condition']}: {name}", []).append([event["step"], _number(value)])
@@ -174,9 +174,9 @@ def thinned(steps: Sequence[int], values: Sequence[float], points: int) -> list[
         start, end = place * len(steps) // number, (place + 1) * len(steps) // number
         some = [value for value in values[start:end] if math.isfinite(value)]
         if some:
-            found.append([steps[end - 1], math.fsum(some) / len(some), min(some), max(some)])
+            found.append([float(steps[end - 1]), math.fsum(some) / len(some), min(some), max(some)])
         else:
-            found.append([steps[end - 1], None, None, None])
+            found.append([float(steps[end - 1]), None, None, None])
     return found
 
 

@@ -32,7 +32,7 @@ def loss_alone(history: History) -> Iterator[Finding]:
 
 def gradient_norm_alone(history: History) -> Iterator[Finding]:
     """Too long, gone, or not finite."""
-    norms = history.gradient_norms
+    norms = [flow["facts"].get("gradient_norm", 0.0) for flow in history.flows]
     if not norms:
         return
     if not math.isfinite(norms[-1]) or norms[-1] > 100 * max(median(norms[:20]), 1e-12) or norms[-1] > 1e3:

@@ -51,6 +51,7 @@ class Watched:
         self.history = History()
         self._file = None if folder is None else EventFile(Path(folder) / EVENTS)
         self._last = time.perf_counter()
+        self._gradient_norm = 0.0
         self._optimizer = optimizer
         self.history.total_steps = total_steps
         if total_steps is not None:
@@ -61,12 +62,14 @@ class Watched:
         """After each optimizer step, with its loss: what is known to be wrong so far, if this step was measured."""
         value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         measured = self.meter.step(value)
+        if measured is not None:  # between, the last that was measured stands
+            self._gradient_norm = measured.facts.get("gradient_norm", 0.0)
         now = time.perf_counter()
         self._add(
             StepDone(
                 step=self.meter.steps,
                 loss=value,
-                grad_norm=measured.facts.get("gradient_norm", 0.0) if measured is not None else 0.0,
+                grad_norm=self._gradient_norm,
                 learning_rate=float(self._optimizer.param_groups[0]["lr"]),
                 num_records=0,
                 epoch=0,
@@ -166,7 +169,7 @@ def callback(folder: str | Path | None = None) -> Any:
     """For transformers.Trainer: `trainer.add_callback(callback("watched"))`; afterwards ask its `watched`."""
     from transformers import TrainerCallback
 
-    class WatchCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    class WatchCallback(TrainerCallback):
         """Feeds a Watched from the trainer's own events."""
 
         def __init__(self) -> None:

@@ -49,10 +49,12 @@ def diagnose(history: History) -> list[Finding]:
             known = found.get(finding.cause)
             if known is None or finding.confidence > known.confidence:
                 found[finding.cause] = finding
-    for explained, causes in EXPLAINED.items():
-        if explained in found and any(cause in found and found[cause].confidence >= SURE for cause in causes):
-            one = found[explained]
-            found[explained] = one._replace(confidence=min(one.confidence, 0.3))
+    sure = {cause for cause, finding in found.items() if finding.confidence >= SURE}
+    followed = {cause for cause in sure if sure & set(EXPLAINED.get(cause, ()))}
+    for cause in followed:
+        # What only others explain that are explained themselves stays: else a circle would leave nothing.
+        if (sure - followed) & set(EXPLAINED[cause]):
+            found[cause] = found[cause]._replace(confidence=min(found[cause].confidence, 0.3))
     return sorted(found.values(), key=lambda finding: -finding.confidence)
 
 
@@ -129,6 +131,10 @@ def _gradient(history: History) -> Iterator[Finding]:
         return
     for one in history.flows[-3:]:
         fresh = one["facts"].get("gradient_is_fresh")
+        if fresh is not None and fresh < -0.9:
+            evidence = f"the optimizer is given this step's gradient with its sign turned (cosine {fresh:.2f})"
+            yield Finding("goes uphill", "optimizer", 0.96, evidence, one["step"])
+            break
         if fresh is not None and fresh < 0.98:  # clipping alone leaves the angle, rounding 0.9999
             evidence = f"the optimizer's gradient has a cosine of {fresh:.2f} with the one of this step's loss"
             yield Finding("gradients not cleared", "optimizer", 0.95, evidence, one["step"])
@@ -162,7 +168,7 @@ def _settings(history: History) -> Iterator[Finding]:
     if flow is None:
         return
     told, step = flow["optimizer"], history.flows[0]["step"]
-    decay, rate = told.get("weight_decay", 0.0), told.get("lr", 0.0)
+    decay = told.get("weight_decay", 0.0)
     if decay >= 0.9:
         yield Finding("weight decay too high", "optimizer", 0.9, f"weight_decay is {decay:g}", step)
     if told.get("maximize"):
@@ -174,12 +180,14 @@ def _settings(history: History) -> Iterator[Finding]:
         yield Finding("optimizer memory", "optimizer", 0.7, f"beta2 is {told['beta2']:g}", step)
     if told.get("eps", 0.0) > 1e-3:
         yield Finding("optimizer memory", "optimizer", 0.85, f"eps is {told['eps']:g}", step)
-    rates = [one["optimizer"].get("lr", 0.0) for one in history.flows] + history.learning_rates
-    most = max(rates, default=0.0)
-    progress = history.progress
-    if most > 0 and rate < 0.02 * most and (progress is None or progress < 0.6) and len(history.losses) >= 2:
-        evidence = f"the learning rate is {rate:.2g} after {flow['step']} steps, and was {most:.2g}"
-        yield Finding("schedule", "optimizer", 0.85, evidence, flow["step"])
+    most = max(history.learning_rates or [told.get("lr", 0.0)])
+    for one in history.flows:
+        early = history.total_steps is None or one["step"] < 0.6 * history.total_steps
+        now = one["optimizer"].get("lr", 0.0)
+        if early and one["step"] >= 2 and 0 <= now < 0.02 * most and not _warming(history):
+            evidence = f"the learning rate is {now:.2g} after {one['step']} steps, and was {most:.2g}"
+            yield Finding("schedule", "optimizer", 0.85, evidence, one["step"])
+            break
 
 
 def _rate(history: History) -> Iterator[Finding]:
@@ -187,7 +195,8 @@ def _rate(history: History) -> Iterator[Finding]:
     first, now = history.first_loss, history.loss_about(-1)
     grown = first is not None and now is not None and len(history.losses) >= 4 and now > 1.6 * abs(first) + 0.1
     lost = any(not math.isfinite(loss) for loss in history.losses[-3:])
-    for flow in history.flows[-2:]:
+    # The first steps too: what a far too long one has killed is moved no more.
+    for flow in (*history.flows[:3], *history.flows[3:][-2:]):
         moved = [p["update"] / p["weight"] for p in _weights(flow) if p["weight"] > 0 and p["gradient"] > 0]
         if not moved:
             continue
@@ -198,7 +207,7 @@ def _rate(history: History) -> Iterator[Finding]:
             yield Finding("learning rate too high", "optimizer", 0.8 if ratio > 0.6 or grown else 0.6, evidence, step)
         elif ratio > 0.06 and (grown or lost):
             yield Finding("learning rate too high", "optimizer", 0.75, f"{evidence}, and the loss has grown", step)
-        if ratio < 2e-5 and flow["step"] >= 2 and not _warming(history):
+        if ratio < 6e-5 and flow["step"] >= 2 and not _warming(history):
             yield Finding("learning rate too low", "optimizer", 0.75 if ratio > 0 else 0.5, evidence, step)
     if grown and first is not None and now is not None:
         evidence = f"the loss was {first:.3g} and is {now:.3g}"
@@ -222,14 +231,14 @@ def _beginning(history: History) -> Iterator[Finding]:
         if p["dims"] < 2 or p["count"] < 16 or p["kind"] in NORMS or _is_adapter(p["name"]):
             continue
         size = p["weight"] / math.sqrt(p["count"])
-        gain = size * math.sqrt(p["fan_in"])
-        if p["spread"] <= 1e-9 and (p["weight"] > 0 or p["gradient"] == 0.0 or _large(p, flow)):
+        gain = p["spread"] * math.sqrt(p["fan_in"])
+        if p["spread"] <= 1e-6 * size and (p["weight"] > 0 or p["gradient"] == 0.0 or _large(p, flow)):
             evidence = f"all weights of {p['name']} begin at one value"
             yield Finding("initialisation constant", p["name"], 0.9, evidence, 1)
         elif p["kind"] not in ("Embedding", "several") and gain > 9:
-            yield Finding("initialisation too large", p["name"], min(0.9, 0.6 + gain / 200), _gained(p, gain), 1)
+            yield Finding("initialisation too large", p["name"], min(0.9, 0.75 + gain / 300), _gained(p, gain), 1)
         elif p["kind"] not in ("Embedding", "several") and 0 < gain < 0.035:
-            yield Finding("initialisation too small", p["name"], 0.7, _gained(p, gain), 1)
+            yield Finding("initialisation too small", p["name"], 0.8, _gained(p, gain), 1)
 
 
 def _large(p: Mapping[str, Any], flow: Mapping[str, Any]) -> bool:
@@ -281,7 +290,9 @@ def _along(history: History) -> Iterator[Finding]:
 
 def _dropped(history: History) -> Iterator[Finding]:
     flow = _last(history)
-    for name, share in flow["dropout"].items() if flow is not None else ():
+    if flow is None:
+        return
+    for name, share in flow["dropout"].items():
         if share > 0.7:
             yield Finding("dropout too high", name, 0.85, f"{name or 'a dropout'} drops {share:.0%}", flow["step"])
 
@@ -401,11 +412,12 @@ def _repeated(history: History) -> Iterator[Finding]:
         ]
         if seen and min(seen) > 0.6:
             yield Finding("duplicates", "data", 0.88, f"{min(seen):.0%} of a batch was in the one before", flow["step"])
-    flow = _first(history)
-    if flow is not None:
-        alike = [told["distinct"] for told in _inputs(flow).values() if told.get("rows", 0) >= 8 and "distinct" in told]
-        if alike and max(alike) < 0.4:
-            yield Finding("duplicates", "data", 0.8, f"{max(alike):.0%} of a batch's rows are distinct", flow["step"])
+    first = _first(history)
+    if first is not None:
+        known = [told for told in _inputs(first).values() if told.get("rows", 0) >= 8 and "distinct" in told]
+        most = max((told["distinct"] for told in known), default=1.0)
+        if most < 0.4:
+            yield Finding("duplicates", "data", 0.8, f"{most:.0%} of a batch's rows are distinct", first["step"])
 
 
 # Loss and targets ----------------------------------------------------------------------------------------------------
@@ -436,7 +448,8 @@ def _loss(history: History) -> Iterator[Finding]:
         )
     elif len(negative) >= 3 and history.losses[-1] < negative[0] and not terms:
         yield Finding("loss sign", "loss", 0.55, f"the loss is {history.losses[-1]:.3g} and falls", step)
-    targets = [f["targets"] for f in history.flows if f["targets"].get("number", 0) >= 8]
+    # Of targets that count: where nearly all are ignored, one class is no wonder.
+    targets = [f["targets"] for f in history.flows if sum(f["targets"].get("counts") or [0]) >= 8]
     if targets and all(t["distinct"] == 1 for t in targets[:2]) and flow["output"].get("classes", 0) > 1:
         yield Finding("not shuffled", "data", 0.88, "all records of a batch have one class", step)
     if flow["targets"].get("same", 0.0) > 0.9 > flow["targets"].get("next", 0.0):
@@ -471,7 +484,9 @@ def _learnt(history: History) -> Iterator[Finding]:
         return
     worth = max(costs.values())
     for name, cost in costs.items():
-        if cost < 0.02 * worth and worth > 0.15 and (moves.get(name) or 0.0) > 0.03:
+        # Where the loss is low already, what is not needed is not wrong.
+        stuck = chance is None or now > 0.2 * chance
+        if abs(cost) < 0.02 * worth and worth > 0.15 and stuck and (moves.get(name) or 0.0) > 0.03:
             evidence = f"exchanged among records, {name} costs {cost:.3f} of loss, and others up to {worth:.2f}"
             yield Finding("swapped pairs", name, 0.72, evidence, step)
     if chance is not None and worth < 0.03 and now > 0.9 * chance and max((m or 0.0) for m in moves.values()) > 0.03:
@@ -485,14 +500,16 @@ def _judging(history: History) -> Iterator[Finding]:
         yield Finding("judged in training mode", "judging", 0.95, "model.training is True while judging", flow["step"])
     if flow is None or not history.judged:
         return
-    right = [f["output"]["right"] for f in history.flows[-3:] if "right" in f["output"]]
     step, metrics = history.judged[-1]
+    # What was right in training at about that time, not later: it may have learnt a lot since.
+    near = [f for f in history.flows if step / 2 <= f["step"] <= step + 1]
+    right = [f["output"]["right"] for f in near if "right" in f["output"]]
     accuracy = metrics.get("accuracy")
     classes = flow["output"].get("classes", 0.0)
     if not right or accuracy is None or classes < 2:
         return
     chance = max(1 / classes, max(flow["targets"].get("counts") or [0]) / max(1, flow["targets"].get("number", 1)))
-    if median(right) > 0.75 and accuracy < max(0.45 * median(right), 1.0 * chance):
+    if median(right) > max(0.5, 2 * chance) and accuracy < max(0.45 * median(right), chance):
         evidence = f"right in training {median(right):.2f}, where judged {accuracy:.2f}"
         yield Finding("judging differs", "targets", 0.75, evidence, step)
 
@@ -544,13 +561,13 @@ def _numbers(history: History) -> Iterator[Finding]:
         broken = [p["name"] for p in flow["places"] if not math.isfinite(p["gradient"])]
         if broken and math.isfinite(flow["facts"]["loss"]):
             yield Finding("overflow", broken[-1], 0.85, f"the gradient of {broken[-1]} is not finite", flow["step"])
-    flow = _last(history)
-    if flow is not None and len(history.flows) >= 2:
-        narrow = [p for p in _weights(flow) if p["bits"] == 16 and p["gradient"] > 0 and p["weight"] > 0]
+    last = _last(history)
+    if last is not None and len(history.flows) >= 2:
+        narrow = [p for p in _weights(last) if p["bits"] == 16 and p["gradient"] > 0 and p["weight"] > 0]
         still = [p for p in narrow if p["update"] < 1e-4 * p["weight"]]
         if narrow and len(still) > 0.5 * len(narrow):
             evidence = f"{len(still)} of {len(narrow)} matrices of 16 bits hardly move, with gradients"
-            yield Finding("16-bit weights", str(still[0]["name"]), 0.8, evidence, flow["step"])
+            yield Finding("16-bit weights", str(still[0]["name"]), 0.8, evidence, last["step"])
     for one in history.skipped[:1]:
         yield Finding("overflow", one.get("modality") or "loss", 0.6, one["reason"], one["step"])
 
@@ -598,22 +615,26 @@ EXPLAINED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "learning rate too low": ("schedule", "frozen", "16-bit weights", "optimizer memory", "dead units", "vanishing"),
     "learning rate too high": (
-        "goes uphill", "loss sign", "initialisation too large", "exploding", "normalisation", "gradients not cleared",
+        "goes uphill", "loss sign", "initialisation too large", "normalisation", "gradients not cleared",
         "weight decay too high", "initialisation constant", "initialisation too small", "input mismatch",
         "optimizer memory",
     ),
-    "gradient cut": ("never present", "missing modality", "mask hides"),
+    "gradient cut": ("never present", "missing modality", "mask hides", "cross-attention", "gate"),
     "dead modality": ("constant input", "never present", "mask hides", "gate", "not finite in records"),
     "swapped pairs": ("constant input", "gate", "imbalance", "frozen", "not in the optimizer", "gradient cut"),
-    "exploding": ("initialisation too large", "normalisation"),
-    "norm": ("initialisation constant",),
+    "exploding": ("initialisation too large", "normalisation", "learning rate too high"),
+    "norm": ("initialisation constant", "initialisation too small", "initialisation too large"),
     "vanishing": (
         "dead units", "saturated units", "initialisation too small", "initialisation constant", "gradient cut",
     ),
     "overflow": ("not finite in records", "normalisation", "initialisation too large", "learning rate too high"),
     "initialisation too small": ("initialisation constant",),
-    "dead units": ("initialisation constant", "constant input"),
-    "imbalance": ("frozen", "not in the optimizer", "gradient cut", "dead modality", "constant input", "never present"),
+    "dead units": ("initialisation constant", "constant input", "learning rate too high"),
+    "imbalance": (
+        "initialisation constant", "initialisation too small", "initialisation too large", "dead units", "norm",
+        "optimizer memory", "learning rate too low", "learning rate too high",
+        "frozen", "not in the optimizer", "gradient cut", "dead modality", "constant input", "never present",
+    ),
     "target leak": ("causal mask",),
     "judging differs": ("input mismatch", "judged in training mode"),
     "positions": ("mask hides", "constant input", "dead modality"),
