@@ -255,7 +255,7 @@ def _detached(job: Job, random: np.random.Generator) -> str:
 def _finish(job: Job, name: str) -> str:
     for path, module in job.model.named_modules():
         if type(module).__name__ == "FinishBlock" and module.name == name:
-            return path
+            return str(path)
     raise AssertionError(name)
 
 
@@ -388,7 +388,7 @@ def _scaled(job: Job, factor: float) -> None:
                 def other(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
                     return fused(query, key, value, **{**named, "scale": factor * query.shape[-1] ** -0.5})
 
-                functional.scaled_dot_product_attention = other
+                functional.scaled_dot_product_attention = other  # type: ignore[assignment]  # as a fault would
                 try:
                     return _inner(*args, **kwargs)
                 finally:
@@ -420,7 +420,7 @@ def _over_queries(job: Job, _: np.random.Generator) -> str:
                 score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
                 return torch.softmax(score, dim=-2) @ value
 
-            functional.scaled_dot_product_attention = other
+            functional.scaled_dot_product_attention = other  # type: ignore[assignment]  # as a fault would
             try:
                 return _inner(*args, **kwargs)
             finally:
@@ -442,7 +442,7 @@ def _not_causal(job: Job, _: np.random.Generator) -> str:
                 causal = named.get("is_causal", False) and not job.model.training
                 return fused(query, key, value, **{**named, "is_causal": causal})
 
-            functional.scaled_dot_product_attention = other
+            functional.scaled_dot_product_attention = other  # type: ignore[assignment]  # as a fault would
             try:
                 return _inner(*args, **kwargs)
             finally:
@@ -517,7 +517,7 @@ def _padding(job: Job, _: np.random.Generator) -> str:
                 def other(query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> Tensor:
                     return fused(query, key, value, **{**named, "attn_mask": None})
 
-                functional.scaled_dot_product_attention = other
+                functional.scaled_dot_product_attention = other  # type: ignore[assignment]  # as a fault would
                 try:
                     return _inner(*args, **kwargs)
                 finally:

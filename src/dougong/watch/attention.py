@@ -341,7 +341,7 @@ class _Walk:
         if isinstance(inner, MergedBlock) and here:
             counts = [state.tokens[name].shape[1] for name in here]
             mask_BS = torch.cat([state.masks[name] for name in here], dim=1)
-            rows = torch.split(by[id(inner.attention)], counts, dim=2)  # type: ignore[no-untyped-call]  # as torch ships it
+            rows = torch.split(by[id(inner.attention)], counts, dim=2)
             for name, weight in zip(here, rows, strict=True):
                 keys: tuple[tuple[str, int], ...] = tuple(zip(here, counts, strict=True))
                 self.seen.append(_SeenBlock(number, name, keys, weight, state.masks[name], mask_BS, joined=True))

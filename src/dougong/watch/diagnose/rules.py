@@ -207,7 +207,9 @@ def _rate(history: History) -> Iterator[Finding]:
             yield Finding("learning rate too high", "optimizer", 0.8 if ratio > 0.6 or grown else 0.6, evidence, step)
         elif ratio > 0.06 and (grown or lost):
             yield Finding("learning rate too high", "optimizer", 0.75, f"{evidence}, and the loss has grown", step)
-        if ratio < 6e-5 and flow["step"] >= 2 and not _warming(history):
+        # Near the end of a schedule steps are short, and should be.
+        full = flow["optimizer"].get("lr", 0.0) >= 0.3 * max(history.learning_rates, default=0.0)
+        if full and ratio < 6e-5 and flow["step"] >= 2 and not _warming(history):
             yield Finding("learning rate too low", "optimizer", 0.75 if ratio > 0 else 0.5, evidence, step)
     if grown and first is not None and now is not None:
         evidence = f"the loss was {first:.3g} and is {now:.3g}"
