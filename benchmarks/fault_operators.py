@@ -517,7 +517,7 @@ def _padding(job: Job, _: np.random.Generator) -> str:
                 def other(query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> Tensor:
                     return fused(query, key, value, **{**named, "attn_mask": None})
 
-                functional.scaled_dot_product_attention = other  # type: ignore[assignment]  # as a fault would
+                functional.scaled_dot_product_attention = other
                 try:
                     return _inner(*args, **kwargs)
                 finally:
