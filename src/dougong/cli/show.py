@@ -7,6 +7,7 @@ Promise     figures are printed as they were measured, each table with the numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from dougong.recipes.generate import GenerationResult
     from dougong.recipes.plan import PlanResult
     from dougong.recipes.run import RunResult
+    from dougong.recipes.try_fix import Trial
     from dougong.serve.loadtest import LoadResult
+    from dougong.watch.diagnose.report import Diagnosis
 
 
 def print_comparison(result: Comparison) -> None:
@@ -397,3 +400,26 @@ def print_load(found: Sequence[LoadResult]) -> None:
 
 
 _SHARES = (0.5, 0.9, 0.99, 0.999)
+
+
+def print_diagnosis(found: Diagnosis, trials: Sequence[Trial]) -> None:
+    """What is wrong, the surest first, and whether remedies helped."""
+    from dougong.watch.diagnose.catalogue import CATALOGUE
+
+    console = Console()
+    seen = f"{found.num_steps} steps, {found.num_measured} measured from within"
+    if not found.findings:
+        console.print(f"{found.run}: nothing is known to be wrong ({seen})", markup=False)
+    for finding in found.findings:
+        known = CATALOGUE[finding.cause]
+        console.print(f"{known.title}: {finding.place} ({finding.confidence:.0%} sure)", markup=False, style="bold")
+        console.print(f"  after step {finding.step}: {finding.evidence}", markup=False)
+        console.print(f"  {known.remedy}", markup=False)
+    if not found.num_measured:
+        console.print("Only the curves could be judged. Train with --set train.flow={} to be measured from within.")
+    for trial in trials:
+        verdict = "helped" if trial.helped else "did not help with every seed"
+        before, after = (", ".join(f"{value:.4f}" for value in each) for each in (trial.before, trial.after))
+        console.print(
+            f"{trial.setting} {verdict}: {trial.metric} after {trial.steps} steps {before} -> {after}", markup=False
+        )

@@ -58,6 +58,7 @@ from dougong.engine.checkpoint import (
 )
 from dougong.engine.contribution import Probe
 from dougong.engine.diagnosis import agree, diagnose
+from dougong.engine.flow import FlowConfig, FlowMeter
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.optimizer import OptimizerConfig
@@ -139,6 +140,10 @@ class TrainConfig(Config):
 
     sampling: SamplingConfig | None = None
     """Modalities are left out of training records at rates that follow what is lost without each. None: none is."""
+
+    flow: FlowConfig | None = None
+    """Some steps are measured from within: gradients, updates, activations, attention, inputs (dougong diagnose and
+    watch read them). None: none is."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -390,6 +395,11 @@ class _Run:
                 "Give the watch a probe, or leave sampling out."
             )
         self.sampler = None if config.sampling is None else ModalitySampler(config.sampling, seed)
+        if config.flow is not None and (ranks.world > 1 or layout.shelved is not None):
+            raise ConfigError(
+                "train.flow looks into one process that holds the whole model, and this run has ranks or offloads. "
+                "Use flow: null."
+            )
 
         model.train()
         optimizer = config.optimizer.build(model, layout.narrowed, seed=seed)
@@ -397,6 +407,7 @@ class _Run:
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
+        self.flow = None if config.flow is None else FlowMeter(model, optimizer, config.flow, steps=self.step)
         self.intake = Intake(
             loader,
             self.tally,
@@ -445,6 +456,8 @@ class _Run:
             self._announce_saved(self.saver.close())
             raise
         finally:
+            if self.flow is not None:
+                self.flow.close()
             if self.adaptive is not None:
                 self.adaptive.remove()
             optimizer = self.parts.optimizer
@@ -548,6 +561,8 @@ class _Run:
                 wait_seconds=waited,
             )
         )
+        if self.flow is not None and (measured := self.flow.step(report.loss)) is not None:
+            self.announce(measured)
         self._announce_switches()
         if self.ranks.world > 1 and (self.step == TIMED_STEP or self._evaluation_due(epoch)):
             told = self.ranks.tell([list(spent) for spent in self.layout.clock.spent])

@@ -1,6 +1,7 @@
 """Sample records as a page shows them.
 
-Here        read_cards: samples.json and the files it names, each record as plain values for the template.
+Here        read_cards: samples.json and the files it names, each record as plain values for the template; `relative`,
+            `heat`, `strip` and `shaded_tokens`, by which any map is laid over what it is of.
 Elsewhere   choosing and explaining the records (recipes/samples.py); the page (watch/report.html).
 Promise     nothing outside the run's folder is read; pictures and sounds stay below a stated size together, and what
             is left out is said.
@@ -105,13 +106,13 @@ def _input(
     shown: dict[str, Any] = {"name": name, "kind": kind, "absent": bool(given.get("absent")), "from": None}
     if shown["absent"]:
         return shown | {"completed": bool(given.get("completed"))}
-    weights = _relative(looked["weights"]) if looked else []
+    weights = relative(looked["weights"]) if looked else []
     if looked and weights:
         shown["from"] = looked.get("from")
     if kind == "text":
         shown["text"] = _cut(str(given.get("text")))
         tokens = looked.get("tokens", []) if looked else []
-        shown["tokens"] = _tokens(tokens, weights) if tokens and len(tokens) == len(weights) else []
+        shown["tokens"] = shaded_tokens(tokens, weights) if tokens and len(tokens) == len(weights) else []
     elif kind == "table":
         values = given.get("values") or {}
         # Attention to some of the columns only cannot be told apart by column: it is not shown then.
@@ -122,14 +123,14 @@ def _input(
         shown.update(values=rows[:MOST_VALUES], num_more=max(0, len(rows) - MOST_VALUES))
     elif kind == "image":
         shown.update(media.take(str(given.get("file")), "image"), alt=f"{name} of {of}")
-        shown["heat"] = _heat(looked["grid"], weights) if looked and looked.get("grid") else None
+        shown["heat"] = heat(looked["grid"], weights) if looked and looked.get("grid") else None
     elif kind == "audio":
         shown.update(media.take(str(given.get("file")), "audio"), alt=f"{name} of {of}")
         seconds = looked.get("seconds") if looked else None
-        shown["strip"] = _strip(weights)
+        shown["strip"] = strip(weights)
         shown["seconds"] = "" if seconds is None else f"{float(seconds):.1f} s"
     elif kind == "signal":
-        shown.update(line=_line(given.get("points") or []), strip=_strip(weights), alt=f"{name} of {of}")
+        shown.update(line=_line(given.get("points") or []), strip=strip(weights), alt=f"{name} of {of}")
     return shown
 
 
@@ -161,7 +162,7 @@ def _labels(text: str) -> str:
     return ", ".join(_list(text)) or "no label"
 
 
-def _relative(weights: Sequence[float]) -> list[float]:
+def relative(weights: Sequence[float]) -> list[float]:
     """Each as a share of the strongest: only where a model looked more is of interest here, not how much it looked."""
     strongest = max((float(weight) for weight in weights), default=0.0)
     if not (math.isfinite(strongest) and strongest > 0):
@@ -173,7 +174,7 @@ def _share(value: float) -> float:
     return min(1.0, max(0.0, float(value))) if math.isfinite(value) else 0.0
 
 
-def _tokens(tokens: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
+def shaded_tokens(tokens: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
     marked = any(token.startswith(_WORD_STARTS) for token in tokens)
     shown: list[dict[str, Any]] = []
     for token, weight in zip(tokens, weights, strict=True):
@@ -188,7 +189,7 @@ def _tokens(tokens: Sequence[str], weights: Sequence[float]) -> list[dict[str, A
     return shown
 
 
-def _heat(grid: Sequence[int], weights: Sequence[float]) -> dict[str, Any] | None:
+def heat(grid: Sequence[int], weights: Sequence[float]) -> dict[str, Any] | None:
     """The squares to lay over a picture."""
     num_rows, num_columns = int(grid[0]), int(grid[1])
     if not weights or num_rows * num_columns != len(weights):
@@ -207,7 +208,7 @@ def _heat(grid: Sequence[int], weights: Sequence[float]) -> dict[str, Any] | Non
     }
 
 
-def _strip(weights: Sequence[float]) -> list[float]:
+def strip(weights: Sequence[float]) -> list[float]:
     """At most so many slices of time, each as strong as its strongest moment."""
     if not weights:
         return []

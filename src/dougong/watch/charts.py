@@ -84,8 +84,11 @@ class Bar(NamedTuple):
     text: str
 
 
-def line_chart(name: str, label: str, lines: Sequence[Line], *, band: Band | None = None) -> Markup:
-    """Curves over steps. `name` tells the charts of a page apart; `label` says in words what is seen."""
+def line_chart(
+    name: str, label: str, lines: Sequence[Line], *, band: Band | None = None, across: str = "step"
+) -> Markup:
+    """Curves over steps. `name` tells the charts of a page apart; `label` says in words what is seen; `across` is what
+    they are over, where not steps: then of any numbers."""
 
     def draw(axes: Axes) -> None:
         if band is not None:
@@ -101,8 +104,8 @@ def line_chart(name: str, label: str, lines: Sequence[Line], *, band: Band | Non
                 marker="o" if len(line.x) <= 40 else "",
                 markersize=3,
             )
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.set_xlabel(across)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=across == "step"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.grid(visible=True, axis="y", color=_LINE, linewidth=0.6)
         axes.set_axisbelow(True)

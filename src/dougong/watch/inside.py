@@ -1,0 +1,375 @@
+"""What a model looked at in some records, as one page.
+
+Here        `look_at_records`: the answers, maps, contributions and their faithfulness as plain values; `write_inside`,
+            the page of them.
+Elsewhere   the maps (watch/attention.py); whether they are true (watch/faithful.py); contributions
+            (watch/contribution.py); how the page looks (watch/inside.html).
+Promise     the page refers to nothing outside itself and runs no script; what comes from data is shown as text, never
+            read as markup. Beside every map stands what following it does to the answer, and what chance does.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dougong.bundle.model import Model, Prediction
+from dougong.core.errors import ConfigError, DataError
+from dougong.core.files import write_atomic
+from dougong.data.batch import BatchArrays
+from dougong.data.loader import Loader, LoaderConfig
+from dougong.data.modality.array import SignalModality
+from dougong.data.modality.audio import AudioModality
+from dougong.data.modality.image import ImageModality
+from dougong.data.modality.numbers import TableModality
+from dougong.data.modality.text import TextModality
+from dougong.data.split import sample_table
+from dougong.data.table import Table
+from dougong.engine.batches import to_tensors
+from dougong.engine.contribution import Probe
+from dougong.watch import charts
+from dougong.watch.attention import METHODS, Inside, Map, Survey, look_inside, survey
+from dougong.watch.cards import heat, relative, shaded_tokens, strip
+from dougong.watch.contribution import MOST_MODALITIES, ask_all, of_records
+from dougong.watch.faithful import Curve, Faithful, captum_relevance, curves, patches, sanity
+
+MOST_RECORDS: Final = 24
+SURVEYED: Final = 256
+"""Records over which the attention is surveyed."""
+
+MOST_HEADS: Final = 48
+"""Maps of single heads that are shown of a record."""
+
+POINTS: Final = 300
+
+SAYS: Final = {
+    "relevance": "gradient-weighted relevance",
+    "rollout": "attention rollout",
+    "captum": "integrated gradients (captum)",
+}
+
+
+def look_at_records(
+    model: Model, table: Table, rows: Sequence[int], *, with_captum: bool | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Look inside the answers to some records of a table, and survey the attention over many.
+
+    `with_captum`: None takes captum where it is installed.
+
+    Raises:
+        ConfigError: no such record, or too many.
+        DataError: a record cannot be read.
+    """
+    _check_rows(rows, table)
+    columns = [column for column in model.preparation.columns if column in table.schema.names]
+    target = model.preparation.target.name
+    known = target in table.schema.names
+    cells = table.records(list(rows), [*columns, *([target] if known else [])])
+    records = [
+        _look(model, row, record, table.folder, str(record[target]) if known else None, with_captum, seed)
+        for row, record in zip(rows, cells, strict=True)
+    ]
+    return {
+        "model": model.manifest.name,
+        "table": table.path.name,
+        "modalities": list(model.preparation.modalities),
+        "records": records,
+        "survey": [one._asdict() for one in survey_table(model, table, seed=seed)],
+    }
+
+
+def survey_table(model: Model, table: Table, *, num_records: int = SURVEYED, seed: int = 0) -> list[Survey]:
+    """How the model's attentions behave over records drawn from a table."""
+    chosen = sample_table(table, num_records, seed=seed)
+    loader = Loader(chosen, model.preparation, LoaderConfig(batch_size=64, workers=0))
+    return survey(model.network, (to_tensors(arrays) for arrays in loader.one_pass()))
+
+
+def write_inside(path: Path, told: Mapping[str, Any]) -> Path:
+    """Write the page of what `look_at_records` told."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dougong", "watch"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(key=charts.key)
+    page = environment.get_template("inside.html").render(
+        told=told,
+        says=SAYS,
+        records=[_drawn(record, place) for place, record in enumerate(told["records"])],
+    )
+    write_atomic(path, page.encode("utf-8", "replace"))
+    return path
+
+
+def check_page(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: it cannot be a page.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out {path} ends in {path.suffix!r}, and what is written is a page. Use a name in .html.")
+    if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
+        raise ConfigError(f"--out {path} is no place for a file. Name a file in a folder.")
+
+
+def _check_rows(rows: Sequence[int], table: Table) -> None:
+    if len(rows) > MOST_RECORDS:
+        raise ConfigError(f"{len(rows)} records are too many for one page. Name at most {MOST_RECORDS}.")
+    for row in rows:
+        if not 0 <= row < table.num_rows:
+            raise ConfigError(
+                f"--record {row} is not in {table.path.name}, which has {table.num_rows:,} records. "
+                f"Use 0 to {table.num_rows - 1}."
+            )
+
+
+# One record --------------------------------------------------------------------------------------------------------
+
+
+def _look(
+    model: Model,
+    row: int,
+    record: Mapping[str, Any],
+    folder: Path,
+    target: str | None,
+    with_captum: bool | None,
+    seed: int,
+) -> dict[str, Any]:
+    visible = {column: value for column, value in record.items() if column in model.preparation.columns}
+    (prediction,) = model.predict([visible], folder=folder)
+    if prediction.error is not None:
+        raise DataError(f"record {row} cannot be looked into: {prediction.error}. Choose another one.")
+    arrays, _ = model.explain([visible], folder=folder)
+    batch = to_tensors(arrays)
+    found = look_inside(model.network, batch)
+    maps: dict[str, dict[str, Tensor]] = {method: getattr(found, method) for method in METHODS}
+    if with_captum is not False:
+        try:
+            maps["captum"] = captum_relevance(model.network, batch, found.target_B)
+        except ConfigError:
+            if with_captum:
+                raise
+    faithful = {
+        method: _curves_as_json(curves(model.network, batch, each, found.masks, found.target_B, seed=seed))
+        for method, each in maps.items()
+    }
+    return {
+        "row": row,
+        "answer": _text(prediction.answer),
+        "target": target,
+        "probabilities": _most_likely(prediction),
+        "gate": prediction.gate,
+        "inputs": [_input(model, name, arrays, record, maps, found) for name in model.preparation.modalities],
+        "share": {
+            method: {name: float(each.sum()) for name, each in found_by.items()} for method, found_by in maps.items()
+        },
+        "flow": found.flow_BMM[0].tolist(),
+        "shapley": _shapley(model, batch),
+        "faithful": faithful,
+        "sanity": sanity(model.network, batch, seed=seed),
+        "heads": [_head_map(one) for one in found.maps],
+    }
+
+
+def _shapley(model: Model, batch: Any) -> dict[str, Any] | None:
+    """What each modality adds to how sure the answer is; None where there are too many sets, or one modality."""
+    names = list(model.preparation.modalities)
+    if not 2 <= len(names) <= MOST_MODALITIES:
+        return None
+    target = model.preparation.target
+    nothing = torch.zeros(1, dtype=torch.int64)  # the probe scores; here only its answers are wanted
+    records = of_records(ask_all(Probe(model.network, batch._replace(target=nothing), target)), target.task)
+    return {
+        "value": dict(zip(names, records.value_BM[0].tolist(), strict=True)),
+        "all": float(records.all_B[0]),
+        "none": float(records.none_B[0]),
+    }
+
+
+def _curves_as_json(found: Faithful) -> dict[str, Any]:
+    def one(curve: Curve) -> dict[str, Any]:
+        return {"share": curve.share_K, "sure": curve.sure_K, "area": curve.area}
+
+    return {
+        "deletion": one(found.deletion),
+        "insertion": one(found.insertion),
+        "random_deletion": one(found.random_deletion),
+        "random_insertion": one(found.random_insertion),
+        "deletion_gain": found.deletion_gain,
+    }
+
+
+def _head_map(one: Map) -> dict[str, Any]:
+    """What each head of an attention looked at, the real tokens that asked averaged."""
+    real_T = one.mask_BT[0]
+    row_HS = one.weight_BHTS[0][:, real_T].mean(dim=1) if bool(real_T.any()) else one.weight_BHTS[0].mean(dim=1) * 0
+    return {
+        "block": one.block,
+        "asking": one.asking,
+        "keys": [list(each) for each in one.keys],
+        "heads": [[round(float(weight), 5) for weight in row_S] for row_S in row_HS],
+    }
+
+
+def _input(
+    model: Model,
+    name: str,
+    arrays: BatchArrays,
+    record: Mapping[str, Any],
+    maps: Mapping[str, Mapping[str, Tensor]],
+    found: Inside,
+) -> dict[str, Any]:
+    modality = model.preparation.modalities[name]
+    told: dict[str, Any] = {"name": name, "kind": modality.signature().kind, "absent": True, "maps": {}}
+    media = arrays.media[name]
+    if not media.present_B.any() or name not in found.masks:
+        return told
+    real_T = found.masks[name][0]
+    told["absent"] = False
+    told["maps"] = {
+        method: [round(float(weight), 6) for weight in each[name][0][real_T]] for method, each in maps.items()
+    }
+    if isinstance(modality, TextModality):
+        text = str(record[modality.config.column])
+        told.update(text=text, tokens=modality.tokenizer.encode(text).tokens[: int(real_T.sum())])
+    elif isinstance(modality, ImageModality):
+        pixels_HWC = media.values["pixels_UCHW"][0].transpose(1, 2, 0)
+        pixels_HWC = pixels_HWC * np.array(modality.config.scale) + np.array(modality.config.mean)
+        told.update(picture=_picture((pixels_HWC * 255).round().clip(0, 255).astype(np.uint8)))
+        told["grid"] = list(patches(model.network)[name])
+        told["pooled_grid"] = list(model.network.grids[name])
+    elif isinstance(modality, AudioModality):
+        samples_T = media.values["samples_UT"][0][media.values["mask_UT"][0]]
+        told.update(
+            sound=_sound(samples_T, modality.config.sample_rate),
+            spectrogram=_picture(spectrogram(samples_T)),
+            seconds=len(samples_T) / modality.config.sample_rate,
+        )
+    elif isinstance(modality, SignalModality):
+        samples_CT = media.values["samples_UCT"][0][:, media.values["mask_UT"][0]]
+        points_T = samples_CT.mean(axis=0)
+        told["points"] = [round(float(point), 4) for point in points_T[:: max(1, len(points_T) // POINTS)]]
+    elif isinstance(modality, TableModality):
+        told["values"] = {column: _text(record.get(column)) for column in modality.columns}
+    return told
+
+
+def spectrogram(samples_T: Any, window: int = 128, hop: int = 32) -> Any:
+    """Grey picture of a sound, low tones at the bottom: the logarithm of its power over 60 decibels."""
+    lacking = max(0, window - len(samples_T))
+    samples_T = np.pad(np.asarray(samples_T, np.float64), (0, lacking))
+    windows = np.lib.stride_tricks.sliding_window_view(samples_T, window)[::hop]
+    power = np.abs(np.fft.rfft(windows * np.hanning(window), axis=1)) ** 2
+    decibels = 10 * np.log10(power + 1e-12)
+    grey = ((decibels - decibels.max() + 60) / 60).clip(0, 1)
+    return (255 - 255 * grey.T[::-1]).astype(np.uint8)
+
+
+def _picture(pixels: Any) -> str:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+
+
+def _sound(samples: Any, sample_rate: int) -> str:
+    content = io.BytesIO()
+    loudest = max(float(np.abs(samples).max()), 1e-6)
+    soundfile.write(content, samples / loudest * 0.9, sample_rate, format="WAV", subtype="PCM_16")
+    return f"data:audio/wav;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+
+
+def _most_likely(prediction: Prediction) -> dict[str, float]:
+    return dict(sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:5])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# The page ----------------------------------------------------------------------------------------------------------
+
+
+def _drawn(record: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """A record as the template wants it."""
+    inputs = [_drawn_input(each) for each in record["inputs"]]
+    lines = []
+    for number, found in enumerate(record["faithful"].values()):
+        lines.append(charts.Line(found["deletion"]["share"], found["deletion"]["sure"], number))
+    random = next(iter(record["faithful"].values()), None)
+    chart = None
+    if random is not None:
+        lines.append(charts.Line(random["random_deletion"]["share"], random["random_deletion"]["sure"], len(lines)))
+        label = "How sure the answer stays as the tokens that a map names first go first, beside a random order"
+        chart = charts.line_chart(f"deletion{place}", label, lines, across="share of tokens that are gone")
+    gains = {method: found["deletion_gain"] for method, found in record["faithful"].items()}
+    return {**record, "inputs": inputs, "curve": chart, "gains": gains, "heads": _drawn_heads(record)}
+
+
+def _drawn_input(given: Mapping[str, Any]) -> dict[str, Any]:
+    shown = dict(given)
+    shown["views"] = []
+    for method, weights in given["maps"].items():
+        shades = relative(weights)
+        view: dict[str, Any] = {"method": method, "share": sum(weights)}
+        if given["kind"] == "text":
+            tokens = given["tokens"]
+            view["tokens"] = shaded_tokens(tokens, shades) if len(tokens) == len(shades) else []
+        elif given["kind"] == "image":
+            view["heat"] = heat(given["grid"], shades)
+        elif given["kind"] == "table":
+            columns = list(given["values"].items())
+            view["values"] = [
+                (column, value, shades[at] if len(shades) == len(columns) else 0.0)
+                for at, (column, value) in enumerate(columns)
+            ]
+        else:
+            view["strip"] = strip(shades)
+        shown["views"].append(view)
+    if given.get("points"):
+        shown["line"] = _line(given["points"])
+    return shown
+
+
+def _drawn_heads(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Single heads over pictures, words and strips, the last blocks first, as many as fit."""
+    kinds = {each["name"]: each for each in record["inputs"]}
+    shown: list[dict[str, Any]] = []
+    for one in reversed(record["heads"]):
+        for number, row_S in enumerate(one["heads"]):
+            if len(shown) >= MOST_HEADS:
+                return shown
+            start, parts = 0, []
+            for name, count in one["keys"]:
+                weights = row_S[start : start + count]
+                start += count
+                given = kinds.get(name, {})
+                mass, squares = sum(weights), None
+                for grid in (given.get("grid"), given.get("pooled_grid")):
+                    if (
+                        grid is not None
+                        and squares is None
+                        and len(weights) in (grid[0] * grid[1], grid[0] * grid[1] + 1)
+                    ):
+                        squares = heat(grid, relative(weights[len(weights) - grid[0] * grid[1] :]))  # no class token
+                parts.append({"name": name, "mass": mass, "heat": squares, "strip": strip(relative(weights))})
+            shown.append({"block": one["block"], "head": number, "asking": one["asking"], "parts": parts})
+    return shown
+
+
+def _line(points: Sequence[float]) -> str:
+    low, high = min(points), max(points)
+    across, up = 100 / max(1, len(points) - 1), 28 / max(high - low, 1e-9)
+    return " ".join(f"{at * across:.2f},{29 - (point - low) * up:.2f}" for at, point in enumerate(points))

@@ -1,0 +1,130 @@
+"""All that is known of a run from within, as one page.
+
+Here        `summarise`: curves, gradient flow, contribution, diagnosis and pipeline of a run as plain values;
+            `write_summary`, the page of them.
+Elsewhere   reading a run (watch/runs.py); the same, live, of many runs (watch/dashboard.py); the report of how good a
+            model is (watch/report.py); how the page looks (watch/summary.html).
+Promise     the page refers to nothing outside itself and runs no script; what comes from data is shown as text, never
+            read as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dougong.core.errors import RunError
+from dougong.core.files import write_atomic
+from dougong.watch import charts
+from dougong.watch.contribution import Study, as_json
+from dougong.watch.diagnose.catalogue import CATALOGUE
+from dougong.watch.gradient_flow import balance, picture, ranked
+from dougong.watch.runs import EVENTS, Reader
+
+
+def summarise(run: Path, counted: Study | None = None) -> dict[str, Any]:
+    """What a run's events say, and what was counted of its model, if that was asked for.
+
+    Raises:
+        RunError: the folder holds no run.
+    """
+    folder = run if (run / EVENTS).is_file() else run.parent
+    if not (folder / EVENTS).is_file():
+        raise RunError(f"{run} holds no {EVENTS}: name a run's folder, or a bundle with --record.")
+    reader = Reader(folder)
+    reader.read()
+    return summary_of(reader, folder.name, counted)
+
+
+def summary_of(reader: Reader, name: str, counted: Study | None = None) -> dict[str, Any]:
+    """The same of one that is being read."""
+    flow = reader.flows[-1] if reader.flows else None
+    return {
+        "name": name,
+        "run": reader.told(),
+        "curves": reader.curves(),
+        "findings": [
+            {
+                **finding._asdict(),
+                "title": CATALOGUE[finding.cause].title,
+                "symptom": CATALOGUE[finding.cause].symptom,
+                "remedy": CATALOGUE[finding.cause].remedy,
+            }
+            for finding in reader.findings()
+        ],
+        "flow": None
+        if flow is None
+        else {
+            "step": flow["step"],
+            "measured": reader.num_flows,
+            "picture": picture(flow),
+            "ranked": ranked(flow),
+            "gate": flow["gate"],
+            "attention": [call for call in flow["attention"] if "entropy" in call],
+            "probes": flow["probes"],
+            "inputs": flow["inputs"],
+        },
+        "balance": balance(reader.flows),
+        "gates": [{"step": each["step"], **each["gate"]} for each in reader.flows if each["gate"]],
+        "contribution": None if counted is None else as_json(counted),
+        "over_time": [
+            {"step": e["step"], "all": e["with_all"], "none": e["with_none"], "without": e["without"]}
+            for e in reader.others
+            if e["kind"] == "SamplingChanged"
+        ],
+    }
+
+
+def write_summary(path: Path, told: Mapping[str, Any]) -> Path:
+    """Write the page of what `summarise` told."""
+    page = environment().get_template("summary.html").render(told=told, charts=drawn(told), whole=True)
+    write_atomic(path, page.encode("utf-8", "replace"))
+    return path
+
+
+def environment() -> jinja2.Environment:
+    """For all templates of this page and the dashboard's."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("dougong", "watch"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(key=charts.key, figure=_figure)
+    return made
+
+
+def drawn(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The charts, by name; those of which there is something."""
+    found = {}
+    for name in ("loss", "gradient norm", "learning rate"):
+        points = [point for point in told["curves"][name] if point[1] is not None]
+        if len(points) > 1:
+            steps = [point[0] for point in points]
+            band = charts.Band(steps, [point[2] for point in points], [point[3] for point in points])
+            label = f"{name} over {steps[-1]} steps, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
+            line = charts.Line(steps, [point[1] for point in points])
+            found[name] = charts.line_chart(name.replace(" ", "-"), label, [line], band=band)
+    judged = {name: points for name, points in told["curves"]["judged"].items() if points}
+    for place, (name, points) in enumerate(judged.items()):
+        kept = [(step, value) for step, value in points if value is not None]
+        if kept:
+            line = charts.Line([step for step, _ in kept], [value for _, value in kept])
+            label = f"{name}, judged, from {kept[0][1]:.3g} to {kept[-1][1]:.3g}"
+            found[f"judged {name}"] = charts.line_chart(f"judged{place}", label, [line])
+    if any(len(points) > 1 for points in told["balance"].values()):
+        lines = [
+            charts.Line([step for step, _ in points], [value for _, value in points], place)
+            for place, points in enumerate(told["balance"].values())
+        ]
+        label = "How far a step moves each modality's weights, as a share of themselves"
+        found["balance"] = charts.line_chart("balance", label, lines)
+    return found
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,154 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stacks import batches, build, loss_of
+from tiny_run import TinyLoader, TinyModel, tiny_loss
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dougong.core.events import read_events
+from dougong.data.position import WHOLE
+from dougong.engine.flow import FlowConfig, FlowMeasured, FlowMeter
+from dougong.engine.trainer import TrainConfig, train
+
+
+class Plain(nn.Module):
+    """A network as anyone would write it."""
+
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.dropout(functional.relu(self.norm(self.first(x)))))
+        return found
+
+
+def trained(
+    meter: FlowConfig | None, steps: int = 9, dropout: float = 0.3
+) -> tuple[Plain, list[float], list[FlowMeasured]]:
+    model = Plain(dropout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    watching = None if meter is None else FlowMeter(model, optimizer, meter)
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(1)
+    losses, measured = [], []
+    for _ in range(steps):
+        x = torch.randn(8, 6, generator=generator)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), x[:, :3].argmax(dim=1))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if watching is not None and (found := watching.step(losses[-1])) is not None:
+            measured.append(found)
+    if watching is not None:
+        watching.close()
+    return model, losses, measured
+
+
+def test_measuring_changes_no_number_of_training() -> None:
+    plain, losses, _ = trained(None)
+    watched, same, measured = trained(FlowConfig(every=2, probe_every=2))
+
+    assert same == losses
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(watched.state_dict()[name], value, rtol=0, atol=0)
+    assert len(measured) == 5
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in watched.modules())
+
+
+def test_steps_that_are_powers_of_two_and_every_so_many_are_measured() -> None:
+    _, _, measured = trained(FlowConfig(every=5), steps=17)
+
+    assert [each.step for each in measured] == [1, 2, 4, 5, 8, 10, 15, 16]
+
+
+def test_norms_are_those_of_gradients_weights_and_steps() -> None:
+    model = Plain(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    meter = FlowMeter(model, optimizer)
+    x = torch.randn(8, 6)
+    loss = functional.cross_entropy(model(x), torch.arange(8) % 3)
+    loss.backward()
+    gradient, weight = model.last.weight.grad.clone(), model.last.weight.detach().clone()  # type: ignore[union-attr]
+    bias = model.last.bias.grad.clone()  # type: ignore[union-attr]
+    optimizer.step()
+    found = meter.step(float(loss.detach()))
+    meter.close()
+
+    assert found is not None
+    last = next(place for place in found.places if place["name"] == "last")
+    assert last["gradient"] == pytest.approx(math.sqrt(float(gradient.norm() ** 2 + bias.norm() ** 2)), rel=1e-5)
+    assert last["update"] == pytest.approx(0.5 * last["gradient"], rel=1e-4)
+    assert last["trained"]
+    assert last["held"]
+    assert found.facts["downhill"] == pytest.approx(1.0, abs=1e-4)
+    assert found.facts["gradient_is_fresh"] == pytest.approx(1.0, abs=1e-5)
+    assert found.loss_terms[0]["function"] == "cross_entropy"
+    assert found.targets["counts"] == [3, 3, 2]
+    assert weight.shape == (3, 16)
+
+
+def test_a_probe_tells_what_the_answer_hangs_on() -> None:
+    _, _, measured = trained(FlowConfig(), steps=4, dropout=0.0)
+
+    probes = [each.probes for each in measured if each.probes]
+
+    assert probes[-1]["x"]["exchange_moves"] > 0.1
+    assert "exchange_costs" in probes[-1]["x"]
+
+
+def test_where_a_number_stopped_being_finite_is_told_with_its_records() -> None:
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    meter = FlowMeter(model, optimizer)
+    x = torch.randn(8, 6)
+    x[5, 2] = math.inf
+    loss = functional.cross_entropy(model(x), torch.arange(8) % 3)
+    loss.backward()
+    found = meter.step(float(loss.detach()))
+    meter.close()
+
+    assert found is not None
+    assert found.first_not_finite == {"module": "first", "kind": "Linear", "rows": [5]}
+    assert found.inputs["x"]["not_finite"] > 0
+
+
+def test_a_sandwichs_inputs_gate_and_attention_are_named() -> None:
+    model: Any = build("sandwich")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    meter = FlowMeter(model, optimizer)
+    batch = batches("sandwich", WHOLE)[0]
+    (loss_of(model(batch), batch) / 25).backward()
+    optimizer.step()
+    found = meter.step(1.0)
+    meter.close()
+
+    assert found is not None
+    assert set(found.inputs) == {"words", "photo"}
+    assert {"mean words", "mean photo", "saturated"} <= set(found.gate)
+    assert {place["modality"] for place in found.places} == {"words", "photo", ""}
+    assert all(call["scale_ratio"] == pytest.approx(1.0) for call in found.attention)
+    assert any("CrossBlock" in call["holders"] for call in found.attention)
+    assert found.probes["photo"]["exchange_moves"] > 0
+
+
+def test_a_run_announces_what_was_measured_and_learns_the_same(tmp_path: Path) -> None:
+    losses = []
+    for name, flow in (("without", None), ("with", FlowConfig(every=3, probe_every=3))):
+        config = TrainConfig(steps=8, precision="fp32", flow=flow)
+        train(TinyModel(), tiny_loss, TinyLoader(), config, folder=tmp_path / name)
+        events = read_events(tmp_path / name / "events.jsonl")
+        losses.append([event["loss"] for event in events if event["kind"] == "StepDone"])
+
+    measured = [event["step"] for event in events if event["kind"] == "FlowMeasured"]
+    assert losses[0] == losses[1]
+    assert measured == [1, 2, 3, 4, 6, 8]

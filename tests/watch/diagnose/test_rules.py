@@ -1,0 +1,149 @@
+"""Faults planted in small loops, each found with its cause and place; and healthy loops, in which nothing is."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dougong.watch.diagnose.catalogue import CATALOGUE
+from dougong.watch.diagnose.hook import Watched, watch
+from dougong.watch.diagnose.rules import EXPLAINED, Finding
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 32)
+        self.middle = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = functional.relu(self.first(x + 0.3 * y))
+        found: Tensor = self.last(functional.relu(self.middle(hidden)))
+        return found
+
+
+def loop(
+    steps: int = 70,
+    change: Callable[[Net], None] = lambda model: None,
+    batch: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = lambda x, y, t: (x, y, t),
+    loss_of: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
+    clears: bool = True,
+    held: Callable[[Net], list[nn.Parameter]] = lambda model: list(model.parameters()),
+    **settings: Any,
+) -> list[Finding]:
+    model = Net()
+    change(model)
+    optimizer = torch.optim.AdamW(held(model), **{"lr": 5e-3, **settings})
+    generator = torch.Generator().manual_seed(0)
+    watched = watch(model, optimizer, total_steps=steps)
+    for _ in range(steps):
+        x, y = torch.randn(32, 8, generator=generator), torch.randn(32, 8, generator=generator)
+        x, y, target = batch(x, y, (x + 0.3 * y)[:, :4].argmax(dim=1))
+        if clears:
+            optimizer.zero_grad()
+        loss = loss_of(model(x, y), target)
+        loss.backward()
+        optimizer.step()
+        watched.step(loss)
+    watched.close()
+    return watched.findings()
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": 2e-3, "weight_decay": 0.1}, {"lr": 1e-2, "betas": (0.8, 0.99)}])
+def test_nothing_is_found_where_nothing_is_wrong(settings: dict[str, Any]) -> None:
+    assert loop(**settings) == []
+
+
+def freeze(model: Net) -> None:
+    model.middle.requires_grad_(False)
+
+
+def kill(model: Net) -> None:
+    with torch.no_grad():
+        model.middle.bias.fill_(-50.0)
+
+
+def constant(model: Net) -> None:
+    nn.init.constant_(model.first.weight, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("cause", "place", "given"),
+    [
+        ("learning rate too high", "optimizer", {"lr": 3.0}),
+        ("learning rate too low", "optimizer", {"lr": 1e-8}),
+        ("gradients not cleared", "optimizer", {"clears": False}),
+        ("goes uphill", "optimizer", {"maximize": True}),
+        ("weight decay too high", "optimizer", {"weight_decay": 20.0}),
+        ("optimizer memory", "optimizer", {"eps": 1.0}),
+        ("frozen", "middle", {"change": freeze}),
+        ("dead units", "", {"change": kill}),
+        ("initialisation constant", "first", {"change": constant}),
+        ("not in the optimizer", "last", {"held": lambda m: [*m.first.parameters(), *m.middle.parameters()]}),
+        ("softmax twice", "loss", {"loss_of": lambda s, t: functional.cross_entropy(s.softmax(1), t)}),
+        ("loss sign", "loss", {"loss_of": lambda s, t: -functional.cross_entropy(s, t)}),
+        ("normalisation", "x", {"batch": lambda x, y, t: (x * 200, y, t)}),
+        ("constant input", "x", {"batch": lambda x, y, t: (x * 0, y, t)}),
+        ("not shuffled", "data", {"batch": lambda x, y, t: (x, y, t * 0 + 1)}),
+    ],
+)
+def test_a_planted_fault_is_found_with_its_place(cause: str, place: str, given: dict[str, Any]) -> None:
+    found = loop(**given)
+
+    assert found
+    assert found[0].cause == cause
+    assert found[0].place == place or not place
+    assert found[0].evidence
+
+
+def test_records_that_are_not_finite_are_found_by_input_at_once() -> None:
+    def spoil(x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y[3, 0] = math.nan
+        return x, y, t
+
+    found = loop(steps=3, batch=spoil)
+
+    assert (found[0].cause, found[0].place, found[0].step) == ("not finite in records", "y", 1)
+
+
+def test_a_module_of_which_nobody_takes_a_gradient_is_found() -> None:
+    class Cut(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = functional.relu(self.first(x + y))
+            found: Tensor = self.last(functional.relu(self.middle(hidden)))
+            return found
+
+    model = Cut()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watched = watch(model, optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(torch.randn(8, 8), torch.randn(8, 8)), torch.arange(8) % 4)
+        loss.backward()
+        optimizer.step()
+        watched.step(loss)
+
+    assert (watched.findings()[0].cause, watched.findings()[0].place) == ("gradient cut", "first")
+
+
+def test_an_error_is_placed_where_it_was_raised() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(RuntimeError), Watched(model, optimizer) as watched:
+        model(torch.randn(4, 7), torch.randn(4, 7))
+
+    assert (watched.findings()[0].cause, watched.findings()[0].place) == ("crash", "first")
+
+
+def test_every_cause_that_explains_or_is_explained_is_in_the_catalogue() -> None:
+    named = {cause for explained, causes in EXPLAINED.items() for cause in (explained, *causes)}
+
+    assert named <= set(CATALOGUE)
+    assert sum(fault.multimodal for fault in CATALOGUE.values()) >= 10

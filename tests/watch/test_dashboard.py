@@ -1,0 +1,170 @@
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dougong.cli.main import main
+from dougong.core.errors import ConfigError, RunError
+from dougong.core.events import Evaluated, EventFile, RunStarted, StepDone
+from dougong.watch.runs import Reader, Runs, thinned
+
+pytest.importorskip("fastapi")
+from dougong.watch.dashboard import build_app
+
+TOKEN = "a-token-nobody-guesses"
+
+
+def write(folder: Path, steps: int, *, first: int = 0) -> None:
+    file = EventFile(folder / "events.jsonl", resume_at=first if first else None)
+    if not first:
+        file(RunStarted(step=0, total_steps=steps, precision="fp32", num_parameters=9, resumed=False))
+    for step in range(first, steps):
+        file(
+            StepDone(
+                step=step + 1, loss=2.0 / (step + 1), grad_norm=1.0, learning_rate=0.1, num_records=8, epoch=0,
+                seconds=0.01, wait_seconds=0.0,
+            )
+        )  # fmt: skip
+    file(
+        Evaluated(
+            step=steps,
+            split="validation",
+            condition="<b>all</b>",
+            metrics={"accuracy": 0.5},
+            num_records=9,
+            seconds=0.1,
+        )
+    )
+    file.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("all")
+    write(root / "one", 30)
+    write(root / "group" / "two", 50)
+    return root
+
+
+def get(
+    app: Any, path: str, *, host: str = "localhost:8765", query: str = "", cookie: str = ""
+) -> tuple[int, dict[str, str], str]:
+    """One request to an ASGI application."""
+    sent: list[Any] = []
+    headers = [(b"host", host.encode()), *([(b"cookie", cookie.encode())] if cookie else [])]
+    scope = {
+        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": query.encode(),
+        "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("localhost", 8765),
+        "client": ("127.0.0.1", 1), "root_path": "", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+
+    async def ask() -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+
+    asyncio.run(ask())
+    given = {key.decode().lower(): value.decode() for key, value in sent[0]["headers"]}
+    return sent[0]["status"], given, b"".join(part.get("body", b"") for part in sent[1:]).decode()
+
+
+def test_runs_are_listed_and_shown(folder: Path) -> None:
+    app = build_app(folder)
+
+    status, headers, page = get(app, "/")
+    assert status == 200
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert not re.search(r"(src|href)=\"(https?:)?//", page)
+    runs = json.loads(get(app, "/api/runs")[2])
+    assert [(run["name"], run["step"]) for run in runs] == [("group/two", 50), ("one", 30)]
+    curves = json.loads(get(app, "/api/curves", query="run=one")[2])
+    assert curves["loss"][-1][0] == 30
+    status, _, view = get(app, "/view", query="run=group/two")
+    assert status == 200
+    assert "<b>all</b>" not in view
+    assert "&lt;b&gt;all" in view
+    assert "<!DOCTYPE html>" in get(app, "/export", query="run=one")[2]
+
+
+@pytest.mark.parametrize("name", ["none", "../all", "/etc", "one/../../x", ""])
+def test_no_path_leads_out_of_the_folder(folder: Path, name: str) -> None:
+    app = build_app(folder)
+
+    for path in ("/view", "/api/curves", "/records", "/export"):
+        assert get(app, path, query=f"run={name}")[0] == 404
+
+
+def test_who_does_not_know_the_token_is_not_answered(folder: Path) -> None:
+    app = build_app(folder, host="0.0.0.0", token=TOKEN)
+
+    assert get(app, "/")[0] == 401
+    assert get(app, "/api/runs", query="token=wrong-but-long-enough")[0] == 401
+    status, headers, _ = get(app, "/", query=f"token={TOKEN}")
+    assert status == 200
+    assert "httponly" in headers["set-cookie"].lower()
+    assert get(app, "/api/runs", cookie=f"dougong_token={TOKEN}")[0] == 200
+
+
+def test_another_name_for_this_machine_is_refused(folder: Path) -> None:
+    assert get(build_app(folder), "/", host="evil.example:8765")[0] == 421
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can be reached by others"):
+        build_app(folder, host="0.0.0.0")
+    with pytest.raises(ConfigError, match="can be guessed"):
+        build_app(folder, token="short")
+    with pytest.raises(RunError, match="is no folder"):
+        build_app(tmp_path / "nowhere")
+
+
+def test_a_run_is_read_on_while_it_grows_and_anew_after_a_resume(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    reader = Reader(tmp_path)
+    assert reader.read()
+    assert not reader.read()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "StepDone", "step": 11, "lo')
+    assert not reader.told()["step"] > 10 or reader.read()
+    assert reader.told()["step"] == 10
+    write(tmp_path, 8, first=4)
+    reader.read()
+    assert reader.told()["step"] == 8
+    assert list(reader.steps) == list(range(1, 9))
+
+
+def test_a_peak_is_seen_however_many_steps_there_are() -> None:
+    losses = [1.0] * 100_000
+    losses[54_321] = 9.0
+
+    found = thinned(range(100_000), losses, 400)
+
+    assert len(found) == 400
+    assert max(point[3] or 0.0 for point in found) == 9.0
+
+
+def test_a_folder_that_is_a_run_is_its_own(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+
+    assert Runs(tmp_path).names() == ["."]
+    assert Runs(tmp_path).get(".").told()["step"] == 3
+
+
+def test_a_runs_page_stands_alone(colour_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "run.html"
+
+    assert main(["watch", str(colour_run), "--out", str(page), "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    written = page.read_text(encoding="utf-8")
+    assert told["run"]["step"] == 60
+    assert "<script" not in written
+    assert "Gradient flow" in written
+    assert written.startswith("<!DOCTYPE html>")
