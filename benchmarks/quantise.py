@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
 from dougong.compress import runtime
+from dougong.compress.clock import interleaved
 from dougong.compress.delivery import export_plan, graph_bytes, layer_times, time_engine, uniform_plans
 from dougong.compress.engines.engine import Eager, Engine, EngineConfig
 from dougong.compress.engines.graphs import media_of
 from dougong.compress.engines.openvino import to_graph
 from dougong.compress.export import Source, export, open_engine
-from dougong.compress.latency import interleaved
 from dougong.compress.parts import Column, Part, Roof
 from dougong.compress.plan import CHOICES, Choice, Plan
 from dougong.compress.quantise import Budget, Calibrated, Costs, QuantiseConfig, bytes_of, calibrate, choose
@@ -387,7 +387,7 @@ def everybody(source: Source, known: Calibrated, calibration: Sequence[Batch], s
     """Eager, the engines unrounded, ours at uniform choices, and the three peers at what they do by themselves."""
     engines: dict[str, Engine] = {"eager fp32": Eager(source.model.network)}
     for to in ("openvino", "onnx", "torch"):
-        engines[f"{to} fp32"] = open_engine(export(source, scratch / to, to), ONE_CORE)  # type: ignore[arg-type]
+        engines[f"{to} fp32"] = open_engine(export(source, scratch / to, to), ONE_CORE)
     for choice, plan in uniform_plans(source.cut.layers).items():
         folder = export_plan(source, scratch / choice, plan, known, CONFIG)
         engines[f"ours {choice}"] = open_engine(folder, ONE_CORE)

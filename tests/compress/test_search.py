@@ -16,12 +16,13 @@ from dougong.cli.main import main
 from dougong.cli.show import print_compression
 from dougong.compress.candidate import Budget, Candidate, Eager, Point, Runner
 from dougong.compress.picture import draw_points
-from dougong.compress.run import compress_bundle, read_ratio, read_seconds
+from dougong.compress.run import compress_bundle, read_ratio
 from dougong.compress.search import BudgetError, Outcome, SearchConfig
 from dougong.compress.student import StudentConfig
 from dougong.core.config import override, parse
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import Event, StepDone
+from dougong.core.sizes import read_seconds
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 

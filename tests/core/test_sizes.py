@@ -28,12 +28,12 @@ def test_the_largest_unit_is_shown() -> None:
     ]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("5ms", 0.005), ("250 us", 0.00025), ("1.5s", 1.5)])
+@pytest.mark.parametrize(("text", "seconds"), [("5ms", 0.005), ("250 us", 0.00025), ("1.5s", 1.5), ("10min", 600.0)])
 def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
     assert read_seconds(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["5", "ms", "-5ms", "5 minutes", ""])
+@pytest.mark.parametrize("text", ["5", "ms", "-5ms", "0ms", "5 minutes", ""])
 def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="Write for example 5ms"):
         read_seconds(text)

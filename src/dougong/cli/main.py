@@ -493,10 +493,10 @@ def compress(
     """Make a bundle smaller and faster, to a budget, and prove what it lost."""
     from dougong.cli.show import print_compression
     from dougong.compress.candidate import Budget
-    from dougong.compress.run import compress_bundle, read_ratio, read_seconds
+    from dougong.compress.run import compress_bundle, read_ratio
     from dougong.compress.search import BudgetError, SearchConfig
     from dougong.core.config import override, parse
-    from dougong.core.sizes import read_bytes
+    from dougong.core.sizes import read_bytes, read_seconds
     from dougong.watch.progress import Progress
 
     if size is None and latency is None and speedup is None:
@@ -574,9 +574,9 @@ def serve(
 ) -> None:
     """Answer requests over HTTP, in batches that fit the load, within an agreed time."""
     from dougong.core.config import parse
-    from dougong.core.sizes import read_bytes
+    from dougong.core.sizes import read_bytes, read_seconds
     from dougong.serve.models import read_wanted
-    from dougong.serve.settings import ServeConfig, read_keys, read_seconds
+    from dougong.serve.settings import ServeConfig, read_keys
 
     batching = {
         "slo_seconds": read_seconds(slo),

@@ -119,7 +119,8 @@ def _inverse_factor(hessian_II: Tensor) -> Tensor:
     diagonal_I = hessian_II.diagonal()
     damped_II = hessian_II.double() + torch.eye(len(hessian_II)) * (DAMPING * diagonal_I.mean().clamp(min=1e-6))
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    return torch.linalg.cholesky(inverse_II, upper=True).float()
+    upper_II: Tensor = torch.linalg.cholesky(inverse_II, upper=True)
+    return upper_II.float()
 
 
 def _half(scale: Tensor) -> Tensor:

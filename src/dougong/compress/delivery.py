@@ -21,10 +21,11 @@ from pydantic import Field, model_validator
 
 from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
+from dougong.compress.clock import Timed, interleaved
 from dougong.compress.engines.engine import LARGEST_BATCH, Eager, Engine, EngineConfig
 from dougong.compress.engines.openvino import OpenVino
 from dougong.compress.export import GRAPHS, Source, To, answering_bytes, export, fastest_kind, open_engine
-from dougong.compress.latency import LayerTimes, Timing, fit_layer_times, interleaved
+from dougong.compress.latency import LayerTimes, fit_layer_times
 from dougong.compress.parts import Layer
 from dougong.compress.plan import CHOICES, Choice, Plan, read_choice
 from dougong.compress.quantise import (
@@ -91,7 +92,7 @@ class ExportRequest(Config):
     def _bits_that_are_known(self) -> Self:
         budget = self.most_bytes is not None or self.most_seconds is not None
         if self.bits not in (None, "mixed"):
-            read_choice(cast(str, self.bits))
+            read_choice(self.bits)
         if budget and self.bits != "mixed":
             raise ValueError("a size or a latency is met by choosing bits. Use --bits mixed beside it.")
         if self.bits == "mixed" and not budget:
@@ -177,7 +178,7 @@ def deliver(
                 raise ConfigError("--to auto measures which engine is fastest, on records. Give some with --data.")
             found, _ = fastest_kind(made, timed, request.engine)
             to = "torch" if found == "eager" else cast(To, found)
-        memory_bytes = _write(made, folder, cast(To, to), None, request, table)
+        memory_bytes = _write(made, folder, to, None, request, table)
         told = _told(model, folder, cast(str, to), None, judged, timed, request)
         return told._replace(memory_bytes=memory_bytes)
     layers = made.cut.layers
@@ -336,7 +337,7 @@ def profile(engine: OpenVino, batch: Batch, turns: int = 15) -> dict[str, float]
     return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in found.items()}
 
 
-def time_engine(engine: Engine, batch: Batch) -> Timing:
+def time_engine(engine: Engine, batch: Batch) -> Timed:
     """The time of one batch."""
     return interleaved({"": functools.partial(engine.run, batch)})[""]
 

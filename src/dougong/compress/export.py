@@ -24,10 +24,10 @@ import torch
 
 from dougong.bundle.model import Model
 from dougong.compress import runtime
+from dougong.compress.clock import Timed
 from dougong.compress.engines.engine import Eager, Engine, EngineConfig, EngineNetwork, fastest
 from dougong.compress.engines.graphs import GraphEngine
 from dougong.compress.engines.openvino import OpenVino, apply_bits, name_layers, to_graph, write_graph
-from dougong.compress.latency import Timing
 from dougong.compress.needs import needed
 from dougong.compress.parts import Part, cut
 from dougong.compress.plan import CHOICES
@@ -228,7 +228,7 @@ def open_engine(folder: Path, config: EngineConfig | None = None, *, profile: bo
     return OpenVino(folder, config, profile=profile) if to == "openvino" else GraphEngine(folder, config)
 
 
-def fastest_kind(source: Source, batch: Batch, config: EngineConfig | None = None) -> tuple[str, dict[str, Timing]]:
+def fastest_kind(source: Source, batch: Batch, config: EngineConfig | None = None) -> tuple[str, dict[str, Timed]]:
     """Which engine answers this batch fastest here, and what was measured of each that is installed, eager beside."""
     with tempfile.TemporaryDirectory() as temporary:
         engines: dict[str, Engine] = {"eager": Eager(source.model.network, config)}

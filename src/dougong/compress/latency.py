@@ -1,58 +1,16 @@
-"""How long a batch takes, measured; and how long it will take under a plan, predicted.
+"""How long a batch will take under a plan, predicted from what was measured.
 
-Here        Timing, `interleaved` (several runs measured in turn); LayerTimes, `predict_seconds`.
-Elsewhere   times of single layers, as an engine tells them (engines/).
-Promise     what is compared is measured in turn, in an order drawn anew each time, after warming up; a figure is a
-            median. A prediction is a sum of measured times, so that a solver may use it layer by layer.
+Here        LayerTimes, `fit_layer_times`.
+Elsewhere   measuring (clock.py); times of single layers, as an engine tells them (engines/).
+Promise     a prediction is a sum of measured times, so that a solver may use it layer by layer.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
-
-import numpy as np
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from dougong.compress.plan import Choice, Plan
-
-WARM: Final = 3
-TURNS: Final = 21
-
-
-class Timing(NamedTuple):
-    """Seconds of one run."""
-
-    median: float
-    low: float
-    high: float
-    """The quartiles."""
-
-    seconds: tuple[float, ...]
-    """By turn."""
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
-        low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
-        return cls(float(middle), float(low), float(high), tuple(seconds))
-
-
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], *, warm: int = WARM, turns: int = TURNS, seed: int = 0
-) -> dict[str, Timing]:
-    """Each run's time, by name: in every turn each runs once, in an order drawn anew."""
-    names = list(runs)
-    for name in names:
-        for _ in range(warm):
-            runs[name]()
-    random = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(turns):
-        for place in random.permutation(len(names)):
-            started = time.perf_counter()
-            runs[names[place]]()
-            found[names[place]].append(time.perf_counter() - started)
-    return {name: Timing.of(seconds) for name, seconds in found.items()}
 
 
 class LayerTimes(NamedTuple):

@@ -289,9 +289,8 @@ def _taken(shape: Input, stem: nn.Module) -> Taken:
     if isinstance(shape, SignalInput) and isinstance(stem, SignalStem | VectorStem):
         first, step = (stem.num_numbers, 0) if isinstance(stem, VectorStem) else (stem.window, stem.stride)
         several = isinstance(stem, SignalStem) and stem.num_windows > 1
-        samples_UCT = torch.zeros(
-            3, shape.num_channels, first + step * min(2, stem.num_windows - 1) if several else first
-        )
+        further = step * min(2, stem.num_windows - 1) if isinstance(stem, SignalStem) else 0
+        samples_UCT = torch.zeros(3, shape.num_channels, first + further)
         axes: dict[str, dict[int, str]] = {"samples_UCT": {0: "media"}, "mask_UT": {0: "media"}}
         if several:
             axes["samples_UCT"][2] = axes["mask_UT"][1] = "length"

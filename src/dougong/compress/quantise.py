@@ -146,9 +146,14 @@ def round_layers(
 def bytes_of(layers: Mapping[str, Layer]) -> Costs:
     """What each layer's weights take at each choice."""
     return {
-        name: {choice: float(weight_bytes(*layer.module.weight.shape, choice)) for choice in layer.choices}
+        name: {choice: float(weight_bytes(*_sides(layer), choice)) for choice in layer.choices}
         for name, layer in layers.items()
     }
+
+
+def _sides(layer: Layer) -> tuple[int, int]:
+    rows, columns = layer.module.weight.shape
+    return rows, columns
 
 
 def choose(scores: Mapping[str, Mapping[Choice, float]], bytes_: Costs, seconds: Costs | None, budget: Budget) -> Plan:

@@ -1,6 +1,6 @@
 """From a bundle to a smaller and faster one of the same signature.
 
-Here        `compress_bundle`, Result; `read_seconds`, `read_ratio`, for what people write in a budget.
+Here        `compress_bundle`, Result; `read_ratio`, for what people write in a budget.
 Elsewhere   the search (search.py); records (records.py); the command (cli/).
 Promise     a folder that holds anything else is not written to; the figures of the result are of records that nothing
             was learnt from or chosen by; a search that was stopped goes on.
@@ -36,7 +36,6 @@ from dougong.engine.metrics import primary_metric
 MOST_CONDITIONS: Final = 5
 """Modalities up to which each is withheld, too, when the result is judged."""
 
-SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 WRITTEN: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -216,17 +215,6 @@ def _check_folder(out: Path, bundle: Path) -> None:
         raise RunError(f"--out {out} is the bundle itself. Name another folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / "search").is_dir():
         raise RunError(f"--out {out} holds other things. Name a folder that is not there yet.")
-
-
-def read_seconds(text: str, option: str) -> float:
-    """
-    Raises:
-        ConfigError: it is no time.
-    """
-    found = WRITTEN.fullmatch(text)
-    if found is None or found[2] not in SECONDS or not float(found[1]):
-        raise ConfigError(f"{option} {text!r} is no time. Write for example 5ms, 90s or 10min.")
-    return float(found[1]) * SECONDS[found[2]]
 
 
 def read_ratio(text: str, option: str) -> float:

@@ -19,7 +19,7 @@ UNITS: Final = {
     "KB": 1000,
 }
 
-SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 _WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
@@ -44,13 +44,14 @@ def bytes_as_text(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def read_seconds(text: str) -> float:
-    """
+def read_seconds(text: str, option: str = "") -> float:
+    """A time above 0; `option` is who asked for it.
+
     Raises:
         ConfigError: it is no time.
     """
     found = _WRITTEN.fullmatch(text)
-    if found is None or found[2] not in SECONDS:
-        raise ConfigError(f"{text!r} is no time. Write for example 5ms, 250us or 0.5s.")
+    if found is None or found[2] not in SECONDS or not float(found[1]):
+        raise ConfigError(f"{option} {text!r} is no time. Write for example 5ms, 2s or 10min.".lstrip())
     seconds: float = float(found[1]) * SECONDS[found[2]]
     return seconds

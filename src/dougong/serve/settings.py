@@ -1,6 +1,6 @@
 """How a server is set up.
 
-Here        ServeConfig, with Limits; `read_keys`, `read_seconds`.
+Here        ServeConfig, with Limits; `read_keys`.
 Elsewhere   obeying it (app.py, access.py, server.py); what batching is told (batcher.py).
 Promise     a server that others could reach has keys, or it does not start.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 from pathlib import Path
 from typing import Final
 
@@ -161,12 +160,3 @@ def read_keys(path: Path) -> tuple[KeyConfig, ...]:
 
 
 _EXAMPLE: Final = 'Use for example [{"name": "shop", "sha256": "(of the key)", "per_second": 50}].'
-
-
-def read_seconds(text: str) -> float:
-    """Raises:
-    ConfigError: it is no time."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s|min)\s*", text)
-    if found is None:
-        raise ConfigError(f"{text!r} is no time. Write for example 50ms or 2s.")
-    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}[found[2]]

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dougong.compress.latency import Timing, interleaved
+from dougong.compress.clock import Timed, interleaved
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.model.evidence import Opinion
@@ -133,7 +133,7 @@ class EngineNetwork(nn.Module):
         )
 
 
-def fastest(engines: Mapping[str, Engine], batch: Batch, *, turns: int = 9) -> tuple[str, dict[str, Timing]]:
+def fastest(engines: Mapping[str, Engine], batch: Batch, *, turns: int = 9) -> tuple[str, dict[str, Timed]]:
     """The name of the engine that answers this batch fastest, and what was measured of all, in turn."""
     runs = {name: functools.partial(engine.run, batch) for name, engine in engines.items()}
     timings = interleaved(runs, turns=turns)

@@ -46,7 +46,8 @@ def to_graph(part: Part) -> Any:
     openvino = needed("openvino", "compress")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own deprecations, and of the decisions said above
-        traced = torch.jit.trace(_Flat(part), tuple(part.example.values()), strict=False, check_trace=False)
+        trace: Any = torch.jit.trace  # torch ships it without types
+        traced = trace(_Flat(part), tuple(part.example.values()), strict=False, check_trace=False)
         graph = openvino.convert_model(traced, example_input=tuple(part.example.values()))
     shapes = {}
     for given, (name, value) in zip(graph.inputs, part.example.items(), strict=True):
