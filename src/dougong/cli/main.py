@@ -647,8 +647,8 @@ def loadtest(
     """Ask a server at a steady rate, whether or not it keeps up, and say how long answers took."""
     from dougong.cli.show import print_load
     from dougong.core.config import parse
+    from dougong.core.sizes import read_seconds
     from dougong.serve.loadtest import LoadConfig, draw_load, load_test
-    from dougong.serve.settings import read_seconds
 
     values = {
         "url": url,

@@ -48,6 +48,9 @@ REST: Final = "rest"
 STEPPED: Final = 2 * 2**20
 """Bytes of weights that the optimizer has in memory at a time, three times over."""
 
+GIVEN_BACK: Final = 4
+"""Blocks after whose backward free memory is given back: it takes milliseconds."""
+
 LARGEST: Final = 64 * 2**20
 """Bytes of a weight that is stepped where it lies."""
 
@@ -200,7 +203,7 @@ class Offloaded:
         return leave
 
     def _back_to(self, place: int) -> None:
-        if self._at != f"block-{place}":
+        if self._at != f"block-{place}" and place % GIVEN_BACK == 0:
             _give_back()
         self._enter(place, place - 1)
 
@@ -292,6 +295,11 @@ class Offloaded:
                 optimizer.state[parameter] = {"step": torch.zeros(()), **means}
         step = optimizer.step
         pieces = self._pieces(optimizer)
+        # Of each piece, what is in which group.
+        by_group = [
+            [[p for p in group["params"] if self._name_of[p] in piece.parameters] for group in optimizer.param_groups]
+            for piece in pieces
+        ]
 
         def by_piece(*_: Any) -> None:
             groups = optimizer.param_groups
@@ -304,9 +312,8 @@ class Offloaded:
                     copies = ahead.popleft()
                     for following in pieces[place + 2 : place + 3]:
                         ahead.append(self._copies(optimizer, following))
-                    own = [[p for p in group["params"] if self._name_of.get(p) in piece.parameters] for group in groups]
                     optimizer.param_groups = [
-                        {**group, "params": each} for group, each in zip(groups, own, strict=True)
+                        {**group, "params": own} for group, own in zip(groups, by_group[place], strict=True)
                     ]
                     with self._in_memory(optimizer, piece, copies):
                         if self._by != 1.0:
@@ -344,8 +351,6 @@ class Offloaded:
                     pieces, held = _with_piece(pieces, unit, held), {}
                 held[self._name_of[parameter]] = parameter
             pieces = _with_piece(pieces, unit, held)
-        strange = [p for p in stepped if p not in self._unit_of]
-        assert not strange
         return pieces
 
     def _copies(self, optimizer: Optimizer, piece: Piece) -> dict[str, Copy]:
@@ -401,7 +406,9 @@ class Offloaded:
                 parameter.grad = parameter.grad * self._by
 
     def _trained(self, optimizer: Optimizer) -> Sequence[nn.Parameter]:
-        return [p for group in optimizer.param_groups for p in group["params"] if p in self._unit_of]
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert all(p in self._unit_of for p in stepped), "what the optimizer steps is the model's"
+        return stepped
 
     def close(self) -> None:
         """The model is in memory again, as far as it was, and the files are gone."""
