@@ -229,7 +229,7 @@ def test_after_sigterm_nothing_is_lost_and_nothing_is_left(server: Process, reco
 def test_mistakes_are_told_in_one_line(colour_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, reason in (
         (["serve", str(tmp_path)], "is no bundle"),
-        (["serve", str(colour_run), "--slo", "fast"], "'fast' is no time. Write for example 50ms"),
+        (["serve", str(colour_run), "--slo", "fast"], "'fast' is no time. Write for example 5ms"),
         (["serve", str(colour_run), "--host", "0.0.0.0"], "nobody would need a key"),
         (["serve", f"a b={colour_run}"], "cannot name a model"),
         (["serve", f"a={colour_run}", f"a:1={colour_run}"], "has a version 1 already"),

@@ -183,7 +183,7 @@ def _as_onnx(part: Part, program: torch.export.ExportedProgram) -> bytes:
         made = torch.onnx.export(
             program,
             input_names=list(part.example),
-            output_names=list(part.outputs),
+            output_names=[f"{name}_out" for name in part.outputs],  # some inputs are passed on
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

@@ -227,8 +227,8 @@ def _open_onnx(folder: Path, spec: Mapping[str, Any], threads: int | None) -> Ca
     }
 
     def call(name: str, given: Arrays) -> Arrays:
-        session = sessions[name]
-        return dict(zip([each.name for each in session.get_outputs()], session.run(None, given), strict=True))
+        # By place: in the graph, an output has another name than the input that it may pass on.
+        return dict(zip(outputs_of(spec, name), sessions[name].run(None, given), strict=True))
 
     return call
 

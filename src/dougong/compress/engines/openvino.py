@@ -167,9 +167,9 @@ def write_graph(graph: Any, path: Path, layers: Mapping[str, Any], *, half: bool
     for place, operation in enumerate(graph.get_ordered_ops()):
         kind = operation.get_type_name()
         # The library numbers its operations from one count for the whole process.
-        if id_of(operation) not in kept and kind not in ("Parameter", "Result"):
+        if id_of(operation) not in kept and kind != "Parameter":
             operation.set_friendly_name(f"{kind}_{place}")
-            for made in operation.outputs():
+            for made in operation.outputs() if kind != "Result" else ():  # a result's is what it passes on
                 made.get_tensor().set_names(set())
     openvino.save_model(graph, path, compress_to_fp16=half)
 
