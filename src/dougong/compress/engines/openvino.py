@@ -171,6 +171,7 @@ def write_graph(graph: Any, path: Path, layers: Mapping[str, Any], *, half: bool
             operation.set_friendly_name(f"{kind}_{place}")
             for made in operation.outputs() if kind != "Result" else ():  # a result's is what it passes on
                 made.get_tensor().set_names(set())
+    graph.set_friendly_name(path.stem)  # which is numbered too
     openvino.save_model(graph, path, compress_to_fp16=half)
 
 
