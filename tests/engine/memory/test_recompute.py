@@ -39,7 +39,7 @@ def trained(kind: str, keep: Keep | list[Keep], precision: Any = "fp32") -> Afte
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_step_is_bit_equal_whatever_is_kept(kind: str, precision: str) -> None:
     whole = trained(kind, "all", precision)
     for keep in KEEPS[1:]:

@@ -228,6 +228,10 @@ ACCUMULATION = 4
 
 
 FURTHER = {
+    "1x8x1",
+    "context 2, hybrid 2x2, tensor 2",
+    "zero2 over 8, a few together",
+    "hybrid 2x2, tensor 2",
     "4x2x1, by nodes of 4",
     "1x8x1, tokens whole",
     "zero3 over 8",
@@ -268,14 +272,19 @@ assert LAYOUTS.keys() >= FURTHER
 ANEW = [
     ("sandwich", "8x1x1"),
     ("sandwich", "2x2x2 1f1b"),
-    ("sandwich", "2x2x2 zbv"),
-    ("sandwich", "zero3 over 8, a few together"),
-    ("decoder", "zero1, hybrid 2x2, tensor 2"),
+    *(
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (
+            ("sandwich", "2x2x2 zbv"),
+            ("sandwich", "zero3 over 8, a few together"),
+            ("decoder", "zero1, hybrid 2x2, tensor 2"),
+            ("decoder", "zero2 over 8, a few together"),
+            ("decoder", "1f1b, zero2 over 2, tensor 2"),
+            ("decoder", "context 4, data 2, heads for tokens"),
+            ("decoder", "experts over 2, zero3 over 4, tensor 2"),
+        )
+    ),
     ("decoder", "2x2x2 dualpipev"),
-    ("decoder", "zero2 over 8, a few together"),
-    ("decoder", "1f1b, zero2 over 2, tensor 2"),
-    ("decoder", "context 4, data 2, heads for tokens"),
-    ("decoder", "experts over 2, zero3 over 4, tensor 2"),
 ]
 """One of each way to carry a step out."""
 

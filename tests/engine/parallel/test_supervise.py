@@ -33,6 +33,7 @@ def unbroken(folder: Path) -> None:
     as_rank.run(folder, Ranks(dist.group.WORLD), [])
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_and_one_that_hangs_are_named_and_the_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
     said: list[str] = []
     faults = [[1, 6, "kill"], [0, 10, "hang"]]

@@ -74,6 +74,7 @@ def test_every_rank_holds_what_was_said_within_a_twentieth(kind: str, name: str)
             assert getattr(said, what) == pytest.approx(getattr(found[rank], what), rel=0.05), (rank, what)
 
 
+@pytest.mark.slow
 def test_a_rank_of_512_is_rehearsed_without_numbers() -> None:
     plan = PlanConfig(pipeline=2)
     said = rehearse(rehearsal("decoder", unreal=True), plan, WORLD, WORLD - 1)
