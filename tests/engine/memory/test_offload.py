@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from dougong.core.errors import ConfigError
 from dougong.data.position import Share
 from dougong.engine.memory.account import Account, StepBytes
-from dougong.engine.memory.offload import OffloadConfig, apply_offload
+from dougong.engine.memory.offload import OffloadConfig, Offloaded, apply_offload
 from dougong.engine.memory.recompute import all_alike, apply_recompute
 from dougong.engine.memory.shelf import Shelf, Slot, weights_in
 from dougong.engine.optimizer import OptimizerConfig
@@ -71,6 +72,34 @@ def test_a_step_is_bit_equal_wherever_its_state_lies(kind: str, where: str, tmp_
         assert found.norms == whole.norms
         for name, value in found.state.items():
             assert torch.equal(value, whole.state[name]), name
+
+
+def test_weights_lie_in_their_files_again_after_each_work(tmp_path: Path) -> None:
+    model = build("decoder").train()
+    apply_recompute(model, all_alike("nothing", len(model.blocks)))
+    optimizer = OptimizerConfig().build(model)
+    offloaded = apply_offload(model, ALL, tmp_path / "shelf", anew=[True] * len(model.blocks))
+    offloaded.take(optimizer)
+    (batch, *_) = batches("decoder", Share())
+
+    def lying() -> bool:
+        places = {p.data_ptr() for (_, _), p in _shelved(offloaded)}
+        return all(p.data_ptr() in places for p in model.parameters())
+
+    assert lying()
+    loss_of(model(batch), batch).backward()
+    assert lying()
+    optimizer.step()
+    assert lying()
+    with torch.no_grad():
+        model(batch)
+    assert lying()
+    offloaded.close()
+
+
+def _shelved(offloaded: Offloaded) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    for file in offloaded.shelf._files.values():
+        yield from ((key, tensor) for key, tensor in file.tensors.items() if key[0] == "weight")
 
 
 def test_gradients_are_held_one_at_a_time(tmp_path: Path) -> None:
