@@ -206,16 +206,24 @@ def _without_traces(proto: Any) -> None:
     proto.doc_string = proto.graph.doc_string = ""
 
 
-def load_export(folder: Path, config: EngineConfig | None = None) -> Model:
+def load_export(folder: Path, config: EngineConfig | None = None, *, trusted: bool = False) -> Model:
     """An export as a model to ask and to judge; the sum of every file is checked first.
+
+    A torch.export package is opened only where it is `trusted`: torch evaluates expressions that stand in it, and
+    unpickles what it says is pickled, so it is code, and sums do not say whose.
 
     Raises:
         BundleError: it is not a whole, unaltered export.
-        ConfigError: its engine is not installed.
+        ConfigError: its engine is not installed, or it is code and not trusted.
     """
     manifest = read_bundle(folder)
     if manifest.model.get("kind") != KIND:
         raise BundleError(f"{folder} is no export. Make one with dougong export {folder} --out DIR.")
+    if _made_for(folder) == "torch" and not trusted:
+        raise ConfigError(
+            f"{folder} is a torch.export package, which is code: torch runs what stands in it. Ask an export for "
+            "openvino or onnx, or, if it is your own, its run.py."
+        )
     engine = open_engine(folder, config)
     network = EngineNetwork(engine, list(manifest.signature.inputs))
     return Model(cast(Sandwich, network), Preparation.load(folder), manifest)
@@ -223,9 +231,14 @@ def load_export(folder: Path, config: EngineConfig | None = None) -> Model:
 
 def open_engine(folder: Path, config: EngineConfig | None = None, *, profile: bool = False) -> GraphEngine:
     """The engine that an export was made for."""
-    to = json.loads((folder / runtime.EXPORT).read_text(encoding="utf-8"))["to"]
+    to = _made_for(folder)
     needed(_PACKAGE[to], "compress")
     return OpenVino(folder, config, profile=profile) if to == "openvino" else GraphEngine(folder, config)
+
+
+def _made_for(folder: Path) -> str:
+    """What its graphs are opened by: not what its manifest says, but what the runtime goes by."""
+    return str(json.loads((folder / runtime.EXPORT).read_text(encoding="utf-8"))["to"])
 
 
 def fastest_kind(source: Source, batch: Batch, config: EngineConfig | None = None) -> tuple[str, dict[str, Timed]]:
