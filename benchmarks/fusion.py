@@ -283,12 +283,18 @@ def results(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         else:
             yield job, known
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        running = {pool.submit(carry_out, job): job for job in waiting}
+        running = {pool.submit(_and_kept, job): job for job in waiting}
         for done, future in enumerate(as_completed(running), start=1):
             job, figures = running[future], future.result()
-            kept.put(repr(job), figures)
             print(f"{done} of {len(waiting)}: {job.set_name}, {job.way}, seed {job.seed}", file=sys.stderr)
             yield job, figures
+
+
+def _and_kept(job: Job) -> dict[str, Any]:
+    """In the process that has loaded what ran."""
+    kept, figures = Kept("fusion"), carry_out(job)
+    kept.put(repr(job), figures)
+    return figures
 
 
 def summary(one: Mapping[str, Any], late: Mapping[str, Any]) -> dict[str, float]:

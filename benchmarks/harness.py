@@ -4,8 +4,8 @@ Here        `run`: options, printing, and the file in benchmarks/results/; `Kept
             may be stopped and gone on with.
 Elsewhere   the measuring (each script); `dougong bench NAME` calls the scripts.
 Promise     the written result names its command, commit, machine and versions; a quick run says so and writes nothing.
-            A part is taken from an earlier run only where every source that the script can reach by its imports is the
-            same to the letter; what draws pages and prints (watch/, cli/) changes no figure and does not count.
+            A part is taken from an earlier run only where every source of ours that was loaded when it was measured is
+            the same to the letter; what draws pages and prints (watch/, cli/) changes no figure and does not count.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -65,25 +66,56 @@ def run(name: str, about: str, measure: Callable[..., Iterable[Figure]], *, part
 
 
 class Kept:
-    """What is measured already, by name, of exactly these sources: they are part of the name of its folder."""
+    """What is measured already, by name, of exactly these sources."""
 
     def __init__(self, name: str) -> None:
-        digest = hashlib.sha256()
-        for file in reached(Path(__file__).with_name(f"{name}.py")):
-            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
-        digest.update(",".join(version(package) for package in PACKAGES).encode())
-        self.folder = cache_folder() / "bench" / name / digest.hexdigest()[:16]
-        """Also for what a script wants to keep itself."""
+        self._script = Path(__file__).with_name(f"{name}.py")
+        self._parts = cache_folder() / "bench" / name / "parts"
+        self._sources: dict[str, str] = {}
+        self._notice()
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """For what a script keeps itself, and must know before it is made: of every source that it could reach."""
+        digest = hashlib.sha256(",".join(_versions()).encode())
+        for name, found in _digests(reached(self._script)).items():
+            digest.update(f"{name}\0{found}".encode())
+        return self._parts.with_name(digest.hexdigest()[:16])
 
     def get(self, key: str) -> Any:
         file = self._file(key)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        part = json.loads(file.read_text(encoding="utf-8"))
+        same = part["versions"] == _versions() and part["sources"] == _digests(ROOT / name for name in part["sources"])
+        return part["value"] if same else None
 
     def put(self, key: str, value: Any) -> None:
-        write_json(self._file(key), value)
+        """To be called in the process that measured: what ran is what it has loaded."""
+        self._notice()
+        write_json(self._file(key), {"key": key, "value": value, "versions": _versions(), "sources": self._sources})
+
+    def _notice(self) -> None:
+        """As they were when first seen: a source that is changed meanwhile is not what ran."""
+        modules = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+        files = {self._script, *(Path(file) for file in modules if file)}
+        ours = {file for file in files if any(file.is_relative_to(ROOT / each) for each in ("src", "benchmarks"))}
+        counted = {file for file in ours if not any(file.is_relative_to(ROOT / each) for each in DRAWN)}
+        self._sources = _digests(counted) | self._sources
 
     def _file(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        return self._parts / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _versions() -> list[str]:
+    return [version(package) for package in PACKAGES]
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    return {
+        file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+        for file in sorted(files)
+    }
 
 
 def reached(script: Path) -> list[Path]:
