@@ -53,7 +53,7 @@ from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig
-from dougong.engine.planner.predict import MIXED, Choice, Prediction, predict
+from dougong.engine.planner.predict import KEEP_ALL, MIXED, Activations, Choice, Prediction, predict
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import SearchConfig, describe, find_layouts
 from dougong.engine.planner.shape import ModelShape, measure_shape, transformer_shape
@@ -98,6 +98,7 @@ SERIES: Final = (
         sequence=True,
     ),
 )
+ANEW: Final = Activations("nothing")
 START: Final = {"matmul_efficiency": 0.65, "touched_factor": 15.0, "score_factor": 13.0}
 
 BOUNDS: Final = {"matmul_efficiency": (0.1, 1.0), "touched_factor": (0.0, 1e3), "score_factor": (0.0, 1e3)}
@@ -146,7 +147,7 @@ def _run(row: Mapping[str, Any], table: Mapping[str, Any], series: Series) -> Ru
     passes = 4 if series.recompute else 3
     words = table["vocab"] / ((16 if series.recompute else 12) * layers * width)
     step = 24 * passes * row["gbs"] * tokens * layers * width**2 * (1 + tokens / (6 * width) + words)
-    choice = Choice(plan, micro_batches, series.recompute)
+    choice = Choice(plan, micro_batches, ANEW if series.recompute else KEEP_ALL)
     return Run(row["model"], shape, row["gpus"], choice, row["tflops_gpu"], step)
 
 
@@ -254,7 +255,7 @@ def naive_layouts(one: Run, cluster: ClusterConfig, records: int) -> Iterator[Na
 
     def predicted(plan: PlanConfig, on: ClusterConfig = cluster, shape: ModelShape = one.shape) -> Prediction:
         step = round(one.devices // (plan.tensor * plan.pipeline) * shape.num_records)
-        return predict(shape, on, Choice(plan, records // step, True), MIXED)
+        return predict(shape, on, Choice(plan, records // step, ANEW), MIXED)
 
     # Records do not divide evenly: as if they did, which favours it; one micro-batch, so that it gathers least.
     data = predicted(PlanConfig(shard=one.devices), shape=one.shape.of_records(records / one.devices))
@@ -281,7 +282,7 @@ def naive_layouts(one: Run, cluster: ClusterConfig, records: int) -> Iterator[Na
     yield Naive("Megatron's sizes, gpipe", plain.records_per_second, plain.peak_bytes)
     apart = predicted(own, cluster.model_copy(update={"inside_bandwidth": cluster.across_bandwidth}))
     yield Naive("Megatron's sizes, tensor ranks in different nodes", apart.records_per_second, apart.peak_bytes)
-    single = predict(one.shape, cluster, Choice(own, 1, True), MIXED)
+    single = predict(one.shape, cluster, Choice(own, 1, ANEW), MIXED)
     beside = single.data_seconds + single.optimizer_seconds
     batches = predicted(own).choice.micro_batches
     seconds = batches * (single.seconds - beside) + beside
@@ -295,9 +296,9 @@ def planned_against_naive() -> Iterator[Figure]:
     cluster = cluster_of(series, fitted(series, runs)).model_copy(update={"devices": one.devices})
     data = one.devices // (one.choice.plan.tensor * one.choice.plan.pipeline)
     records = one.choice.micro_batches * data * round(one.shape.num_records)
-    best = find_layouts(one.shape, cluster, SearchConfig(records=records, recompute=(False, True)), MIXED).predictions[
-        0
-    ]
+    best = find_layouts(
+        one.shape, cluster, SearchConfig(records=records, activations=(KEEP_ALL, ANEW)), MIXED
+    ).predictions[0]
     name = f"145B on {one.devices} devices, best found: {describe(best.choice)}"
     yield Figure(name=name, value=best.records_per_second, unit="records/s")
     own = predict(one.shape, cluster, one.choice, MIXED).records_per_second

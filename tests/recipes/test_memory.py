@@ -16,9 +16,10 @@ from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.memory.segments import SegmentChoice
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN
+from dougong.engine.planner.search import describe
 from dougong.recipes import room
 from dougong.recipes.build import check_layout, learn_preparation, open_records
-from dougong.recipes.plan import Planned
+from dougong.recipes.plan import Planned, _settings
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
 from dougong.recipes.settle import lay_out, settle_recipe
@@ -54,6 +55,10 @@ def planned(recipe: Recipe) -> Planned:
         {"activations": "5MiB"},
         {"offload": "disk"},
         {"saved": "disk"},
+        {"recompute": "blocks", "every": 2, "saved": "disk"},
+        {"offload": "disk", "saved": "disk"},
+        {"offload": "disk", "recompute": "blocks", "saved": "disk"},
+        {"offload": "disk", "recompute": "cheap"},
     ],
 )
 def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
@@ -179,10 +184,45 @@ def test_what_the_planner_recomputes_the_engine_can(colour_table: Path) -> None:
     found = ours.search(KNOWN["cpu"].model_copy(update={"devices": 1}), vary=["recompute"], most=10)
     for each in found.predictions:
         assert each.can_be_carried_out
-    kept, anew = sorted(
-        (ours.rehearsed(each.choice, 1)[0].activations, each.choice.recompute) for each in found.predictions
-    )
-    assert (kept[1], anew[1]) == (True, False)
+    by_bytes = sorted(found.predictions, key=lambda each: ours.rehearsed(each.choice, 1)[0].activations)
+    assert [each.choice.activations.keep for each in by_bytes] == ["nothing", "products", "all"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ({"recompute": "cheap"}, "recompute all but products"),
+        ({"recompute": "blocks"}, "recompute"),
+        ({"recompute": "blocks", "segments": 2}, "recompute, 2 blocks a segment"),
+        ({"saved": "disk", "saved_as": "bf16"}, "saved in bf16, activations on the disk"),
+    ],
+)
+def test_the_planner_reckons_with_what_the_recipe_says(colour_table: Path, memory: dict[str, Any], words: str) -> None:
+    ours, whole = planned(recipe_for(colour_table, memory=memory)), planned(recipe_for(colour_table))
+    cluster = KNOWN["cpu"].model_copy(update={"devices": 1})
+    found, usual = (each.search(cluster, most=1).predictions[0] for each in (ours, whole))
+    assert describe(found.choice).endswith(f"fp32, {words}")
+    assert found.peak_bytes < usual.peak_bytes
+    assert _settings(found, ours.recipe) == []  # nothing besides what it says
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_predicted_of_blocks_is_near_what_a_step_holds(colour_table: Path, recompute: str, every: int) -> None:
+    ours = planned(recipe_for(colour_table, memory={"recompute": recompute, "every": every}))
+    found = ours.search(KNOWN["cpu"].model_copy(update={"devices": 1}), most=1).predictions[0]
+    held = ours.rehearsed(found.choice, 1)[0].activations
+    assert found.peak_bytes - found.state_bytes[0] == pytest.approx(held, rel=0.15)
+
+
+def test_the_planner_reckons_with_weights_and_means_of_few_bits(colour_table: Path) -> None:
+    few = {"train.weights": "bf16-stochastic", "train.precision": "bf16", "train.optimizer.states": "8bit"}
+    ours, whole = planned(recipe_for(colour_table, **few)), planned(recipe_for(colour_table))
+    cluster = KNOWN["cpu"].model_copy(update={"devices": 1})
+    found, usual = (each.search(cluster, most=1).predictions[0] for each in (ours, whole))
+    held = ours.rehearsed(found.choice, 1)[0]
+    assert found.state_bytes[0] == pytest.approx(held.weights + held.gradients + held.optimizer, rel=0.01)
+    assert found.state_bytes[0] < 0.7 * usual.state_bytes[0]  # small matrices keep their means whole
 
 
 def test_what_cannot_be_is_said_in_one_line(colour_table: Path, tmp_path: Path) -> None:

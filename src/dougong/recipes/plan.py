@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import ConfigError
@@ -22,13 +22,13 @@ from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.engine.batches import to_tensors
 from dougong.engine.memory.account import StepBytes
-from dougong.engine.memory.config import keep_of, settled_keep
+from dougong.engine.memory.config import MemoryConfig, keep_of, settled_keep
 from dougong.engine.memory.offload import OffloadConfig
-from dougong.engine.memory.recompute import KEEPS, Keep, all_alike
+from dougong.engine.memory.recompute import KEEPS, Keep
 from dougong.engine.memory.segments import SegmentChoice, choose_segments
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.planner.cluster import KNOWN, ClusterConfig, this_machine
-from dougong.engine.planner.predict import MIXED, Choice, Prediction
+from dougong.engine.planner.predict import KEEP_ALL, MIXED, Activations, Choice, Prediction, bytes_of
 from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.planner.search import Found, SearchConfig, describe, divisors, find_layouts, reason
 from dougong.engine.planner.shape import SHAPES, ModelShape, measure_shape
@@ -47,6 +47,10 @@ from dougong.recipes.build import (
 )
 from dougong.recipes.room import MEMORY_SHARE, building, check_state
 from dougong.recipes.tables import Tables
+
+EVERYTHING_ANEW: Final = Activations("nothing")
+ANEW: Final = (KEEP_ALL, Activations("products"), EVERYTHING_ANEW)
+"""What may be chosen among where recompute varies."""
 
 Varied: TypeAlias = Literal["micro-batches", "precision", "recompute", "offload"]
 """What may be chosen besides how ranks stand. A step has the recipe's records, whatever is chosen."""
@@ -129,7 +133,7 @@ def plan_shape(name: str, cluster: ClusterConfig, *, vary: Collection[Varied] = 
     search = SearchConfig(
         records=round(shape.num_records) * cluster.devices,
         micro_batches=(1,),
-        recompute=(False, True) if "recompute" in vary else (False,),
+        activations=ANEW if "recompute" in vary else (KEEP_ALL,),
         offload=("none", "host", "disk") if "offload" in vary else ("none",),
         memory_share=MEMORY_SHARE,
         most=most,
@@ -189,16 +193,24 @@ class Planned:
             records=self.records,
             micro_batches=tuple(divisors(self.records)) if "micro-batches" in vary else (own.micro_batches,),
             precisions=("fp32", "bf16") if "precision" in vary else (cast(Chosen, own.precision),),
-            recompute=(False, True) if "recompute" in vary else (own.recompute,),
+            activations=self._varied(own.activations) if "recompute" in vary else (own.activations,),
             offload=("none", "host", "disk") if "offload" in vary else (own.offload,),
             memory_share=MEMORY_SHARE,
             most=most,
         )
-        return find_layouts(self.shape, cluster, search, check=functools.partial(self.check, cluster.devices))
+        train = self.recipe.train
+        sizes = bytes_of(self.model, train.weights, train.optimizer.states, accumulation=train.accumulation)
+        return find_layouts(self.shape, cluster, search, sizes, check=functools.partial(self.check, cluster.devices))
+
+    def _varied(self, own: Activations) -> tuple[Activations, ...]:
+        """What blocks may keep, each as the recipe puts it elsewhere."""
+        anew = ANEW if makes_once(self.recipe) else (KEEP_ALL, EVERYTHING_ANEW)
+        varied = [each._replace(saved=own.saved, saved_as=own.saved_as) for each in anew]
+        return tuple(dict.fromkeys([*varied, own]))
 
     def choice(self, plan: PlanConfig) -> Choice:
-        """This layout, and all else as the recipe has it. Where precision is to be measured, fp32 is reckoned with,
-        which takes more."""
+        """This layout, and all else as the recipe has it. What is to be measured yet is reckoned with at its dearest:
+        precision as fp32, activations within a budget as all kept, segments as single blocks."""
         train, memory = self.recipe.train, self.recipe.memory
         precision: Chosen = "fp32" if train.precision == "auto" else train.precision
         if train.weights != "fp32":
@@ -206,7 +218,12 @@ class Planned:
         return Choice(
             plan,
             train.accumulation,
-            recompute=memory.recompute == "blocks" and memory.every == 1,
+            activations=Activations(
+                keep=_told_shortly(keep_of(memory, len(self.model.blocks))),
+                segment=memory.segments if isinstance(memory.segments, int) else 1,
+                saved=memory.saved,
+                saved_as=memory.saved_as,
+            ),
             offload="disk" if "weights" in memory.offload.on_disk else "none",
             precision=precision,
         )
@@ -245,7 +262,8 @@ class Planned:
             ConfigError: so many ranks cannot train this recipe so.
         """
         train = self.recipe.train.model_copy(update={"accumulation": choice.micro_batches})
-        check_layout(self.recipe.model_copy(update={"train": train}), choice.plan, world)
+        memory = self.recipe.memory.model_copy(update=_memory_of(choice.activations))
+        check_layout(self.recipe.model_copy(update={"train": train, "memory": memory}), choice.plan, world)
         check_model(self.model, choice.plan, self.recipe.memory.offload)
         if choice.offload == "disk":
             check_model(self.model, choice.plan, OffloadConfig.model_validate("disk"))
@@ -279,10 +297,9 @@ class Planned:
     def rehearsed(self, choice: Choice, world: int, keep: Sequence[Keep] | None = None) -> tuple[StepBytes, ...]:
         """By rank of the pipeline, what its last holds, that has most of the records; None: blocks keep what the choice
         or the recipe says."""
-        if keep is None and choice.recompute:
-            keep = all_alike("nothing", len(self.model.blocks))
-        elif keep is None and not self.choice(choice.plan).recompute:
-            keep = keep_of(self.recipe.memory, len(self.model.blocks))
+        how = choice.activations
+        if keep is None and how.makes_anew:
+            keep = how.keeps(len(self.model.blocks))
         count, places = choice.micro_batches, choice.plan.pipeline
         size = None if count == self.recipe.train.accumulation else self.records // count
         what = Rehearsal(
@@ -340,7 +357,7 @@ def _as_json(found: Prediction, recipe: LaidOut | None) -> dict[str, Any]:
         "settings": None if recipe is None else _settings(found, recipe),
         "micro_batches": found.choice.micro_batches,
         "precision": found.choice.precision,
-        "recompute": found.choice.recompute,
+        "activations": found.choice.activations._asdict(),
         "offload": found.choice.offload,
         "can_be_carried_out": found.can_be_carried_out,
         "host_bytes": found.host_bytes,
@@ -372,6 +389,30 @@ def _settings(found: Prediction, recipe: LaidOut) -> list[str]:
         told.append(f"train.precision={choice.precision}")
     if choice.offload == "disk" and "weights" not in recipe.memory.offload.on_disk:
         told.append("memory.offload=disk")
-    if choice.recompute != (recipe.memory.recompute == "blocks"):
-        told.append(f"memory.recompute={'blocks' if choice.recompute else 'none'}")
+    wanted, settings = choice.activations, recipe.memory
+    if isinstance(wanted.keep, str) and wanted.keep != _all_alike(settings):
+        told.append(f"memory.recompute={_RECOMPUTE[wanted.keep]}")
     return told
+
+
+_RECOMPUTE: Final[dict[Keep, str]] = {"all": "none", "products": "cheap", "nothing": "blocks"}
+
+
+def _memory_of(activations: Activations) -> dict[str, Any]:
+    """The settings by which blocks keep so much."""
+    if isinstance(activations.keep, str):
+        return {"recompute": _RECOMPUTE[activations.keep], "every": 1, "keep": None, "activations": None}
+    return {"recompute": "none", "every": 1, "keep": activations.keep, "activations": None}
+
+
+def _told_shortly(keep: tuple[Keep, ...] | None) -> Keep | tuple[Keep, ...]:
+    if keep is None:
+        return "all"
+    return keep[0] if len(set(keep)) == 1 else keep
+
+
+def _all_alike(memory: MemoryConfig) -> Keep | None:
+    """What all blocks keep by the recipe; None: not all the same, or a budget says."""
+    if memory.keep is not None or memory.activations is not None or memory.every != 1:
+        return None
+    return next(keep for keep, name in _RECOMPUTE.items() if name == memory.recompute)

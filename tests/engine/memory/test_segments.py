@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dougong.engine import prepare
 from dougong.engine.memory.account import Alive
 from dougong.engine.memory.allocated import most_allocated
 from dougong.engine.memory.config import MemoryConfig
+from dougong.engine.memory.saved import SavedAs, apply_saved
 from dougong.engine.memory.segments import apply_segments, check_segments, choose_segments, sizes_of
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.plan import PlanConfig
@@ -107,6 +109,21 @@ def test_segments_are_the_blocks_within_rounding(size: int) -> None:
     assert sum(segment.eager for segment in segments) == 0
     with torch.no_grad():
         assert torch.equal(model(numbers()), plain(numbers()))
+
+
+@pytest.mark.parametrize("saved_as", ["same", "bf16"])
+def test_what_a_segment_was_given_can_lie_on_the_disk(tmp_path: Path, saved_as: SavedAs) -> None:
+    plain, model, batch = stack(), stack(), numbers(256)
+    apply_segments(plain, 2, backend=TRACED)
+    apply_segments(model, 2, backend=TRACED)
+    counted = apply_saved(model, "disk", saved_as, folder=tmp_path, small_bytes=0)
+    wanted = gradients(plain, batch)
+    found = gradients(model, batch)
+    assert torch.equal(found, wanted) if saved_as == "same" else apart(found, wanted) < 0.02
+    # Of each of two segments, what it was given: the first has numbers that need no gradient.
+    bytes_each = 4 * batch.media["x"].values["x_BD"].numel()
+    assert counted.moved == (2 * bytes_each if saved_as == "same" else bytes_each)
+    assert counted.rounded == (0 if saved_as == "same" else 2 * bytes_each)
 
 
 def test_dropout_draws_the_same_when_made_anew() -> None:

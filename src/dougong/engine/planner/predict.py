@@ -1,7 +1,8 @@
 """What a step costs on a layout, before anything runs.
 
-Here        Choice (a layout with its micro-batches), Offload, Prediction, `predict`, `predict_least`; `state_bytes`, of
-            the stages of ZeRO; the formulas, for `--explain`.
+Here        Choice (a layout with its micro-batches), Activations, Offload, Prediction, `predict`, `predict_least`;
+            BytesConfig, and `bytes_of` a model's weights; `state_bytes`, of the stages of ZeRO; the formulas, for
+            `--explain`.
 Elsewhere   shapes (shape.py), devices (cluster.py), who waits for whom (engine/parallel/schedule.py), which layouts
             there are (search.py).
 Promise     throughputs of published runs within 10 %, each left out when the constants were fitted
@@ -18,14 +19,20 @@ Memory  parameters x (weight + gradient + optimizer bytes / shards) where the op
         parameters x (weight + gradient + optimizer bytes) / shards where all is, and then the weights gathered: zero3
         one unit's (a few blocks) at a time, zero2 all. Activations: kept / t, kept whole (/ t where tokens are
         shared out) and what enters cut layers, of as many micro-batches as a rank has under way at once (1F1B:
-        pipeline - its place); with recompute the states between blocks and all of one block. (Rajbhandari et al. 2020;
-        Korthikanti et al. 2022, arXiv:2205.05198.) In bf16 activations are half as large, and weights have a copy of
-        half their bytes from forward to backward. These leave out what lies between two operations and what is on its
-        way: where it matters, a rank is rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded
-        to the host: no optimizer bytes, and (gradient + weight bytes) / host bandwidth a step (Ren et al. 2021,
-        arXiv:2101.06840). To the disk: two blocks' weights and one's gradients are left; a step takes no less than
-        (2 x weight x micro-batches + gradient) / disk bandwidth beside the work, and then (2 x weight + 2 x optimizer +
-        gradient) / disk bandwidth; the host holds two blocks' state (Rajbhandari et al. 2021, arXiv:2104.07857).
+        pipeline - its place). Of a block that keeps nothing, what it was given, and the rest of one such block (of a
+        segment of blocks, where several are made anew as one) while it is made anew; of one that keeps products, those
+        and what it was given. (Rajbhandari et al. 2020; Korthikanti et al. 2022, arXiv:2205.05198.) Made anew: a
+        forward and its exchanges once more, or what lies between products and the exchanges. Saved in 16 bits, fp32
+        activations of blocks are half as large; saved elsewhere, two blocks' are left, and a step takes no less than 2
+        x their bytes / host or disk bandwidth. Weights of 16 bits: 2 bytes and 2 of gradient (4 where micro-batches are
+        added up), and beside the means 4 for masters or 2 for Kahan's compensation; means of 8 or 4 bits with their
+        scales. In bf16 activations are half as large, and fp32 weights have a copy of half their bytes from forward to
+        backward. These leave out what lies between two operations and what is on its way: where it matters, a rank is
+        rehearsed (rehearse.py), whose bytes are within 5 % of counted ones. Offloaded to the host: no optimizer bytes,
+        and (gradient + weight bytes) / host bandwidth a step (Ren et al. 2021, arXiv:2101.06840). To the disk: two
+        blocks' weights and one's gradients are left; a step takes no less than (2 x weight x micro-batches + gradient)
+        / disk bandwidth beside the work, and then (2 x weight + 2 x optimizer + gradient) / disk bandwidth; the host
+        holds two blocks' state (Rajbhandari et al. 2021, arXiv:2104.07857).
 """
 
 from __future__ import annotations
@@ -34,11 +41,14 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import Field
+from torch import nn
 
 from dougong.core.config import Config
+from dougong.engine.memory.recompute import Keep
+from dougong.engine.memory.saved import Saved, SavedAs
 from dougong.engine.parallel.pipeline import stage_bounds
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.schedule import (
@@ -54,8 +64,10 @@ from dougong.engine.parallel.schedule import (
 )
 from dougong.engine.parallel.shard import units_of
 from dougong.engine.planner.cluster import ClusterConfig
-from dougong.engine.planner.shape import BlockShape, ModelShape
+from dougong.engine.planner.shape import BlockShape, ModelShape, skeleton
 from dougong.engine.precision.choice import Chosen
+from dougong.engine.precision.states import StateFormat, States
+from dougong.engine.precision.weights import Weights, apply_weights
 
 MOST_ACTIONS = 6_000
 """Up to so many a schedule is carried out; beyond, its bubble is by formula."""
@@ -76,10 +88,33 @@ class BytesConfig(Config):
     """Of its copy in the products' precision, which is there from the forward to the backward."""
 
     def in_precision(self, precision: Chosen) -> BytesConfig:
-        """Of weights in fp32 and a shape counted in fp32, where products are computed in this."""
+        """Of a shape counted in fp32, where products are computed in this; 16-bit weights need no copy for it."""
         if precision == "fp32":
             return self
-        return self.model_copy(update={"activation": self.activation / 2, "cast": self.weight / 2})
+        return self.model_copy(update={"activation": self.activation / 2, "cast": max(0.0, self.weight - 2.0)})
+
+
+def bytes_of(model: nn.Module, weights: Weights, states: States, *, accumulation: int = 1) -> BytesConfig:
+    """What a parameter of this model takes on average, weights kept and stepped so, counted and not computed.
+
+    Raises:
+        ConfigError: `states` needs what is not installed.
+    """
+    bare, kept = skeleton(model), StateFormat(states)
+    narrowed = apply_weights(bare, weights, accumulation=accumulation)
+    beside = {"bf16-masters": 4.0, "bf16-kahan": 2.0}.get(weights, 0.0)
+    gradient = optimizer = 0.0
+    for parameter in bare.parameters():
+        if parameter.requires_grad:
+            state: dict[str, Any] = {}
+            kept.begin(state, "exp_avg", parameter)
+            kept.begin(state, "exp_avg_sq", parameter)
+            optimizer += sum(value.nbytes for value in state.values())
+            optimizer += beside * parameter.numel() if parameter in narrowed.exact else 0.0
+            gradient += parameter.numel() * (parameter.grad_dtype or parameter.dtype).itemsize
+    count = max(1, sum(parameter.numel() for parameter in bare.parameters()))
+    whole = sum(parameter.nbytes for parameter in bare.parameters())
+    return BytesConfig(weight=whole / count, gradient=gradient / count, optimizer=optimizer / count)
 
 
 Offload = Literal["none", "host", "disk"]
@@ -89,6 +124,45 @@ MIXED: Final = BytesConfig(weight=2, gradient=4, optimizer=12)
 """Weights in 16 bits, gradients added up in 32, AdamW with weights in 32."""
 
 
+class Activations(NamedTuple):
+    """What becomes of what blocks would keep for their backward."""
+
+    keep: Keep | tuple[Keep, ...] = "all"
+    """Of each block, or of all alike."""
+
+    segment: int = 1
+    """So many blocks in a row that keep nothing are made anew as one."""
+
+    saved: Saved = "kept"
+    saved_as: SavedAs = "same"
+
+    def keeps(self, num_blocks: int) -> tuple[Keep, ...]:
+        """By block."""
+        return (self.keep,) * num_blocks if isinstance(self.keep, str) else self.keep
+
+    @property
+    def makes_anew(self) -> bool:
+        return self.keep != "all" and set(self.keep) != {"all"}
+
+    @property
+    def in_words(self) -> list[str]:
+        """For people; nothing where all is kept where it is."""
+        known = {"all": [], "products": ["recompute all but products"], "nothing": ["recompute"]}
+        words: list[str] = ["recompute some blocks"] if self.makes_anew else []
+        if isinstance(self.keep, str):
+            words = list(known[self.keep])
+        if self.segment > 1:
+            words.append(f"{self.segment} blocks a segment")
+        if self.saved_as != "same":
+            words.append(f"saved in {self.saved_as}")
+        if self.saved != "kept":
+            words.append("activations on the disk" if self.saved == "disk" else "activations in the host's memory")
+        return words
+
+
+KEEP_ALL: Final = Activations()
+
+
 class Choice(NamedTuple):
     """One way to carry out a step."""
 
@@ -96,8 +170,7 @@ class Choice(NamedTuple):
     micro_batches: int
     """Of every rank that shares out the records."""
 
-    recompute: bool = False
-    """Whether each block's activations are made anew in the backward, from its state alone."""
+    activations: Activations = KEEP_ALL
 
     offload: Offload = "none"
     """host: the optimizer, with what it keeps, is in the host's memory, which is predicted alone. disk: weights,
@@ -149,28 +222,29 @@ class Prediction(NamedTuple):
 def predict(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: BytesConfig | None = None) -> Prediction:
     """What a step takes, in seconds and bytes. The layout must fit the cluster (search.py)."""
     costs = _costs_of(model, cluster, choice, sizes or BytesConfig())
-    plan, num, recompute = choice.plan, choice.micro_batches, choice.recompute
+    plan, num = choice.plan, choice.micro_batches
     pipeline_seconds, waiting, held = _pipeline(
         plan.schedule, plan.pipeline, plan.chunks, num, costs.forwards, costs.backwards, costs.sent
     )
-    # Weights come and gradients go while blocks work.
+    # Weights and activations come, and gradients and activations go, while blocks work.
     pipeline_seconds = max(pipeline_seconds, costs.streamed_seconds)
     seconds = pipeline_seconds + costs.data_seconds + costs.optimizer_seconds
+    put_away = max(count * each for count, each in zip(held, costs.elsewhere, strict=True))
     data = cluster.devices // (plan.tensor * plan.pipeline)
-    busiest = max(costs.of_rank, key=lambda here: sum(part.work for part in here))
+    busiest = max(costs.of_rank, key=lambda here: sum(part.whole_work for part in here))
     return Prediction(
         choice=choice,
         seconds=seconds,
         records_per_second=model.num_records * num * data / seconds,
-        work_seconds=num * (3 + recompute) * sum(part.work for part in busiest),
-        tensor_seconds=num * (2 + recompute) * sum(part.exchange for part in busiest),
+        work_seconds=num * sum(part.whole_work for part in busiest),
+        tensor_seconds=num * sum((2 + part.anew) * part.exchange for part in busiest),
         waiting_ratio=waiting,
         data_seconds=costs.data_seconds,
         optimizer_seconds=costs.optimizer_seconds,
         memory_bytes=costs.memory(held),
         state_bytes=costs.states,
-        host_bytes=costs.host_bytes,
-        disk_bytes=costs.disk_bytes,
+        host_bytes=costs.host_bytes + (put_away if choice.activations.saved == "host" else 0.0),
+        disk_bytes=costs.disk_bytes + (put_away if choice.activations.saved == "disk" else 0.0),
         can_be_carried_out=choice.offload == "none" or (choice.offload == "disk" and cluster.maps_files),
     )
 
@@ -195,9 +269,28 @@ def predict_least(model: ModelShape, cluster: ClusterConfig, choice: Choice, siz
     return Least(seconds, max(costs.memory([1 for _ in ranks])))
 
 
-class _Forward(NamedTuple):
+class _Part(NamedTuple):
+    """Seconds of one part of the model with one micro-batch."""
+
     work: float
     exchange: float
+    between: float
+    """Of its work, what is not in products."""
+
+    keep: Keep = "all"
+
+    @property
+    def anew(self) -> bool:
+        return self.keep != "all"
+
+    @property
+    def whole_work(self) -> float:
+        """Forward, what is made anew, and backward."""
+        return 3 * self.work + {"all": 0.0, "products": self.between, "nothing": self.work}[self.keep]
+
+    @property
+    def backward(self) -> float:
+        return self.whole_work - self.work + (1 + self.anew) * self.exchange
 
 
 class _Costs(NamedTuple):
@@ -206,7 +299,7 @@ class _Costs(NamedTuple):
     place: list[int]
     """Each stage's rank."""
 
-    of_rank: list[list[_Forward]]
+    of_rank: list[list[_Part]]
     """By rank of the pipeline, its parts of the model."""
 
     forwards: tuple[float, ...]
@@ -219,7 +312,7 @@ class _Costs(NamedTuple):
     data_seconds: float
     optimizer_seconds: float
     streamed_seconds: float
-    """What the disk takes for weights and gradients, beside the work."""
+    """What the disk takes for weights and gradients, or disk and host for activations, beside the work."""
 
     states: tuple[float, ...]
     """Bytes, by rank, of weights, gradients and optimizer."""
@@ -230,8 +323,11 @@ class _Costs(NamedTuple):
     activations: list[float]
     """Bytes, by rank, of one micro-batch in one of its stages."""
 
+    elsewhere: list[float]
+    """Bytes of a node, by rank, of what a stage has put away with one micro-batch."""
+
     anew: list[float]
-    """Bytes, by rank, of what is made anew at a time."""
+    """Bytes, by rank, of what is made anew, or has come back, at a time."""
 
     def memory(self, held: Sequence[int]) -> tuple[float, ...]:
         """By rank, where it holds so many micro-batches' stages at most."""
@@ -242,11 +338,11 @@ class _Costs(NamedTuple):
 def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: BytesConfig) -> _Costs:
     if choice.precision is not None:
         cluster, sizes = cluster.in_precision(choice.precision), sizes.in_precision(choice.precision)
-    plan, recompute = choice.plan, choice.recompute
+    plan = choice.plan
     if not model.tokens_shared:
         plan = plan.model_copy(update={"sequence": False})
     parts = model.parts
-    each = [_forward(part, cluster, plan, sizes) for part in parts]
+    each = _parts(model, cluster, plan, choice.activations, sizes)
     stages = _stages(model, plan, each)
     place = rank_of_stage(plan.schedule, plan.pipeline, plan.chunks) if plan.pipeline > 1 else [0]
     stages_of = [[stages[s] for s, where in enumerate(place) if where == rank] for rank in range(plan.pipeline)]
@@ -268,6 +364,14 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
         # The block at work, and the one that is on its way.
         here = tuple((2 * sizes.weight + sizes.gradient) * largest for _ in of_rank)
         away, at_work = max(states), 2 * largest * (sizes.weight + sizes.gradient + sizes.optimizer)
+    held = [_Activation.of(model, own, plan, choice, sizes) for own in stages_of]
+    moving = {
+        "kept": math.inf,
+        "host": cluster.host_bandwidth * cluster.link_efficiency,
+        "disk": cluster.disk_bandwidth,
+    }
+    passing = max(one.elsewhere * len(own) for one, own in zip(held, stages_of, strict=True))
+    streamed += 2 * choice.micro_batches * passing / moving[choice.activations.saved]
     data = cluster.devices // (plan.tensor * plan.pipeline)
     # All ranks of a tensor group send a part each, and stages stand in different nodes where those fill theirs.
     nodes = plan.tensor * plan.pipeline > cluster.per_node
@@ -277,9 +381,7 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
         place=place,
         of_rank=[[each[n] for stage in own for n in stage] for own in stages_of],
         forwards=tuple(sum(each[n].work + each[n].exchange for n in stage) for stage in stages),
-        backwards=tuple(
-            sum((2 + recompute) * each[n].work + (1 + recompute) * each[n].exchange for n in stage) for stage in stages
-        ),
+        backwards=tuple(sum(each[n].backward for n in stage) for stage in stages),
         sent=tuple(cluster.latency_seconds + sizes.activation * parts[s[-1]].passed / way for s in stages),
         data_seconds=max(_data_exchange(own, cluster, plan, data, choice.micro_batches, sizes) for own in of_rank),
         optimizer_seconds=stepped * moved / bandwidth,
@@ -287,39 +389,45 @@ def _costs_of(model: ModelShape, cluster: ClusterConfig, choice: Choice, sizes: 
         states=here,
         host_bytes=in_node * (at_work if choice.offload == "disk" else away),
         disk_bytes=in_node * (away if choice.offload == "disk" else 0.0),
-        # Of what a rank has under way, each stage's share is as large as its part of the rank's stages.
-        activations=[
-            sum(_activation_bytes([parts[n] for n in stage], plan, recompute, sizes) for stage in own) / len(own)
-            for own in stages_of
-        ],
-        anew=[
-            max(_activation_bytes([part], plan, False, sizes) for part in own) if recompute else 0.0 for own in of_rank
-        ],
+        elsewhere=[in_node * one.elsewhere for one in held],
+        activations=[one.under_way for one in held],
+        anew=[one.at_once for one in held],
     )
 
 
-def _forward(part: BlockShape, cluster: ClusterConfig, plan: PlanConfig, sizes: BytesConfig) -> _Forward:
+def _parts(
+    model: ModelShape, cluster: ClusterConfig, plan: PlanConfig, activations: Activations, sizes: BytesConfig
+) -> list[_Part]:
+    keeps = activations.keeps(len(model.blocks))
+    middle = [
+        _part(block, cluster, plan, sizes)._replace(keep=keep) for block, keep in zip(model.blocks, keeps, strict=True)
+    ]
+    return [_part(model.embed, cluster, plan, sizes), *middle, _part(model.head, cluster, plan, sizes)]
+
+
+def _part(part: BlockShape, cluster: ClusterConfig, plan: PlanConfig, sizes: BytesConfig) -> _Part:
     tensor = plan.tensor
     shared = tensor if plan.sequence else 1
     touched = cluster.touched_factor * part.touched / shared + cluster.score_factor * part.scores / tensor
-    work = part.flops / (tensor * cluster.flops * cluster.matmul_efficiency)
-    work += sizes.activation * touched / cluster.memory_bandwidth
+    between = sizes.activation * touched / cluster.memory_bandwidth
+    work = part.flops / (tensor * cluster.flops * cluster.matmul_efficiency) + between
     if tensor == 1:
-        return _Forward(work, 0.0)
+        return _Part(work, 0.0, between)
     inside = cluster.inside_bandwidth if tensor <= cluster.per_node else cluster.across_bandwidth
     exchange = 2 * (tensor - 1) / tensor * sizes.activation * part.exchanged / (inside * cluster.link_efficiency)
     exchange += cluster.latency_seconds * 2 if part.exchanged else 0.0
-    return _Forward(work, exchange * (1 - cluster.tensor_overlap))
+    return _Part(work, exchange * (1 - cluster.tensor_overlap), between)
 
 
-def _stages(model: ModelShape, plan: PlanConfig, costs: list[_Forward]) -> list[list[int]]:
+def _stages(model: ModelShape, plan: PlanConfig, costs: list[_Part]) -> list[list[int]]:
     """Which parts each stage has, by their place in `model.parts`; cut as the pipeline itself cuts."""
     count = len(model.blocks)
     if plan.pipeline == 1:
         return [list(range(count + 2))]
-    middle = [sum(costs[n + 1]) for n in range(count)]
-    middle[0] += sum(costs[0])
-    middle[-1] += sum(costs[-1])
+    forward = [part.work + part.exchange for part in costs]
+    middle = forward[1:-1]
+    middle[0] += forward[0]
+    middle[-1] += forward[-1]
     largest = max(middle)
     ranks = rank_of_stage(plan.schedule, plan.pipeline, plan.chunks)
     bounds = _cut(tuple(round(each / largest, 6) for each in middle), tuple(ranks))
@@ -433,13 +541,74 @@ def _units(parts: list[BlockShape], plan: PlanConfig, sizes: BytesConfig) -> lis
     return [sum(blocks[place] for place in unit) for unit in units]
 
 
-def _activation_bytes(parts: list[BlockShape], plan: PlanConfig, recompute: bool, sizes: BytesConfig) -> float:
-    """Of one micro-batch through these blocks."""
-    shared = plan.tensor if plan.sequence else 1
-    whole = [part.kept / plan.tensor + part.kept_whole / shared + part.entered for part in parts]
-    if not recompute:
-        return sizes.activation * sum(whole) + sizes.cast * sum(_held(parts, plan))
-    return sizes.activation * sum(part.passed / shared for part in parts)
+class _Activation(NamedTuple):
+    """Bytes of a rank's activations with one micro-batch."""
+
+    under_way: float
+    """From a stage's forward to its backward: the mean of its stages, since a rank may have several under way."""
+
+    at_once: float
+    """Beside them at their most, of a block that is at work in its backward."""
+
+    elsewhere: float
+    """On the host or the disk meanwhile; the mean of its stages."""
+
+    @classmethod
+    def of(
+        cls, model: ModelShape, stages: list[list[int]], plan: PlanConfig, choice: Choice, sizes: BytesConfig
+    ) -> _Activation:
+        how, parts = choice.activations, model.parts
+        keeps = ("all", *how.keeps(len(model.blocks)), "all")
+        ends = (0, len(parts) - 1)
+        narrower = 0.5 if how.saved_as != "same" and choice.precision in (None, "fp32") else 1.0
+
+        def whole(n: int) -> float:
+            part = parts[n]
+            size = sizes.activation * (part.kept / plan.tensor + part.kept_whole / _sharing(plan) + part.entered)
+            return size + sizes.cast * sum(_held([part], plan))
+
+        def given(n: int) -> float:
+            return sizes.activation * parts[n - 1].passed / _sharing(plan)
+
+        def products(n: int) -> float:
+            return sizes.activation * (parts[n].products / plan.tensor + parts[n].products_whole / _sharing(plan))
+
+        def kept(n: int) -> float:
+            if keeps[n] == "all":
+                return whole(n)
+            if keeps[n] == "products":
+                return given(n) + products(n)
+            return 0.0 if (n - 1) % how.segment else given(n)
+
+        def at_work(n: int) -> float:
+            """What is there while it works in the backward, beyond what was kept."""
+            if n == ends[1]:
+                return whole(n) if how.makes_anew else 0.0
+            if keeps[n] == "all":
+                return 0.0 if how.saved == "kept" or n in ends else 2 * narrower * whole(n)
+            if keeps[n] == "products":
+                return max(0.0, whole(n) - kept(n))
+            first = n - (n - 1) % how.segment
+            return sum(whole(m) for m in range(first, min(first + how.segment, ends[1]))) - kept(first)
+
+        def left(n: int) -> tuple[float, float]:
+            """From its forward to its backward: here, and elsewhere."""
+            if n == ends[1] and how.makes_anew:
+                return 0.0, 0.0  # its backward comes at once, and it is gone before any block is made anew
+            if n in ends:
+                return kept(n), 0.0
+            size = narrower * kept(n)
+            return (size, 0.0) if how.saved == "kept" else (0.0, size)
+
+        # While a block works in its backward, what later ones have kept is gone.
+        at_once = max(at_work(n) - sum(left(m)[0] for m in stage if m > n) for stage in stages for n in stage)
+        here, elsewhere = (sum(left(n)[place] for stage in stages for n in stage) / len(stages) for place in (0, 1))
+        return cls(here, at_once, elsewhere)
+
+
+def _sharing(plan: PlanConfig) -> int:
+    """How many ranks share out tokens between layers."""
+    return plan.tensor if plan.sequence else 1
 
 
 def _data_exchange(

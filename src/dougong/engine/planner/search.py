@@ -21,7 +21,17 @@ from dougong.core.errors import ConfigError
 from dougong.engine.parallel.plan import PlanConfig, Sharding
 from dougong.engine.parallel.schedule import SCHEDULES, Schedule, check_schedule
 from dougong.engine.planner.cluster import ClusterConfig
-from dougong.engine.planner.predict import BytesConfig, Choice, Least, Offload, Prediction, predict, predict_least
+from dougong.engine.planner.predict import (
+    KEEP_ALL,
+    Activations,
+    BytesConfig,
+    Choice,
+    Least,
+    Offload,
+    Prediction,
+    predict,
+    predict_least,
+)
 from dougong.engine.planner.shape import ModelShape
 from dougong.engine.precision.choice import Chosen
 
@@ -39,8 +49,8 @@ class SearchConfig(Config):
     precisions: tuple[Chosen, ...] = ()
     """Of products, that may be chosen among. None of them: what the cluster and the bytes say."""
 
-    recompute: tuple[bool, ...] = (False,)
-    """Whether activations are made anew in the backward; both: either way."""
+    activations: tuple[Activations, ...] = (KEEP_ALL,)
+    """What may become of activations."""
 
     offload: tuple[Offload, ...] = ("none",)
     """Where state may be."""
@@ -93,7 +103,7 @@ def find_layouts(
         raise ConfigError(
             f"no layout of {cluster.devices} devices fits {room / 2**30:.3g} GiB each: the smallest takes "
             f"{smallest.peak_bytes / 2**30:.3g} GiB ({describe(smallest.choice)}). Use more devices, smaller "
-            f"micro-batches{'' if True in search.recompute else ', or recompute'}."
+            f"micro-batches{'' if any(each.makes_anew for each in search.activations) else ', or recompute'}."
         )
     return Found(fitting[: search.most], len(possible))
 
@@ -161,13 +171,13 @@ def _choices(model: ModelShape, cluster: ClusterConfig, search: SearchConfig) ->
             data = cluster.devices // (tensor * pipeline)
             for micro_batches, shape in _micro_batches(model, search, data):
                 for plan in _plans(model, tensor, pipeline, data, micro_batches):
-                    for precision, recompute, offload in itertools.product(
+                    for precision, activations, offload in itertools.product(
                         search.precisions or (None,),
-                        search.recompute,
+                        search.activations,
                         search.offload,
                     ):
                         if offload != "disk" or plan.shard == 1:  # what is spread is gathered in memory
-                            yield Choice(plan, micro_batches, recompute, offload, precision), shape
+                            yield Choice(plan, micro_batches, activations, offload, precision), shape
 
 
 def _micro_batches(model: ModelShape, search: SearchConfig, data: int) -> Iterator[tuple[int, ModelShape]]:
@@ -223,8 +233,7 @@ def describe(choice: Choice) -> str:
     words.append("1 micro-batch" if choice.micro_batches == 1 else f"{choice.micro_batches} micro-batches")
     if choice.precision is not None:
         words.append(choice.precision)
-    if choice.recompute:
-        words.append("recompute")
+    words += choice.activations.in_words
     if choice.offload != "none":
         words.append("optimizer in the host's memory" if choice.offload == "host" else "state on the disk")
     return ", ".join(words)

@@ -1,6 +1,7 @@
 """What a model asks of the devices it is spread over, block by block.
 
-Here        BlockShape, ModelShape; `measure_shape` of any BlockStack, `transformer_shape` of one that is described.
+Here        BlockShape, ModelShape; `measure_shape` of any BlockStack, `transformer_shape` of one that is described;
+            `skeleton`, a model without its numbers.
 Elsewhere   devices (cluster.py); what a step costs (predict.py).
 Promise     measured, not guessed: floating-point operations, parameters, kept activations and passed states are counted
             while the model runs once, on a real batch, or on torch's meta device, where nothing is computed and a model
@@ -10,13 +11,18 @@ Promise     measured, not guessed: floating-point operations, parameters, kept a
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dougong.engine.parallel.parcel import pack
 from dougong.nn.batch import Batch
@@ -62,6 +68,12 @@ class BlockShape(NamedTuple):
     """Bytes of activations that every rank of the tensor axis has, even where tokens are shared out: what layers that
     are cut by their outputs are given."""
 
+    products: float = 0.0
+    """Bytes of what comes of products, convolutions and attention, as far as tensor ranks share it out."""
+
+    products_whole: float = 0.0
+    """The same that every rank of the tensor axis has, unless tokens are shared out."""
+
     @property
     def parameters(self) -> int:
         return self.cut + self.experts + self.whole
@@ -77,6 +89,8 @@ class BlockShape(NamedTuple):
             exchanged=self.exchanged * ratio,
             passed=self.passed * ratio,
             entered=self.entered * ratio,
+            products=self.products * ratio,
+            products_whole=self.products_whole * ratio,
         )
 
 
@@ -130,7 +144,7 @@ def measure_shape(
         own = {p for module in modules for p in module.parameters()}
         if part == model.head:
             own |= set(model.parameters(recurse=False))
-        with FlopCounterMode(display=False) as counter, _counting(modules, weights) as counted:
+        with FlopCounterMode(display=False) as counter, _counting(modules, weights) as counted, _Products(counted):
             state = part(state)
             if part == model.head and loss is not None:
                 loss(state, batch)
@@ -146,6 +160,8 @@ def measure_shape(
                 kept=sum(size for size, where in kept if where == "shared out"),
                 kept_whole=sum(size for size, where in kept if where == "whole"),
                 entered=sum(size for size, where in kept if where == "entering"),
+                products=counted.products,
+                products_whole=counted.products_whole,
                 exchanged=counted.exchanged,
                 passed=float(sum(t.nbytes for t in pack(state).tensors)) if part != model.head else 0.0,
             )
@@ -177,6 +193,8 @@ def transformer_shape(
         kept_whole=10 * num * width * bytes_each / 2,
         exchanged=2 * num * width * bytes_each,
         passed=num * width * bytes_each,
+        products=8 * num * width * bytes_each,  # queries, keys, values, what attention gives, four times the width
+        products_whole=2 * num * width * bytes_each,
     )
     nothing = BlockShape(0, 0, 0, 0, 0, 0, 0, 0, 0, num * width * bytes_each)
     embed = nothing._replace(cut=vocabulary * width)
@@ -206,6 +224,8 @@ def llama_70b(*, tokens: int = 4096, records: int = 1) -> ModelShape:
         kept_whole=2 * num * 4 * width,
         exchanged=2 * num * width * 2,
         passed=2 * num * width,
+        products=2 * num * (inner - hidden),  # not the gate's product with the other half
+        products_whole=2 * num * 2 * width,
     )
     nothing = BlockShape(0, 0, 0, 0, 0, 0, 0, 0, 0, 2 * num * width)
     head = nothing._replace(cut=32000 * width, flops=2 * num * width * 32000, kept=4 * num * 32000, passed=0)
@@ -214,6 +234,15 @@ def llama_70b(*, tokens: int = 4096, records: int = 1) -> ModelShape:
 
 SHAPES: Final[dict[str, Callable[[], ModelShape]]] = {"llama-70b": llama_70b}
 """Models that are known by their sizes alone, too large to be built for being measured."""
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """The same modules with tensors that have shapes and types and take no memory; what is tied stays tied."""
+    memo: dict[int, Any] = {}
+    for each in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(each, device="meta", requires_grad=False)
+        memo[id(each)] = nn.Parameter(empty, each.requires_grad) if isinstance(each, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 def _parts(model: BlockStack[Any, Any]) -> Iterator[tuple[Callable[[Any], Any], list[nn.Module]]]:
@@ -252,8 +281,13 @@ class _Counted:
 
     def __init__(self) -> None:
         self.exchanged = 0.0
+        self.products = 0.0
+        self.products_whole = 0.0
         self.kept: dict[int, tuple[float, str]] = {}
         """By storage: bytes, and where the model was when they were kept."""
+
+        self.adding_up = False
+        """In a layer of rows, what comes of which every rank has."""
 
         self.where = "whole"
         """shared out: between columns and rows, where each rank of the tensor axis has its part."""
@@ -264,13 +298,37 @@ class _Counted:
     def enter(self, *_: Any) -> None:
         self.where = "shared out"
 
+    def leaving(self, *_: Any) -> None:
+        self.adding_up = True
+
+    def multiplied(self, num_bytes: float) -> None:
+        """A product has given so much."""
+        if self.where == "whole" or self.adding_up:
+            self.products_whole += num_bytes
+        else:
+            self.products += num_bytes
+
     def leave(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        self.where = "whole"
+        self.where, self.adding_up = "whole", False
         self.exchanged += output.nbytes
 
     def keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self.kept.setdefault(storage._cdata, (float(storage.nbytes()), self.where))
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what products, convolutions and attention give."""
+
+    def __init__(self, counted: _Counted) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counted = counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self._counted.multiplied(sum(each.nbytes for each in tree_leaves(made) if isinstance(each, Tensor)))
+        return made
 
 
 @contextlib.contextmanager
@@ -284,6 +342,8 @@ def _counting(modules: list[nn.Module], weights: set[int]) -> Iterator[_Counted]
                 handles.append(owner.get_submodule(name).register_forward_pre_hook(counted.entering))
             for name in (*split.columns, *split.shared, *split.vocabulary):
                 handles.append(owner.get_submodule(name).register_forward_hook(counted.enter))
+            for name in split.rows:
+                handles.append(owner.get_submodule(name).register_forward_pre_hook(counted.leaving))
             for name in (*split.rows, *split.summed):
                 handles.append(owner.get_submodule(name).register_forward_hook(counted.leave))
 
