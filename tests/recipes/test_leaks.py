@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.core.config import parse
-from dougong.core.errors import DataError
+from dougong.core.errors import DataError, RunError
 from dougong.recipes.check import check_recipe_or_table
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.run import run_recipe
@@ -42,6 +42,12 @@ def test_a_run_on_tables_that_share_a_medium_is_refused(records: Records, tmp_pa
     recipe = parse(Recipe, {"name": "r", "data": {"target": "colour", **data}, "train": {"steps": 2}}, where="r")
     with pytest.raises(DataError, match="the split leaks"):
         run_recipe(recipe, tmp_path / "run", quiet=True)
+    # What was refused before it began is no run: once the tables are mended, the same command works.
+    write(tmp_path / "b.parquet", records(30, seed=1, missing=0.0))
+    run_recipe(recipe, tmp_path / "run", quiet=True)
+    with pytest.raises(RunError, match="holds a run already"):
+        run_recipe(recipe, tmp_path / "run", quiet=True)
+    write(tmp_path / "b.parquet", test)
 
     allowed = opened(**data, allow_leak=True)
     assert len(allowed.leaks) == 1

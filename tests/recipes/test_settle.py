@@ -78,6 +78,8 @@ def test_a_layout_that_is_left_open_is_chosen_and_written(colour_table: Path, tm
     assert settled.plan == chosen
     kept = from_yaml((tmp_path / "run" / SETTINGS).read_text(), where="test")
     assert parse(Recipe, kept, where="test").plan == chosen
+    (tmp_path / "run" / "preparation").mkdir()
     with pytest.raises(RunError, match="holds a run already"):
         lay_out(recipe, tmp_path / "run", 4)
+    (tmp_path / "run" / "preparation").rmdir()
     assert settle_recipe(recipe, tmp_path / "run", resume=True).plan == PlanConfig()  # on one, there is one

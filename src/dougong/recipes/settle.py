@@ -113,7 +113,8 @@ def _wanted(recipe: RecipeT, folder: Path, *, resume: bool) -> RecipeT:
         if isinstance(recipe, LaidOut):
             return cast(RecipeT, kept.model_copy(update={"plan": recipe.plan}))
         return kept
-    if settings.exists():
+    # One that was refused before it learnt anything of its tables has left its settings alone.
+    if settings.exists() and any(each != settings for each in folder.iterdir()):
         raise RunError(f"{folder} holds a run already. Go on with it by --resume, or name another folder by --out.")
     return recipe
 
