@@ -9,6 +9,7 @@ import pytest
 import torch
 from stacks import RECORDS, batches, build, loss_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dougong.core.errors import ConfigError
 from dougong.data.position import Share
@@ -177,6 +178,28 @@ def test_state_of_few_bits_is_torchaos(states: States, signed: bool) -> None:
     assert (kept["mean_codes"] != theirs.codes.flatten()).sum() <= 2  # on the middle between two codes
     theirs.codes.copy_(kept["mean_codes"].view(theirs.codes.shape))
     assert torch.equal(ours.read(kept, "mean", weight, signed=signed), theirs.dequantize())
+
+
+@pytest.mark.parametrize("states", ["8bit", "4bit"])
+def test_a_rehearsal_without_numbers_leaves_no_trace(states: States) -> None:
+    states_module._codes.cache_clear()
+    x = torch.rand(64, 80, generator=torch.Generator().manual_seed(0)) + 0.1
+
+    def kept_for_a_step(format_: StateFormat, value: torch.Tensor, signed: bool) -> torch.Tensor:
+        kept: dict[str, torch.Tensor] = {}
+        format_.begin(kept, "mean", value)
+        format_.write(kept, "mean", value, signed=signed)
+        return format_.read(kept, "mean", value, signed=signed)
+
+    for signed in (True, False):
+        outside = StateFormat(states)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for rehearsed in (outside, StateFormat(states)):
+                assert isinstance(kept_for_a_step(rehearsed, torch.zeros(64, 80), signed), FakeTensor)
+        for real in (outside, StateFormat(states)):
+            found = kept_for_a_step(real, x, signed)
+            assert type(found) is torch.Tensor
+            assert (found - x).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("shape", [(63, 65), (64, 63), (64, 65)])

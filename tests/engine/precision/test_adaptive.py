@@ -85,6 +85,21 @@ def test_a_group_that_spans_too_much_is_in_bf16_and_the_switch_says_why() -> Non
     assert "span more than fp16" in told.reason
 
 
+@pytest.mark.parametrize("kind", ["decoder", "sandwich"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_groups_next_to_each_other_may_have_different_formats(kind: str, first: int) -> None:
+    """One modality's blocks in bf16 and another's in fp16 meet in a bridge of either."""
+    parts, adaptive = parts_of(kind)
+    model, batch = parts.model, batches(kind, Share())[0]
+    for place, group in enumerate(adaptive.groups):
+        group.format = ("fp16", "bf16")[(place + first) % 2]
+    mixed = loss_of(model(batch), batch)
+    mixed.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    adaptive.remove()
+    assert float(mixed.detach()) == pytest.approx(float(loss_of(model(batch), batch).detach()), rel=0.02)
+
+
 def test_a_group_comes_back_only_after_it_has_fitted_several_times() -> None:
     config = AdaptiveConfig(look_every=1, decide_every=1, patience=4)
     parts, adaptive = parts_of("convnet", config=config)

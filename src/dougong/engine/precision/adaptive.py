@@ -30,7 +30,7 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dougong.core.config import Config
 from dougong.engine.precision.exponents import Exponents, has_broken, largest, quantile
@@ -297,6 +297,8 @@ class AdaptivePrecision:
 
     def _formatted(self, group: _Group, part: Callable[..., Any]) -> Callable[..., Any]:
         def formatted(*given: Any) -> Any:
+            # Neither of the two formats holds the other's numbers, and autocast refuses to put both together.
+            given = tree_map(functools.partial(_widened, TYPES[group.format]), given)
             with torch.autocast(self.device_type, dtype=TYPES[group.format]):
                 made = part(*given)
             if self._looking and torch.is_grad_enabled():
@@ -396,6 +398,12 @@ class AdaptivePrecision:
         if scale is not None and not (keep_scale and scale > self.scale.exponent):
             self.scale.aim(scale)
         return switches
+
+
+def _widened(own: torch.dtype, given: Any) -> Any:
+    """fp32, of a tensor in the other 16-bit format; all else as it is."""
+    other = isinstance(given, Tensor) and given.dtype in TYPES.values() and given.dtype != own
+    return given.float() if other else given
 
 
 def _note(history: Exponents, shift: int, gradient: Tensor) -> None:

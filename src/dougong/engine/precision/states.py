@@ -27,6 +27,9 @@ States = Literal["fp32", "8bit", "4bit"]
 BLOCKS: Final = {"8bit": 256, "4bit": 128}
 SMALL: Final = 4096
 
+_SIGNED: Final = (True, False)
+"""The first mean has a sign, the second has none."""
+
 
 class StateFormat:
     """How means are kept, as plain tensors in a weight's state."""
@@ -37,8 +40,8 @@ class StateFormat:
             ConfigError: what it needs is not installed.
         """
         self.states = states
-        if states != "fp32":
-            _codes(states, True)
+        # Of this format alone: one made while tensors have no numbers (a rehearsal) must not serve another.
+        self._tables = {} if states == "fp32" else {signed: torch.tensor(_codes(states, signed)) for signed in _SIGNED}
 
     def begin(self, state: dict[str, Any], name: str, weight: Tensor) -> None:
         """Nothing has been met yet."""
@@ -58,7 +61,7 @@ class StateFormat:
         codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
         if self.states == "4bit":
             codes = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
-        table = _codes(self.states, signed).to(codes.device)
+        table = self._tables[signed].to(codes.device)
         numbers: Tensor = table[codes.int()].view(len(scale), -1) * scale[:, None]
         return numbers.view(weight.shape)
 
@@ -68,7 +71,7 @@ class StateFormat:
             return
         blocks = value.reshape(-1, BLOCKS[self.states])
         scale = blocks.abs().amax(dim=1).clip(1e-12)
-        table = _codes(self.states, signed).to(value.device)
+        table = self._tables[signed].to(value.device)
         middles = (table[1:] + table[:-1]) / 2
         codes = torch.bucketize(blocks / scale[:, None], middles, out_int32=True, right=True).to(torch.uint8).view(-1)
         if self.states == "4bit":
@@ -87,7 +90,7 @@ def _type(weight: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _codes(states: States, signed: bool) -> Tensor:
+def _codes(states: States, signed: bool) -> tuple[float, ...]:
     """The numbers that codes stand for, from the smallest."""
     try:
         from torchao.optim import subclass_4bit, subclass_8bit
@@ -97,4 +100,4 @@ def _codes(states: States, signed: bool) -> Tensor:
             "Install dougong[lowbit], or use states: fp32."
         ) from None
     of = subclass_8bit if states == "8bit" else subclass_4bit
-    return torch.tensor(of.get_qmap_signed() if signed else of.get_qmap_unsigned())
+    return tuple(of.get_qmap_signed() if signed else of.get_qmap_unsigned())
