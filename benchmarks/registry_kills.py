@@ -1,16 +1,20 @@
 """Kills at random moments of register, promote, rollback and learn: what is broken or lost afterwards; 200 versions.
 
-Here        the kills, what is checked after each, and the time to list and compare many versions (claim 11 of
-            docs/claims.md).
+Here        800 kills of what changes a registry or a bundle, 200 of learning itself, what is checked after each, and
+            the time to list and compare many versions (claim 11 of docs/claims.md).
 Elsewhere   the registry (src/dougong/continual/registry/), tasks in a bundle (continual/tasks.py); harness.py.
 Promise     each kill is SIGKILL to a process at work, at a moment drawn evenly; it had confirmed what it had done
             through a pipe, and all of that must be there afterwards.
 
-Work        a process registers a bundle that has one task more, promotes it, rolls back, adds a task to a bundle (what
-            learning ends with) and removes one, again and again. Learning itself writes into a run's folder, whose
-            kills tests/engine/test_kill.py has.
-Checked     every version reads and restores with its sums; every confirmed version is there; the aliases mean versions;
-            the bundle is whole and has every confirmed task; the next process goes on without any repair.
+registry    a process registers a bundle that has one task more, promotes it, rolls back, adds a task to a bundle (what
+            learning ends with) and removes one, again and again. Checked: every version reads and restores with its
+            sums; every confirmed version is there; the aliases mean versions; the bundle is whole and has every
+            confirmed task; the next process goes on without any repair.
+learn       a process learns a task from records, from loading the bundle to its new manifest, and is killed; the next
+            one goes on with `--resume`, until the task is there; then it is removed, and all begins again. Checked
+            after each kill: the bundle reads, and answers its own records as ever; in the end that each task is, to
+            the byte, the one that learning without a kill has led to.
+many        200 versions of one base: listed and compared, by the registry and as a command.
 """
 
 from __future__ import annotations
@@ -19,42 +23,66 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 import torch
 from harness import run
 
+from dougong.bundle.model import load
+from dougong.continual.learn import LearnConfig, learn
 from dougong.continual.registry.versions import CANDIDATE, PRODUCTION, Registry
-from dougong.continual.tasks import add_part, base_sum, read_parts, remove_task, tasks_in
+from dougong.continual.tasks import Task, add_part, base_sum, read_parts, remove_task, tasks_in
 from dougong.core.bundle import read_bundle
-from dougong.core.config import parse
+from dougong.core.config import override, parse
 from dougong.core.errors import DougongError
 from dougong.core.figures import Figure
 from dougong.core.signature import Target
+from dougong.data.table import table_of_rows
 from dougong.recipes.known import read_recipe
 from dougong.recipes.run import run_recipe
+from dougong.recipes.tables import open_tables
 
-KILLS: Final = 1000
+KILLS: Final = 800
+LEARNING_KILLS: Final = 200
 VERSIONS: Final = 200
 TURNS: Final = 2.0
 """Of the work, as long as one turn was measured to take here: a kill comes at any moment of them."""
 NAME: Final = "kills"
+TAUGHT: Final = "parity"
 
 
 def small_bundle(folder: Path) -> Path:
-    run_recipe(read_recipe("xor", ["train.steps=2", "train.evaluate_every=2"]), folder / "run", quiet=True)
+    recipe = read_recipe("xor", ["train.steps=2", "train.evaluate_every=2"])
+    child(lambda said: run_recipe(recipe, folder / "run", quiet=True))
     return folder / "run" / "bundle"
+
+
+def made_up(name: str, base: str) -> Task:
+    """A task that nobody learnt: as files it is like any other."""
+    target = Target(name="y", task="single_label", labels=("a", "b"))
+    return Task(
+        name=name,
+        base=base,
+        target=target,
+        modalities=("image",),
+        rank=1,
+        prompts=0,
+        prompt_width=1,
+        num_parameters=1,
+        of_base=0.0,
+    )
 
 
 def work(registry: Path, bundle: Path, said: int, number: int, turns: int = 1000) -> None:
     """What the killed process does, again and again; `said` is told what is done."""
-    from dougong.continual.tasks import Task
 
     def tell(what: str) -> None:
         os.write(said, f"{what}\n".encode())
@@ -63,21 +91,7 @@ def work(registry: Path, bundle: Path, said: int, number: int, turns: int = 1000
     base = base_sum(read_bundle(bundle))
     for turn in range(turns):
         name = f"task-{number}-{turn}"
-        task = parse(
-            Task,
-            {
-                "name": name,
-                "base": base,
-                "target": Target(name="y", task="single_label", labels=("a", "b")).model_dump(),
-                "modalities": ("picture",),
-                "rank": 1,
-                "prompts": 0,
-                "prompt_width": 1,
-                "num_parameters": 1,
-                "of_base": 0.0,
-            },
-            where="task",
-        )
+        task = made_up(name, base)
         add_part(bundle, task, {"x": torch.full((64,), float(number) + turn)}, None)
         tell(f"task {name}")
         tell(f"version {kept.register(bundle, NAME).tree}")
@@ -92,15 +106,16 @@ def work(registry: Path, bundle: Path, said: int, number: int, turns: int = 1000
             remove_task(bundle, gone)
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    torch.set_num_threads(1)
-    kills = 20 if quick else KILLS
+def measure_registry(quick: bool) -> Iterator[Figure]:
+    kills = 10 if quick else KILLS
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         bundle = small_bundle(folder)
         registry = folder / "registry"
-        child(lambda said: Registry(registry).register(bundle, NAME))  # also what MLflow needs is loaded once
+        # MLflow takes seconds to load: here once for all that are forked, or most kills would come before any work.
+        Registry(folder / "another").register(bundle, NAME)
+        child(lambda said: Registry(registry).register(bundle, NAME))
         spent = []
         for number in (-3, -2, -1):
             started = time.perf_counter()
@@ -117,7 +132,7 @@ def measure(quick: bool) -> Iterator[Figure]:
             for line in lines:
                 what, _, value = line.partition(" ")
                 {"version": versions, "task": tasks, "removing": removed}[what].add(value)
-            problem = wrong(registry, bundle, folder, whole=number % 20 == 0)
+            problem = wrong(registry, bundle, folder, whole=number % 50 == 49)
             broken += problem is not None
             here = {version.tree for version in Registry(registry).versions(NAME)}
             there = {inner.split("/")[1] for inner in tasks_in(read_bundle(bundle))}
@@ -134,30 +149,125 @@ def measure(quick: bool) -> Iterator[Figure]:
             name=f"{kills} kills: confirmed versions and tasks that are lost", value=lost, unit="", asked="<= 0"
         )
         yield Figure(name="versions registered meanwhile", value=len(Registry(registry).versions(NAME)), unit="")
+
+
+def measure_many(quick: bool) -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        bundle = small_bundle(folder)
         many = folder / "many"
         child(lambda said: fill(many, bundle, 20 if quick else VERSIONS))
         started = time.perf_counter()
         fresh = Registry(many)
         found = fresh.versions(NAME)
+        assert len(found) == (20 if quick else VERSIONS)
         listed = time.perf_counter() - started
         started = time.perf_counter()
         fresh.diff(NAME, found[0].number, found[-1].number)
         yield Figure(name=f"list {len(found)} versions", value=listed, unit="s", asked="<= 1")
         yield Figure(name="diff of two of them", value=time.perf_counter() - started, unit="s", asked="<= 1")
+        for command in (["list", NAME], ["diff", NAME, "1", str(len(found))]):
+            started = time.perf_counter()
+            arguments = [sys.executable, "-m", "dougong", "registry", *command, "--registry", str(many), "--json"]
+            subprocess.run(arguments, check=True, capture_output=True)  # noqa: S603, our own command
+            seconds = time.perf_counter() - started
+            yield Figure(name=f"dougong registry {command[0]}, from start to end", value=seconds, unit="s")
         ratio = fresh.store.num_bytes() / found[0].about.num_bytes
         yield Figure(name=f"bytes of {len(found)} versions of one base, beside one bundle's", value=ratio, unit="x")
 
 
+def measure_learn(quick: bool) -> Iterator[Figure]:
+    kills = 4 if quick else LEARNING_KILLS
+    random = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        bundle = small_bundle(folder)
+        rows = records(120)
+        plain = Path(shutil.copytree(bundle, folder / "plain"))
+        started = time.perf_counter()
+        child(lambda said: teach(plain, rows))
+        longest = time.perf_counter() - started
+        wanted = sums(plain)
+        asked = rows.slice(0, 20)
+        before = load(bundle).predict(asked.to_pylist())
+        broken = other = done = begun = 0
+        for number in range(kills):
+            child(lambda said: teach(bundle, rows), float(random.uniform(0.0, longest)))
+            there: list[str] = []
+            try:
+                there = tasks_in(read_bundle(bundle))
+                read_parts(bundle, read_bundle(bundle))
+                same = load(bundle).predict(asked.to_pylist()) == before
+            except DougongError as error:
+                same = False
+                print(f"kill {number}: {error}", file=sys.stderr)
+            broken += not same
+            begun += any(bundle.parent.glob(".*.learning/*/*"))
+            if there:
+                done, other = done + 1, other + (sums(bundle) != wanted)
+                remove_task(bundle, TAUGHT)
+            if number % 50 == 49:
+                print(f"{number + 1} of {kills} kills inside learning", file=sys.stderr)
+        child(lambda said: teach(bundle, rows))
+        done, other = done + 1, other + (sums(bundle) != wanted)
+        yield Figure(
+            name=f"{kills} kills inside learning: bundles that are broken or answer otherwise",
+            value=broken,
+            unit="",
+            asked="<= 0",
+            seeds=kills,
+        )
+        yield Figure(name="of these with learning under way, gone on with by the next", value=begun, unit="")
+        yield Figure(
+            name=f"{done} tasks learnt through kills: unlike the one without, to the byte",
+            value=other,
+            unit="",
+            asked="<= 0",
+            seeds=done,
+        )
+
+
+def records(number: int) -> pa.Table:
+    """A question about the pictures of the recipe xor that its bundle was not made for."""
+    recipe = read_recipe("xor")
+    table = open_tables(recipe.data, seed=recipe.seed).train
+    rows = table.head(number)
+    name = recipe.data.target or "answer"
+    answers = ["odd" if place % 2 else "even" for place in range(rows.num_rows)]
+    return rows.set_column(rows.column_names.index(name), "parity", pa.array(answers))
+
+
+def teach(bundle: Path, rows: pa.Table) -> None:
+    """Learn, or go on with learning that was killed."""
+    texts = ["train.steps=30", "train.evaluate_every=10", "train.checkpoint_every=3", "budget=0.3"]
+    config = parse(LearnConfig, override(LearnConfig().model_dump(), texts), where="learn")
+    learn(bundle, TAUGHT, table_of_rows(rows, Path(".")), config, target="parity", resume=True)
+
+
+def sums(bundle: Path) -> dict[str, str]:
+    """Of what was learnt; how long it took, and when, is in none of them."""
+    return {name: found.sha256 for name, found in read_bundle(bundle).files.items() if name.startswith("tasks/")}
+
+
+PARTS: Final = ("registry", "learn", "many")
+
+
+def measure(quick: bool, parts: Sequence[str] = PARTS) -> Iterator[Figure]:
+    torch.set_num_threads(1)
+    named = {"registry": measure_registry, "learn": measure_learn, "many": measure_many}
+    for part in parts:
+        yield from named[part](quick)
+
+
 def fill(folder: Path, bundle: Path, count: int) -> None:
-    own = folder.with_name("filled")
-    shutil.copytree(bundle, own)
+    """Versions of one base that differ in a task; every fifth time an older one goes."""
+    own = Path(shutil.copytree(bundle, folder.with_name("filled")))
     registry = Registry(folder)
-    task = read_parts(own, read_bundle(own))
+    base = base_sum(read_bundle(own))
     for number in range(count):
-        if task:
-            add_part(own, task[0].task.model_copy(update={"name": f"more-{number}"}), task[0].weights, None)
+        add_part(own, made_up(f"more-{number}", base), {"x": torch.full((4096,), float(number))}, None)
         registry.register(own, NAME, note=f"number {number}")
-        if task and number % 5 == 4:
+        if number % 5 == 4:
             remove_task(own, f"more-{number - 1}")
 
 
@@ -217,4 +327,9 @@ def wrong(registry: Path, bundle: Path, folder: Path, *, whole: bool) -> str | N
 
 
 if __name__ == "__main__":
-    run("registry_kills", "A registry and a taught bundle under kills, and 200 versions of one base.", measure)
+    run(
+        "registry_kills",
+        "A registry and a taught bundle under kills, and 200 versions of one base.",
+        measure,
+        parts=PARTS,
+    )

@@ -33,9 +33,11 @@ def batch(model: dougong.Model, records) -> Batch:  # type: ignore[no-untyped-de
     return batch_of(model, records(12, seed=3, missing=0.3))
 
 
-def parts_of(base: Sandwich, *, rank: int = 2, filled: float = 0.0, seed: int = 0, outputs: int = 4) -> TaskParts:
+def parts_of(
+    base: Sandwich, *, rank: int = 2, filled: float = 0.0, seed: int = 0, outputs: int = 4, prompts: int = 2
+) -> TaskParts:
     torch.manual_seed(seed)
-    prompt = PromptNetwork(width=base.width, num_prompts=2, hidden=4, description="which one?")
+    prompt = PromptNetwork(width=base.width, num_prompts=prompts, hidden=4, description="which one?")
     made = TaskParts(
         layers_of(base, base.names),
         rank=rank,
@@ -70,21 +72,49 @@ def test_nothing_is_left_on_the_base(model: dougong.Model) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
-def test_records_of_many_tasks_answer_as_by_themselves(model: dougong.Model, batch: Batch) -> None:
+def test_records_of_many_tasks_answer_as_by_themselves(model: dougong.Model, records) -> None:  # type: ignore[no-untyped-def]
     base = model.network
     parts = {
         "a": parts_of(base, rank=1, filled=0.3, seed=1, outputs=3),
         "b": parts_of(base, rank=3, filled=0.3, seed=2, outputs=5),
+        "c": parts_of(base, rank=2, filled=0.3, seed=3, outputs=2, prompts=5),
     }
-    keys = [None, "a", "b"] * 4
-    with torch.no_grad(), elastic(base, parts, carriers={"a": "remark", "b": "photo"}) as whole:
+    rows = records(48, seed=3, missing=0.3)
+    batch = batch_of(model, rows)
+    keys = [None, "a", "b", "c"] * 12
+    carriers = {"a": "remark", "b": "photo", "c": "remark"}
+    with torch.no_grad(), elastic(base, parts, carriers=carriers) as whole:
         together = whole.answer(batch, keys).output_BC
-        for key in (None, "a", "b"):
-            alone = whole.answer(batch, [key] * 12).output_BC
-            rows = [row for row, each in enumerate(keys) if each == key]
-            torch.testing.assert_close(together[rows, : alone.shape[1]], alone[rows], rtol=1e-6, atol=2e-5)
-            assert (together[rows, alone.shape[1] :] == torch.finfo(torch.float32).min).all()
-        assert torch.equal(whole.answer(batch, [None] * 12).output_BC, base(batch).output_BC)
+        for key in (None, "a", "b", "c"):
+            own = [row for row, each in enumerate(keys) if each == key]
+            said = whole.answer(batch, [key] * 48).output_BC
+            by_themselves = whole.answer(batch_of(model, [rows[row] for row in own]), [key] * 12).output_BC
+            for alone in (said[own], by_themselves):
+                apart = (together[own, : alone.shape[1]] - alone).abs().max()
+                assert apart <= 1e-6 * alone.abs().max()
+            assert (together[own, said.shape[1] :] == torch.finfo(torch.float32).min).all()
+        assert torch.equal(whole.answer(batch, [None] * 48).output_BC, base(batch).output_BC)
+
+
+def test_prompts_of_many_tasks_stand_in_the_same_places(model: dougong.Model, batch: Batch) -> None:
+    base = model.network
+    parts = {f"t{number}": parts_of(base, seed=number, prompts=1 + number % 2) for number in range(6)}
+    with torch.no_grad(), elastic(base, parts, carriers=dict.fromkeys(parts, "remark")) as whole:
+        asked: list[int] = []
+        base.blocks[-1].register_forward_pre_hook(lambda _, given: asked.append(given[0].tokens["remark"].shape[1]))
+        whole.answer(batch, ["t1"] * 12)
+        whole.answer(batch, [*parts] * 2)
+    assert asked[0] == asked[1]  # no token more for five tasks more
+
+
+def test_what_is_learnt_between_two_answers_is_in_the_second(model: dougong.Model, batch: Batch) -> None:
+    base = model.network
+    parts = parts_of(base, filled=0.3)
+    with torch.no_grad(), elastic(base, {"a": parts}, active="a") as whole:
+        before = whole(batch).base.fused_BD
+        for parameter in parts.parameters():
+            parameter.mul_(2.0)
+        assert not torch.allclose(whole(batch).base.fused_BD, before)
 
 
 def test_only_the_task_has_gradients(model: dougong.Model, batch: Batch) -> None:

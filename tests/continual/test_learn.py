@@ -28,7 +28,8 @@ from dougong.continual.tasks import (
 )
 from dougong.continual.taught import open_taught
 from dougong.core.bundle import read_bundle
-from dougong.core.errors import BundleError, ConfigError, DataError
+from dougong.core.errors import BundleError, ConfigError, DataError, RunError
+from dougong.core.events import CheckpointSaved, Event
 
 Records = Callable[..., list[dict[str, Any]]]
 
@@ -191,6 +192,21 @@ def test_merged_with_itself_a_task_is_itself(copied: Path) -> None:
         merge_tasks(copied, dougong.load(copied).network, ["tones", "stripes"], "neither")
 
 
+def test_a_merged_task_is_found_once_those_it_is_of_are_gone(copied: Path) -> None:
+    rows = tones(20, seed=19)
+    part = next(part for part in read_parts(copied, read_bundle(copied)) if part.task.name == "tones")
+    add_part(copied, part.task.model_copy(update={"name": "again"}), part.weights, part.traits)
+    merge_tasks(copied, dougong.load(copied).network, ["tones", "again"], "both")
+    assert {answer.task for answer in open_taught(copied).predict(rows)} <= {"tones", "again", None}
+
+    remove_task(copied, "tones")
+    remove_task(copied, "again")
+
+    found = open_taught(copied).predict(rows)
+    assert sum(answer.task == "both" for answer in found) >= 18
+    assert sum(answer.task == "stripes" for answer in open_taught(copied).predict(stripes(20, seed=23))) >= 18
+
+
 def test_a_kill_at_any_moment_leaves_the_task_whole_or_absent(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = read_parts(copied, read_bundle(copied))[0]
     rename, replace = Path.rename, Path.replace
@@ -264,3 +280,57 @@ def test_many_tasks_in_one_forward_leave_no_state_behind(taught: Path, mixed: tu
     assert found.predict(rows, names) == first
     assert torch.is_grad_enabled()
     assert os.environ.get("DOUGONG_REHEARSAL_KEY") is None
+
+
+class Stop:
+    """Ends learning as a kill would, once so many checkpoints have been written."""
+
+    def __init__(self, checkpoints: int) -> None:
+        self.left = checkpoints
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, CheckpointSaved):
+            self.left -= 1
+            if self.left < 0:
+                raise SystemExit
+
+
+def test_learning_that_was_stopped_goes_on_to_the_same_part(copied: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(copied, tmp_path / "other" / "bundle"))
+    table = table_of(tones(60, seed=21))
+    config = quick(train=quick().train.model_copy(update={"steps": 12, "evaluate_every": 6, "checkpoint_every": 2}))
+    learn(copied, "more", table, config, target="pitch")
+
+    for checkpoints in (1, 3):
+        with pytest.raises(SystemExit):
+            learn(other, "more", table, config, target="pitch", resume=True, listeners=[Stop(checkpoints)])
+        assert not any(inner.startswith("tasks/more") for inner in tasks_in(read_bundle(other)))
+    with pytest.raises(RunError, match="holds learning of 'more' that was stopped"):
+        learn(other, "more", table, config, target="pitch")
+    learn(other, "more", table, config, target="pitch", resume=True)
+
+    assert sums(other / "tasks" / "more") == sums(copied / "tasks" / "more")
+    assert not any((tmp_path / "other").glob(".*.learning/*"))
+
+
+def test_a_stop_after_the_part_was_added_adds_it_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_of(tones(60, seed=22))
+    config = quick(train=quick().train.model_copy(update={"steps": 4}))
+
+    def then_killed(*given: Any) -> None:
+        add_part(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dougong.continual.learn.add_part", then_killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn(copied, "more", table, config, target="pitch", work=copied.parent / "work")
+    before = sums(copied)
+    assert "tasks/more/1/task.json" in before
+
+    learnt = learn(copied, "more", table, config, target="pitch", work=copied.parent / "work", resume=True)
+
+    assert learnt.task.key == "more/1"
+    assert sums(copied) == before
+    with pytest.raises(ConfigError, match="nothing of task 'more' was stopped, and it is there, in 1 part"):
+        learn(copied, "more", table, config, target="pitch", work=copied.parent / "work", resume=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dougong.continual.extra import ExtraModality
 from dougong.continual.prompt import PromptNetwork
+from dougong.continual.rows import by_row
 from dougong.core.errors import ConfigError
 from dougong.model.sandwich import BridgeBlock, EncoderBlock, FinishBlock, Sandwich
 from dougong.nn.modules_by_name import ModulesByName
@@ -128,6 +129,10 @@ class TaskParts(nn.Module):
         found = self.changes[name]
         assert isinstance(found, LowRank)
         return found.down_RI, found.up_OR
+
+    def outputs(self, hidden_BH: Tensor) -> Tensor:
+        """(B, C), from what the head's hidden layer says."""
+        return by_row(self.out, hidden_BH)
 
     def own_encoder(self, name: str) -> ExtraModality:
         found = self.extras[name]

@@ -151,12 +151,12 @@ class Elastic(BlockStack[SandwichState, ElasticOutput]):
         assert hidden_BH is not None
         if route.one:
             (key,) = route.keys
-            return ElasticOutput(said.output_BC if key is None else self.part(key).out(hidden_BH), said)
+            return ElasticOutput(said.output_BC if key is None else self.part(key).outputs(hidden_BH), said)
         rows = [(route.place_B == place).nonzero()[:, 0] for place in range(len(route.keys))]
         answers = [
             said.output_BC.index_select(0, row_R)
             if key is None
-            else self.part(key).out(hidden_BH.index_select(0, row_R))
+            else self.part(key).outputs(hidden_BH.index_select(0, row_R))
             for key, row_R in zip(route.keys, rows, strict=True)
         ]
         widest = max(answer_RC.shape[1] for answer_RC in answers)
@@ -227,7 +227,7 @@ class Elastic(BlockStack[SandwichState, ElasticOutput]):
 
     def _changed(self, name: str, of: str | None, route: _Route, x: Tensor, y: Tensor) -> Tensor | None:
         """A layer's answer with each row's own change; None where no row has one."""
-        if route.one:
+        if route.one and torch.is_grad_enabled():  # learning: one product is faster forwards, and more so backwards
             (key,) = route.keys
             found = None if key is None else self.part(key).change(name)
             if found is None:
@@ -237,16 +237,20 @@ class Elastic(BlockStack[SandwichState, ElasticOutput]):
         stacked = self._stacked(name, route.keys)
         if stacked is None:
             return None
-        down_SIR, up_SRO = stacked
-        place_N = route.place_B if of is None else route.place_U[of]
-        assert len(place_N) == len(x), f"{name} has {len(x)} rows, and {len(place_N)} are known"
-        x_NTI = x.reshape(len(x), -1, x.shape[-1])
-        change_NTO = (x_NTI @ down_SIR.index_select(0, place_N)) @ up_SRO.index_select(0, place_N)
-        return y + change_NTO.view(y.shape)
+        x_NTI = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+        # A product for each row, also where all are of one task: of one shape, it rounds alike whoever else is here.
+        if route.one:
+            down_NIR, up_NRO = (each.expand(len(x), -1, -1) for each in stacked)
+        else:
+            place_N = route.place_B if of is None else route.place_U[of]
+            assert len(place_N) == len(x), f"{name} has {len(x)} rows, and {len(place_N)} are known"
+            down_NIR, up_NRO = (each.index_select(0, place_N) for each in stacked)
+        return y + torch.bmm(torch.bmm(x_NTI, down_NIR), up_NRO).view(y.shape)
 
     def _stacked(self, name: str, keys: tuple[Key, ...]) -> tuple[Tensor, Tensor] | None:
         """All tasks' changes of a layer, as one tensor each way; zeros where a task leaves it as it is."""
-        keep = not torch.is_grad_enabled()
+        # One task's alone are few, and whoever teaches it asks in between: nothing old may stay.
+        keep = len(keys) > 1 and not torch.is_grad_enabled()
         if keep and (name, keys) in self._stacks:
             return self._stacks[name, keys]
         found = [None if key is None else self.part(key).change(name) for key in keys]
@@ -271,7 +275,7 @@ class Elastic(BlockStack[SandwichState, ElasticOutput]):
         tokens, masks = dict(state.tokens), dict(state.masks)
         count = len(route.place_B)
         record_BD = _mean_of_all(tokens, masks, count, self.base.width, next(self.base.parameters()))
-        told: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for place, key in enumerate(route.keys):
             if key is None:
                 continue
@@ -284,16 +288,15 @@ class Elastic(BlockStack[SandwichState, ElasticOutput]):
             said += self._extras(route, part, row_R)
             if carrier is None or not said:
                 continue
-            x_RTD, mask_RT = torch.cat([x for x, _ in said], dim=1), torch.cat([mask for _, mask in said], dim=1)
-            x_BTD = x_RTD.new_zeros(count, *x_RTD.shape[1:]).index_copy(0, row_R, x_RTD)
-            mask_BT = mask_RT.new_zeros(count, mask_RT.shape[1]).index_copy(0, row_R, mask_RT)
-            told.setdefault(carrier, []).append((x_BTD, mask_BT))
+            pieces = torch.cat([x for x, _ in said], dim=1), torch.cat([mask for _, mask in said], dim=1)
+            told.setdefault(carrier, []).append((row_R, *pieces))
         route.told, route.lent = {}, tuple(name for name in told if name not in tokens)
-        for name, pieces in told.items():
+        for name, found in told.items():
+            x_BTD, mask_BT = _side_by_side(found, count)
             own = [(tokens[name], masks[name])] if name in tokens else []
-            tokens[name] = torch.cat([x for x, _ in (*own, *pieces)], dim=1)
-            masks[name] = torch.cat([mask for _, mask in (*own, *pieces)], dim=1)
-            route.told[name] = sum(x.shape[1] for x, _ in pieces)
+            tokens[name] = torch.cat([*(x for x, _ in own), x_BTD], dim=1)
+            masks[name] = torch.cat([*(mask for _, mask in own), mask_BT], dim=1)
+            route.told[name] = x_BTD.shape[1]
         return state._replace(tokens=tokens, masks=masks)
 
     def forget(self, state: SandwichState) -> SandwichState:
@@ -368,6 +371,20 @@ class _ForgetBlock(_TellBlock):
 
     def forward(self, state: SandwichState) -> SandwichState:
         return self._whole[0].forget(state)
+
+
+def _side_by_side(told: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """What some tasks tell their own rows, in the same places: a record is of one task, so as many stand before it as
+    its own task has, and no more for all the others'. Of each task: its rows, their tokens and masks."""
+    longest = max(x_RTD.shape[1] for _, x_RTD, _ in told)
+    _, like, _ = told[0]
+    x_BTD = like.new_zeros(count, longest, like.shape[2])
+    mask_BT = torch.zeros(count, longest, dtype=torch.bool, device=like.device)
+    for row_R, x_RTD, mask_RT in told:
+        room = longest - x_RTD.shape[1]
+        x_BTD = x_BTD.index_copy(0, row_R, functional.pad(x_RTD, (0, 0, 0, room)))
+        mask_BT = mask_BT.index_copy(0, row_R, functional.pad(mask_RT, (0, room)))
+    return x_BTD, mask_BT
 
 
 def _by_task(media: MediaBatch, place_B: Tensor) -> tuple[MediaBatch, Tensor]:

@@ -9,6 +9,7 @@ Promise     nothing of the bundle changes but that a part is added, at the end a
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import time
@@ -48,8 +49,9 @@ from dougong.continual.tasks import (
 from dougong.continual.taught import confidence_of, renamed
 from dougong.core.bundle import read_bundle
 from dougong.core.config import Config
-from dougong.core.errors import ConfigError, DataError
+from dougong.core.errors import ConfigError, DataError, RunError
 from dougong.core.events import Announcer, Listener
+from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import Target
 from dougong.data.columns import infer_role
@@ -62,7 +64,7 @@ from dougong.data.split import split_table
 from dougong.data.table import Table, table_of_rows
 from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
-from dougong.engine.checkpoint import best_weights, load_weights
+from dougong.engine.checkpoint import best_weights, checkpoints_of, latest_checkpoint, load_weights
 from dougong.engine.evaluate import Evaluation, evaluate
 from dougong.engine.metrics import primary_metric
 from dougong.engine.optimizer import OptimizerConfig
@@ -74,6 +76,9 @@ from dougong.nn.batch import Batch, MediaBatch
 from dougong.objectives.decision import decision_loss
 
 TARGET_NAMES: Final = ("target", "label", "answer", "class", "y")
+BEGUN: Final = "begun.json"
+"""In the folder of learning that is under way: what the task had when it began."""
+
 TRAITS_OF: Final = 4096
 """Records that a task is known by; more change little."""
 
@@ -167,8 +172,12 @@ def learn(
     `rehearsal`, what was kept of its earlier records is learnt again beside the new ones, and the part stands for
     both; `covers_earlier` says that the table itself holds them.
 
+    With `resume`, go on with learning that was stopped, in `work` (beside the bundle, where it is not given), or begin
+    where there is none; a part that was added before the stop is not added again.
+
     Raises:
-        ConfigError: a name or column that does not exist, or a budget that is too small.
+        ConfigError: a name or column that does not exist, or a budget that is too small; `resume` where nothing of a
+            task that is there was stopped.
         DataError: the table has nothing that the base reads.
         RunError: `work` holds learning that was stopped, and `resume` is not asked for.
     """
@@ -178,7 +187,11 @@ def learn(
     manifest = read_bundle(bundle)
     model = load_model(bundle)
     base = model.network
-    earlier = [part for part in read_parts(bundle, manifest) if part.task.name == name]
+    parts_there = [part for part in read_parts(bundle, manifest) if part.task.name == name]
+    work = work or bundle.resolve().parent / f".{bundle.resolve().name}.learning" / name
+    begun = _begun(work, name, len(parts_there), resume=resume)
+    # What stands there beyond those was added by the learning that is gone on with.
+    earlier, added = parts_there[:begun], parts_there[begun:]
     if rehearsal is not None:
         kept = rehearsal.records(name)
         fresh = _all_rows(table)
@@ -197,7 +210,8 @@ def learn(
     task, parts = _build(base, name, description, config, reading, found_target, numbers, earlier)
     task = task.model_copy(update={"base": base_sum(manifest)})
     whole = Elastic(base, {task.key: parts}, active=task.key, carriers={task.key: task.carrier})
-    work = work or bundle.resolve().parent / f".{bundle.resolve().name}.learning" / name
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / BEGUN, {"parts": begun})
     try:
         loader_config = LoaderConfig(batch_size=config.batch_size, workers=0)
         judging = LoaderConfig(batch_size=256, workers=0)
@@ -251,11 +265,37 @@ def learn(
             },
         }
     )
-    task = add_part(bundle, task, distinct_weights(parts), traits)
+    task = added[-1].task if added else add_part(bundle, task, distinct_weights(parts), traits)
+    # Gone at once: half of it would be taken for learning that was stopped. Only then are records offered, since with
+    # them a stop before would go on with another table.
+    done = work.with_name(f"{work.name}.done")
+    shutil.rmtree(done, ignore_errors=True)
+    work.rename(done)
+    shutil.rmtree(done, ignore_errors=True)
     if rehearsal is not None:
         rehearsal.offer(name, fresh)
-    shutil.rmtree(work, ignore_errors=True)
     return Learnt(task, evaluation, time.perf_counter() - started)
+
+
+def _begun(work: Path, name: str, parts: int, *, resume: bool) -> int:
+    """How many parts the task had when the learning began that is now to be done, or gone on with."""
+    marker = work / BEGUN
+    stopped = latest_checkpoint(checkpoints_of(work)).checkpoint is not None
+    if stopped and not resume:
+        raise RunError(
+            f"{work} holds learning of {name!r} that was stopped. Go on with it by resume, or remove that folder to "
+            "begin anew."
+        )
+    if not resume:
+        return parts
+    if marker.is_file():
+        return min(parts, int(json.loads(marker.read_text(encoding="utf-8"))["parts"]))
+    if parts and not stopped:
+        raise ConfigError(
+            f"nothing of task {name!r} was stopped, and it is there, in {parts} part{'s' if parts > 1 else ''}. Leave "
+            "resume out to have it learn more."
+        )
+    return parts
 
 
 def learn_original(bundle: Path, table: Table, *, seed: int = 0) -> None:

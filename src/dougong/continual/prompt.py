@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dougong.continual.rows import by_row
 from dougong.nn.start import keep_variance
 
 HASHED: Final = 256
@@ -42,6 +43,8 @@ class PromptNetwork(nn.Module):
     and prepended inside one encoder; here they are computed, and stand where modalities ask each other.
     """
 
+    asked_K: Tensor
+
     def __init__(self, *, width: int, num_prompts: int, hidden: int, description: str) -> None:
         super().__init__()
         self.num_prompts, self.width = num_prompts, width
@@ -54,6 +57,6 @@ class PromptNetwork(nn.Module):
 
     def forward(self, record_BD: Tensor) -> Tensor:
         """(B, P, D)."""
-        hidden_BK = functional.gelu(self.read(functional.layer_norm(record_BD, (self.width,))) + self.asked_K)
-        said_BN: Tensor = self.say(hidden_BK)
+        hidden_BK = functional.gelu(by_row(self.read, functional.layer_norm(record_BD, (self.width,))) + self.asked_K)
+        said_BN = by_row(self.say, hidden_BK)
         return said_BN.view(len(said_BN), self.num_prompts, self.width)

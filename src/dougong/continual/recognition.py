@@ -1,6 +1,6 @@
 """Which task is a record of, where nobody says?
 
-Here        `frozen_features`, Traits (what is kept of each task), Recognition (who decides), Guess.
+Here        `frozen_features`, Traits (what is kept of each task) and `joined` ones, Recognition (who decides), Guess.
 Elsewhere   asking adapters how sure they are (continual/taught.py).
 Promise     it is decided in features of the frozen base, so that a task learnt later changes no feature of an earlier
             one; what is kept of a task are sums, means and a few held-out features, never a record; "none of these" is
@@ -155,6 +155,24 @@ def traits_of(features: Features, class_B: Tensor, num_classes: int, held_out: F
         patterns[key] = patterns.get(key, 0) + 1
     held_HM = torch.stack([held_out.present[name][:HELD_OUT] for name in names], dim=1)
     return Traits(mean, scatter, count, held, held_HM, patterns)
+
+
+def joined(traits: Sequence[Traits]) -> Traits:
+    """What a task is known by that stands for several of the same modalities: what is near one of them is near it."""
+    names = [name for name in traits[0].mean if all(name in each.mean for each in traits)]
+    patterns: dict[str, int] = {}
+    for each in traits:
+        for pattern, count in each.patterns.items():
+            patterns[pattern] = patterns.get(pattern, 0) + count
+    return Traits(
+        mean={name: torch.cat([each.mean[name] for each in traits]) for name in names},
+        scatter={name: torch.stack([each.scatter[name] for each in traits]).sum(dim=0) for name in names},
+        count={name: sum(each.count[name] for each in traits) for name in names},
+        held_out={name: torch.cat([each.held_out[name] for each in traits]) for name in names},
+        held_present_HM=torch.cat([each.held_present_HM for each in traits]),
+        patterns=patterns,
+        sure=sum(each.sure for each in traits) / len(traits),
+    )
 
 
 class Guess(NamedTuple):

@@ -29,7 +29,7 @@ from dougong.continual.elastic import Elastic
 from dougong.continual.extra import ExtraModality
 from dougong.continual.lock import locked
 from dougong.continual.prompt import PromptNetwork
-from dougong.continual.recognition import Traits
+from dougong.continual.recognition import Traits, joined
 from dougong.core.bundle import MANIFEST, FileSum, Manifest, read_bundle, write_bundle
 from dougong.core.config import Config, parse
 from dougong.core.errors import BundleError, CheckpointError, ConfigError
@@ -102,6 +102,9 @@ class Task(Config):
 
     covers: tuple[int, ...] = ()
     """Earlier parts whose records it has met again: where it stands, they are not asked."""
+
+    merged: tuple[str, ...] = ()
+    """Tasks that it was made of. It is found by itself once one of them is gone: until then they are."""
 
     provenance: dict[str, Any] = {}
     trait_counts: dict[str, int] = {}
@@ -469,17 +472,22 @@ def merge_tasks(bundle: Path, base: Sandwich, names: Sequence[str], into: str, w
             change.down_RI.zero_()
             change.up_OR[:, :keep] = left[:, :keep] * size[:keep].sqrt()
             change.down_RI[:keep] = size[:keep, None].sqrt() * right[:keep]
+    known = [part.traits for part in chosen if part.traits is not None]
+    traits = joined(known) if len(known) == len(chosen) else None
     task = first.model_copy(
         update={
             "name": into,
             "metrics": {},
             "records": sum(part.task.records for part in chosen),
-            "provenance": {"merged from": [part.task.name for part in chosen], "weights": shares},
-            "trait_counts": {},
-            "patterns": {},
+            "covers": (),
+            "merged": tuple(part.task.name for part in chosen),
+            "provenance": {"merged from": [part.task.key for part in chosen], "weights": shares},
+            "trait_counts": {} if traits is None else traits.count,
+            "patterns": {} if traits is None else traits.patterns,
+            "sure": 0.0 if traits is None else traits.sure,
         }
     )
-    return add_part(bundle, task, distinct_weights(merged), None)
+    return add_part(bundle, task, distinct_weights(merged), traits)
 
 
 def _write_manifest(bundle: Path, manifest: Manifest, files: Mapping[str, FileSum]) -> None:

@@ -104,7 +104,14 @@ class Taught:
         original = read_original(folder, manifest)
         traits = {item.key: item.part.traits for item in self._asked if item.part is not None}
         traits[None] = original
-        self._known = [item for item in self._asked if traits[item.key] is not None]
+        here = {part.task.name for part in self.parts}
+        self._known = [
+            item
+            for item in self._asked
+            if traits[item.key] is not None
+            # Beside all that it was made of, a merged task would be as near as they are.
+            and not (item.part is not None and item.part.task.merged and here.issuperset(item.part.task.merged))
+        ]
         self.recognition = None
         if self._known:
             kept = [found for item in self._known if (found := traits[item.key]) is not None]
