@@ -138,8 +138,11 @@ class _ProcessWorker:
     async def ask(self, kind: str, records: Records, options: Mapping[str, Any] | None = None) -> Answers:
         self._channel.send({"kind": kind, "records": list(records), "options": dict(options or {})})
         found = await self._channel.receive()
-        pairs = zip(found["statuses"], found["bodies"], strict=True)
-        return Answers([Outcome(status, body) for status, body in pairs], found["seconds"], found["quality"])
+        outcomes, at, bodies = [], 0, found["bodies"]
+        for status, size in zip(found["statuses"], found["sizes"], strict=True):
+            outcomes.append(Outcome(status, bodies[at : at + size]))
+            at += size
+        return Answers(outcomes, found["seconds"], found["quality"])
 
     async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[str]:
         self._channel.send({"kind": "write", "records": [record], "options": dict(options)})
