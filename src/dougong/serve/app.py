@@ -31,7 +31,7 @@ from dougong.core.errors import ConfigError, DougongError, RunError
 from dougong.serve.access import Access, Caller, key_of
 from dougong.serve.backend import Outcome
 from dougong.serve.batcher import Ticket
-from dougong.serve.columns import BadRequest, Fetch
+from dougong.serve.columns import CHARACTERS_A_TOKEN, BadRequest, Fetch
 from dougong.serve.engine import Refused
 from dougong.serve.fetching import fetch
 from dougong.serve.logs import RequestLog
@@ -273,6 +273,11 @@ class App:
             _only(method, "POST")
             self.admit(request)
             return await self._predict(request, receive, send)
+        if path == "/v1/draw":
+            request.route = path
+            _only(method, "POST")
+            self.admit(request)
+            return await self._draw(request, receive)
         found = _MODEL.fullmatch(path)
         if found is not None:
             return await self._model(request, found, receive)
@@ -507,6 +512,20 @@ class App:
         async for body in _events(pieces):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+    async def _draw(self, request: Request, receive: Receive) -> Reply:
+        """A picture as a PNG file, of {"text": ...} with options of sampling and `seed` beside it."""
+        values = load_json(await self._body(receive, request.headers))
+        if not isinstance(values, dict) or not isinstance(values.get("text"), str):
+            raise BadRequest('give an object like {"text": "a red circle", "seed": 3}')
+        text = values.pop("text")
+        if len(text) > self.config.limits.tokens * CHARACTERS_A_TOKEN:
+            raise BadRequest(f"text: longer than {self.config.limits.tokens} tokens", 413)
+        version = self.models.choose(request.asked("model"), request.asked("version"))
+        request.model, request.version = version.name, version.version
+        outcome = await version.engine.draw(text, values)
+        kind = b"image/png" if outcome.status == 200 else b"application/json"
+        return Reply(outcome.body, outcome.status, kind)
 
     async def _model(self, request: Request, found: re.Match[str], receive: Receive) -> Reply:
         name, version_name, what = found[1], found[2], found[3]

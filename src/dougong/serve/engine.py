@@ -205,6 +205,15 @@ class Engine:
         async with self._borrowed() as worker:
             return (await worker.ask("explain", [record])).outcomes[0]
 
+    async def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+        """A picture of what a text says; of a model that draws.
+
+        Raises:
+            Refused: no worker can be had.
+        """
+        async with self._borrowed() as worker:
+            return (await worker.ask("draw", [{"text": text}], options)).outcomes[0]
+
     async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[str]:
         """Words as they are written; the worker is this caller's until the end.
 

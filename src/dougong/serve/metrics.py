@@ -123,7 +123,7 @@ class Metrics:
     def collect(self) -> Iterable[Metric]:
         """Families of what was counted, and of how it is now."""
         of = OF_VERSION
-        requests = {(route, str(status)): count for (route, status), count in self._requests.items()}
+        requests: dict[Labels, int] = {(route, str(status)): count for (route, status), count in self._requests.items()}
         yield _counter("dougong_requests", "Requests by route and status.", ("route", "status"), requests)
         yield _histogram("dougong_request_seconds", "From headers to answer.", ("route",), self._latency)
         yield _histogram("dougong_batch_records", "Records of a batch.", of, self._size)
