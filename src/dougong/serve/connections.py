@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -30,13 +30,6 @@ KEPT_SECONDS: Final = 75.0
 
 BUSY: Final = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
 SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-
-
-class Exchanges(Protocol):
-    """What a request that goes the short way needs of its connection."""
-
-    def on_response_complete(self) -> None:
-        """It is answered: the next one may be."""
 
 
 def protocol(limits: Limits, app: App) -> type[asyncio.Protocol]:
@@ -57,6 +50,9 @@ def protocol(limits: Limits, app: App) -> type[asyncio.Protocol]:
         _direct: Direct | None = None
         """The request that goes the short way, until its body is whole."""
 
+        _asked: Direct | None = None
+        """The same from then on, until it is answered: requests behind it may have come already."""
+
         def connection_made(self, transport: Any) -> None:
             if len(self.connections) >= limits.connections:
                 self.refused = True
@@ -71,10 +67,9 @@ def protocol(limits: Limits, app: App) -> type[asyncio.Protocol]:
                 self._check.cancel()
             if self.refused:
                 return
-            waiting: Any = self.cycle
             super().connection_lost(exc)
-            if isinstance(waiting, Direct) and self._direct is None:
-                waiting.gone()
+            if self._asked is not None:
+                self._asked.gone()
 
         def data_received(self, data: bytes) -> None:
             if self.refused:
@@ -125,11 +120,13 @@ def protocol(limits: Limits, app: App) -> type[asyncio.Protocol]:
             if direct is None:
                 super().on_message_complete()
             else:
+                self._asked = direct
                 direct.begin(self.client[0] if self.client else "local")
 
         def on_response_complete(self) -> None:
             # As uvicorn's, but for the timer that it sets after each answer.
             self.server_state.total_requests += 1
+            self._asked = None
             if self.transport.is_closing():
                 return
             self.flow.resume_reading()

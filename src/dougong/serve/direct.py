@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from dougong.serve.app import App, Question, Reply, Request
 from dougong.serve.backend import Outcome
@@ -22,26 +24,19 @@ if TYPE_CHECKING:
     import asyncio
 
     from dougong.serve.batcher import Ticket
-    from dougong.serve.connections import Exchanges
 
 LARGEST_BODY: Final = 2**16
 """Bytes: so much of a body is held before it is known whose it is. Longer ones are read by ASGI, which waits."""
 
 _PREDICT: Final = b"/v1/predict"
 _INFER: Final = re.compile(rb"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([A-Za-z0-9._-]+))?/infer")
-_STARTS: Final = {
-    200: b"HTTP/1.1 200 OK\r\n",
-    400: b"HTTP/1.1 400 Bad Request\r\n",
-    401: b"HTTP/1.1 401 Unauthorized\r\n",
-    404: b"HTTP/1.1 404 Not Found\r\n",
-    413: b"HTTP/1.1 413 Request Entity Too Large\r\n",
-    415: b"HTTP/1.1 415 Unsupported Media Type\r\n",
-    422: b"HTTP/1.1 422 Unprocessable Entity\r\n",
-    429: b"HTTP/1.1 429 Too Many Requests\r\n",
-    500: b"HTTP/1.1 500 Internal Server Error\r\n",
-    503: b"HTTP/1.1 503 Service Unavailable\r\n",
-    504: b"HTTP/1.1 504 Gateway Timeout\r\n",
-}
+
+
+class Exchanges(Protocol):
+    """What a request needs of its connection."""
+
+    def on_response_complete(self) -> None:
+        """It is answered: the next one may be."""
 
 
 def goes_directly(app: App, method: bytes, url: bytes, headers: Mapping[bytes, bytes]) -> bool:
@@ -140,10 +135,12 @@ class Direct:
 
     def gone(self) -> None:
         """The caller has left: nobody waits any more."""
+        self.disconnected = True
         if not self.response_complete:
             self.response_complete = True
             self._give_up()
             self._app.ended(self._request, self._id, 499, self._started)
+            self._let_go()
 
     def _submit(self, question: Question, client: str) -> None:
         version, records = question.version, question.records
@@ -196,13 +193,11 @@ class Direct:
         app, status = self._app, reply.status
         self.response_started = self.response_complete = True
         app.ended(self._request, self._id, status, self._started)
-        if self.disconnected:
-            return
         closes = app.draining or not self.keep_alive
         plain = not reply.headers and not closes and not app.config.cors_origins
         if plain:
             head = b"%sx-request-id: %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n" % (
-                _STARTS[status],
+                STATUS_LINE[status],
                 self._id.encode(),
                 reply.content_type,
                 len(reply.body),
@@ -211,11 +206,17 @@ class Direct:
             lines = app.headers_of(reply, self._id, self._headers)
             if closes and not app.draining:
                 lines.append((b"connection", b"close"))
-            head = _STARTS[status] + b"".join([b"%s: %s\r\n" % line for line in lines]) + b"\r\n"
+            head = STATUS_LINE[status] + b"".join([b"%s: %s\r\n" % line for line in lines]) + b"\r\n"
         self._transport.write(head + reply.body)
+        self._let_go()
         if closes:
             self._transport.close()
         self._connection.on_response_complete()
+
+    def _let_go(self) -> None:
+        """The connection knows this until its next request, which may be long: not what was asked, too."""
+        self._question = None
+        self._tickets, self._outcomes, self._headers = [], [], {}
 
 
 class _Nothing:

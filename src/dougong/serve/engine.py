@@ -67,9 +67,10 @@ class _Job:
     def tell(self, found: Outcome | Refused) -> None:
         """Whoever waits; and let go of the record."""
         self.record = _GONE
-        if self.then is not None:
+        then, self.then = self.then, None
+        if then is not None:
             try:
-                self.then(found)
+                then(found)
             except Exception as error:  # the others of its batch are still to be told
                 _log.error("an answer could not be passed on: %s", type(error).__name__)
             return
@@ -191,7 +192,7 @@ class Engine:
     def give_up(self, ticket: Ticket) -> None:
         """Nobody waits for this any more: take it out of the queue, if it is still there."""
         if self.batcher.cancel(ticket):
-            ticket.payload.record = _GONE
+            ticket.payload.record, ticket.payload.then = _GONE, None
             if ticket.payload.future is not None:
                 ticket.payload.future.cancel()
             self._left(1)
