@@ -58,7 +58,9 @@ def goes_directly(app: App, method: bytes, url: bytes, headers: Mapping[bytes, b
     if url == _PREDICT:
         return True
     path, _, query = url.partition(b"?")
-    return b"explain" not in query and (path == _PREDICT or _INFER.fullmatch(path) is not None)
+    if b"explain" in query or b"%" in query:  # which may spell it
+        return False
+    return path == _PREDICT or _INFER.fullmatch(path) is not None
 
 
 class Direct:
