@@ -9,15 +9,21 @@ throughput  32 callers that wait for their answers, a simulated device (4 ms and
             thirty lines), against no batching, and against peers where PEERS names a Python that has them (litserve,
             bentoml, ray[serve], mosec; from PyPI); requests a second, quantiles, milliseconds of processor a request,
             processor when idle
+bundle      the same with a trained bundle of pictures, text and a number, requests with some of them: ours, the least
+            that batches around `model.predict`, and no batching
+latency     arrivals by chance: p50 at a fifth of what can be served without batching, beside no batching; p99 at four
+            fifths of what the best peer (without peers: the least that batches) can serve, beside each
 cells       load x model over HTTP: ours against its own fixed waits
-step        50 to 500 requests a second and back; twice as much as can be served, and how soon the rest is refused
-swap        versions swapped, and a worker killed (SIGKILL), under load
+step        50 to 500 requests a second and back, against an oracle that knew all arrivals; twice as much as can be
+            served, and how soon the rest is refused
+swap        versions of a trained bundle swapped, a worker killed (SIGKILL) and the server ended (SIGTERM), under load
 attack      thousands of connections that say nothing, heads and bodies that never end, sockets half closed, pictures
-            that claim to be huge: what they cost everybody else
-leak        many mixed and partly malformed requests: memory, and every answer against the first one
+            that claim to be huge or swell when unpacked: what they cost everybody else
+leak        many mixed and partly malformed requests, as JSON and as forms: memory, and every answer against offline
+            prediction; on a quiet machine it takes ten minutes
 
 Medians of interleaved runs; the interval is the lowest and the highest. A wait or a peer is the baseline where its name
-stands in the figure's.
+stands in the figure's. Without --quick, a part that was measured of these sources is taken from then.
 """
 
 from __future__ import annotations
@@ -25,21 +31,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import json
 import os
 import random
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import ROOT, run
+from harness import ROOT, Kept, run
 
 from dougong.core.config import parse
 from dougong.core.errors import RunError
@@ -49,7 +58,7 @@ from dougong.serve.engine import Engine
 from dougong.serve.loadtest import Asker, picture, quantile, run_load
 from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
 
-PARTS = ("policy", "throughput", "cells", "step", "swap", "attack", "leak")
+PARTS = ("policy", "throughput", "bundle", "latency", "cells", "step", "swap", "attack", "leak")
 PEERS = ("mosec", "litserve", "bentoml", "ray")
 WAITS = (0.0, 0.002, 0.005)
 CALLERS = 32
@@ -61,15 +70,24 @@ def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
     known: dict[str, Callable[[bool], Iterator[Figure]]] = {
         "policy": _policy,
         "throughput": _throughput,
+        "bundle": _with_a_bundle,
+        "latency": _latency,
         "cells": _cells,
         "step": _step,
         "swap": _swap,
         "attack": _attack,
         "leak": _leak,
     }
+    kept = Kept("serve")
     for part in parts:
-        print(f"{part} ...", file=sys.stderr)
-        yield from known[part](quick)
+        key = f"{part} beside {os.environ.get('PEERS', 'no peers')}"
+        found = None if quick else kept.get(key)
+        if found is None:
+            print(f"{part} ...", file=sys.stderr)
+            found = [figure.model_dump(mode="json") for figure in known[part](quick)]
+            if not quick:
+                kept.put(key, found)
+        yield from (parse(Figure, figure, where=part) for figure in found)
 
 
 def _policy(quick: bool) -> Iterator[Figure]:
@@ -161,9 +179,11 @@ def side(name: str, model: str, *more: str, folder: Path, python: str = sys.exec
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = [str(ROOT / "benchmarks")] + ([str(ROOT / "src")] if name == "ours" else [])
+    paths = [str(ROOT / "benchmarks")] + ([str(ROOT / "src")] if name == "ours" or model == "bundle" else [])
     paths += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ and name in ("ours", "minimal", "none") else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    if model == "bundle" and more:
+        environment["SIDE_BUNDLE"] = more[0]
     code = "import sys, serve_sides; serve_sides.run_side(sys.argv[1:])"
     log = (folder / f"{name}-{model}.log").open("ab")
     process = subprocess.Popen(  # noqa: S603, our own script
@@ -235,9 +255,13 @@ class Closed(NamedTuple):
     cpu_milliseconds: float
 
 
-async def _closed(found: Side, name: str, callers: int, seconds: float) -> Closed:
+async def _closed(
+    found: Side, name: str, callers: int, seconds: float, rows: Sequence[Mapping[str, Any]] = ()
+) -> Closed:
     asker = Asker(found.url, most=callers)
     requests = [_body(asker, found.path, place / 7, name) for place in range(64)]
+    if rows:
+        requests = [asker.frame(found.path, _as_json(row), "application/json") for row in rows]
     loop, took, dice = asyncio.get_running_loop(), list[float](), random.Random(0)  # noqa: S311, no secret
     until = loop.time() + 0.5  # to warm up
 
@@ -306,6 +330,72 @@ def _throughput_figures(model: str, found: Mapping[str, list[Closed]], idle: Map
         yield Figure(name=f"{model}: ours, of the best peer", value=ratio, unit="x", asked=">= 1.25")
 
 
+def _with_a_bundle(quick: bool) -> Iterator[Figure]:
+    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle, rows = _mixed_bundle(folder), _mixed_rows()
+        found: dict[str, list[Closed]] = {}
+        for _ in range(repeats):
+            for each in ("ours", "minimal", "none"):
+                with side(each, "bundle", str(bundle), folder=folder) as started:
+                    found.setdefault(each, []).append(asyncio.run(_closed(started, each, CALLERS, seconds, rows)))
+    rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
+    for name, runs in found.items():
+        yield _figure(f"mixed bundle, {name}: answered", [each.rate for each in runs], "1/s")
+        for share in (0.5, 0.99):
+            tails = [1e3 * quantile(each.seconds, share) for each in runs]
+            yield _figure(f"mixed bundle, {name}: p{100 * share:g}", tails, "ms")
+    ratio = rates["ours"] / rates["minimal"]
+    yield Figure(name="mixed bundle: ours, of the minimal batcher", value=ratio, unit="x", asked=">= 0.9")
+
+
+def _latency(quick: bool) -> Iterator[Figure]:
+    python = os.environ.get("PEERS")
+    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = str(_bundle(folder))
+        for model in ("device",) if quick else ("device", "perceptron"):
+            most: dict[str, float] = {}
+            for each in ("minimal", "none", *(PEERS if python else ())):
+                with contextlib.suppress(RunError), _other(each, model, bundle, folder, python) as started:
+                    most[each] = asyncio.run(_closed(started, each, CALLERS, seconds)).rate
+            peers = [each for each in most if each in PEERS] or ["minimal"]
+            best = max(peers, key=most.__getitem__)
+            few: dict[str, list[float]] = {}
+            many: dict[str, list[float]] = {}
+            for repeat in range(repeats):
+                for each in ("ours", *most):
+                    with _other(each, model, bundle, folder, python) as started:
+                        if each in ("ours", "none"):
+                            calm = asyncio.run(
+                                _opened(started, 0.2 * most["none"], seconds, 1.0, seed=repeat, name=each)
+                            )
+                            few.setdefault(each, []).append(1e3 * calm.quantiles["0.5"])
+                        if each != "none":
+                            busy = asyncio.run(_opened(started, 0.8 * most[best], seconds, 1.0, seed=repeat, name=each))
+                            many.setdefault(each, []).append(1e3 * busy.quantiles["0.99"])
+            alone = statistics.median(few["none"])
+            asked = {"baseline": alone, "asked": f"<= {1.15 * alone:.4g}"}
+            yield _figure(
+                f"{model}, a fifth of no batching's rate: p50, beside no batching", few["ours"], "ms", **asked
+            )
+            for each, tails in many.items():
+                theirs = statistics.median(many[best])
+                asked = {"baseline": theirs, "asked": f"<= {theirs:.4g}"} if each == "ours" else {}
+                yield _figure(
+                    f"{model}, {0.8 * most[best]:.0f} a second (80 % of {best}): p99, {each}", tails, "ms", **asked
+                )
+
+
+def _other(
+    name: str, model: str, bundle: str, folder: Path, python: str | None
+) -> contextlib.AbstractContextManager[Side]:
+    more = [bundle] if name == "ours" else []
+    return side(name, model, *more, folder=folder, python=python if python and name in PEERS else sys.executable)
+
+
 def _cells(quick: bool) -> Iterator[Figure]:
     repeats, seconds = (1, 1.5) if quick else (3, 10.0)
     shares = (0.2,) if quick else (0.05, 0.2, 0.5, 0.8)
@@ -331,9 +421,20 @@ def _cells(quick: bool) -> Iterator[Figure]:
                     yield _figure(name_of, ours, "ms", baseline=best, asked=f"<= {1.1 * best:.4g}")
 
 
-async def _opened(found: Side, rate: float, seconds: float, slo: float, *, seed: int = 0) -> Any:
+async def _opened(
+    found: Side,
+    rate: float,
+    seconds: float,
+    slo: float,
+    *,
+    seed: int = 0,
+    name: str = "ours",
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> Any:
     asker = Asker(found.url, most=512)
-    requests = [_body(asker, found.path, place / 7, "ours") for place in range(64)]
+    requests = [_body(asker, found.path, place / 7, name) for place in range(64)]
+    if rows:
+        requests = [asker.frame(found.path, _as_json(row), "application/json") for row in rows]
     try:
         await run_load(asker, requests, min(rate, 200.0), 1.0, slo, 99)  # to warm up
         return await run_load(asker, requests, rate, seconds, slo, seed)
@@ -346,11 +447,15 @@ def _step(quick: bool) -> Iterator[Figure]:
         folder = Path(name)
         bundle = str(_bundle(folder))
         slo, seconds = 0.05, 1.5 if quick else 8.0
-        with side("ours", "device", bundle, "", str(slo), folder=folder) as started:
-            results = [asyncio.run(_opened(started, rate, seconds, slo)) for rate in (50.0, 500.0, 50.0)]
-        sent = sum(each.sent for each in results)
-        good = sum(each.good_per_second * max(seconds, each.sent / each.rate) for each in results)
-        yield Figure(name="device, 50-500-50 a second: in time", value=min(1.0, good / sent), unit="x", asked=">= 0.99")
+        shares, lasts = [], []
+        for seed in range(1 if quick else 3):
+            with side("ours", "device", bundle, "", str(slo), folder=folder) as started:
+                share, last = asyncio.run(_stepped(started, slo, 0.7 if quick else 3.0, seed))
+            shares.append(share)
+            lasts.append(last)
+        asked = "device, 50-500-50 a second: in time, of the oracle"
+        yield _figure(asked, shares, "x", asked=">= 0.99")
+        yield _figure("device, last late answer after a step up", lasts, "s", asked="<= 2")
         with side("ours", "perceptron", bundle, "", str(slo), folder=folder) as started:
             most = asyncio.run(_closed(started, "ours", 64, seconds)).rate
             found = asyncio.run(_opened(started, 2 * most, seconds, slo))
@@ -359,6 +464,32 @@ def _step(quick: bool) -> Iterator[Figure]:
         if found.refused_quantile is not None:
             refused = 1e3 * found.refused_quantile
             yield Figure(name="perceptron, twice too much: p99 to a refusal", value=refused, unit="ms", asked="<= 10")
+
+
+async def _stepped(found: Side, slo: float, seconds: float, seed: int) -> tuple[float, float]:
+    """What share was answered in time, of what an oracle could; when after the step the last late one was due."""
+    asker = Asker(found.url, most=512)
+    requests = [_body(asker, found.path, place / 7, "ours") for place in range(64)]
+    due, late, good, start = list[float](), [0.0], 0, 0.0
+
+    def note(at: float, took: float, status: int) -> None:
+        nonlocal good
+        due.append(start + at)
+        if status == 200 and took <= slo:
+            good += 1
+        elif start:
+            late.append(start + at - seconds)
+
+    try:
+        await run_load(asker, requests, 50.0, 1.0, slo, 99)  # to warm up
+        for phase, rate in enumerate((50.0, 500.0, 50.0)):
+            start = phase * seconds
+            await run_load(asker, requests, rate, seconds, slo, 3 * seed + phase, timed=note)
+    finally:
+        asker.close()
+    fixed, item = MODELS["device"]
+    best = feasible(sorted(due), lambda number: fixed + item * number, slo=slo, max_batch=32)
+    return good / best, max(late)
 
 
 def _swap(quick: bool) -> Iterator[Figure]:
@@ -376,7 +507,7 @@ def _swap(quick: bool) -> Iterator[Figure]:
         seen: list[tuple[int, bytes]] = []
         async with Running.start(config, [Wanted("model", "1", bundle)]) as running:
             asker = Asker(running.url, most=64)
-            requests = [_body(asker, "/v1/predict", place / 7, "ours") for place in range(64)]
+            requests = [asker.frame("/v1/predict", _as_json(row), "application/json") for row in _mixed_rows()]
             load = asyncio.create_task(
                 run_load(
                     asker, requests, 100.0, seconds, 1.0, 0, seen=lambda _, status, body: seen.append((status, body))
@@ -403,14 +534,45 @@ def _swap(quick: bool) -> Iterator[Figure]:
             return swapped, back, list(seen)
 
     with tempfile.TemporaryDirectory() as name:
-        swapped, back, after = asyncio.run(under_load(_bundle(Path(name))))
+        bundle = _mixed_bundle(Path(name))
+        swapped, back, after = asyncio.run(under_load(bundle))
+        with side("ours", "bundle", str(bundle), "", "1.0", folder=Path(name)) as started:
+            sent, lost, status = asyncio.run(_ended(started))
     failed = sum(status != 200 for status, _ in swapped)
     yield Figure(name=f"{swaps} swaps under 100 a second: failed", value=failed, unit="requests", asked="<= 0")
     versions = {json.loads(body)["version"] for status, body in swapped if status == 200}
     yield Figure(name="versions that answered", value=len(versions), unit="versions")
     yield Figure(name="worker killed: back", value=back, unit="s", asked="<= 5")
+    yield Figure(name=f"SIGTERM under 100 a second: lost of {sent}", value=lost, unit="requests", asked="<= 0")
+    yield Figure(name="SIGTERM: exit status", value=status, unit="", asked="<= 0")
     odd = sum(status not in (200, 429, 503) for status, _ in after)
     yield Figure(name="worker killed: other than answered, 429 or 503", value=odd, unit="requests", asked="<= 0")
+
+
+async def _ended(found: Side) -> tuple[int, int, int]:
+    """Requests sent, requests lost, exit status: SIGTERM in the middle, and callers that go on until the server says
+    that it is no longer ready, as a balancer in front of it would."""
+    asker, loop = Asker(found.url, most=64), asyncio.get_running_loop()
+    requests = [asker.frame("/v1/predict", _as_json(row), "application/json") for row in _mixed_rows()]
+    told = False
+
+    async def end() -> None:
+        nonlocal told
+        await asyncio.sleep(1.0)
+        found.process.send_signal(signal.SIGTERM)
+        while (await asker.get("/v2/health/ready"))[0] == 200:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)  # a balancer is not at once either
+        told = True
+
+    ending = asyncio.create_task(end())
+    try:
+        result = await run_load(asker, requests, 100.0, 20.0, 1.0, 5, ended=lambda: told)
+        await ending
+    finally:
+        asker.close()
+    status = await loop.run_in_executor(None, found.process.wait, 40)
+    return result.sent, result.sent - result.answered, status
 
 
 async def _back(engine: Engine, killed: float) -> float:
@@ -425,16 +587,43 @@ def _attack(quick: bool) -> Iterator[Figure]:
     idle, seconds = (300, 2.0) if quick else (10_000, 20.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with side("ours", "device", str(_bundle(folder)), folder=folder) as started:
-            calm = asyncio.run(_opened(started, 100.0, seconds, 1.0))
-            before, under = asyncio.run(_attacked(started, idle, seconds))
+        bundle = str(_mixed_bundle(folder))
+        with side("ours", "bundle", bundle, "", "1.0", folder=folder) as started:
+            calm = asyncio.run(_opened(started, 50.0, seconds, 1.0, rows=_mixed_rows()))
+            before, under, refused = asyncio.run(_attacked(started, idle, seconds))
+            alive = started.process.poll() is None
     ratio = under.quantiles["0.99"] / calm.quantiles["0.99"]
-    yield Figure(name=f"p99 beside {before} hostile connections", value=ratio, unit="x of before", asked="<= 2")
+    yield Figure(
+        name=f"p99 beside {before} hostile connections and bombs", value=ratio, unit="x of before", asked="<= 2"
+    )
     failed = under.sent - under.answered
     yield Figure(name="others' requests that failed meanwhile", value=failed, unit="requests", asked="<= 0")
+    odd = sum(number for status, number in refused.items() if status not in ("413", "415", "422", "429"))
+    yield Figure(name=f"bombs of {sum(refused.values())} not refused as such", value=odd, unit="requests", asked="<= 0")
+    yield Figure(name="server still up", value=float(alive), unit="", asked=">= 1")
 
 
-async def _attacked(found: Side, idle: int, seconds: float) -> tuple[int, Any]:
+def _bombs() -> list[tuple[bytes, str, str]]:
+    """Body, type and further header lines of what is small and claims, or becomes, much."""
+
+    def png(width: int, height: int, content: bytes) -> bytes:
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+    zeros = zlib.compress(b"\0" * 20_000_000, 9)
+    pictures = [png(60_000, 60_000, zeros), png(100_000, 8_000, zeros)]
+    found = [(_as_json({"photo": each}), "application/json", "") for each in pictures]
+    found.append(
+        (gzip.compress(b'{"remark": "' + b"a" * 20_000_000 + b'"}'), "application/json", "content-encoding: gzip\r\n")
+    )
+    found.append((b'{"remark": "' + b"a" * 100_000 + b'"}', "application/json", ""))
+    return found
+
+
+async def _attacked(found: Side, idle: int, seconds: float) -> tuple[int, Any, dict[str, int]]:
     host, port = found.url.removeprefix("http://").split(":")
     head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     starts = (
@@ -453,9 +642,15 @@ async def _attacked(found: Side, idle: int, seconds: float) -> tuple[int, Any]:
         if place % 8 == 3 and writer.can_write_eof():
             writer.write_eof()
         held.append(writer)
+    bomber = Asker(found.url, most=8)
+    bombs = [bomber.frame("/v1/predict", body, kind, more) for body, kind, more in _bombs()]
+    bombing = asyncio.create_task(run_load(bomber, bombs, 10.0, seconds, 1.0, 2))
     try:
-        return len(held), await _opened(found, 100.0, seconds, 1.0, seed=1)
+        result = await _opened(found, 50.0, seconds, 1.0, seed=1, rows=_mixed_rows())
+        return len(held), result, (await bombing).statuses
     finally:
+        bombing.cancel()
+        bomber.close()
         for writer in held:
             writer.close()
 
@@ -496,22 +691,41 @@ def _mixed_bundle(folder: Path) -> Path:
     return folder / "mixed" / "bundle"
 
 
-async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[int, dict[str, int], float]:
-    import dougong
-
+def _mixed_rows() -> list[dict[str, Any]]:
+    """Records of which each modality is there more often than not."""
     dice = random.Random(1)  # noqa: S311, no secret
     rows: list[dict[str, Any]] = []
     for place in range(60):
         row = {"photo": picture(24, 24, dice), "remark": f"it is {place} now", "weight": place / 5}
         rows.append({name: value for name, value in row.items() if dice.random() < 0.7})
+    return rows
+
+
+def _as_json(row: Mapping[str, Any]) -> bytes:
+    plain = {key: base64.b64encode(v).decode() if isinstance(v, bytes) else v for key, v in row.items()}
+    return json.dumps(plain).encode()
+
+
+def _as_form(row: Mapping[str, Any]) -> bytes:
+    body = b""
+    for name, value in row.items():
+        content = value if isinstance(value, bytes) else str(value).encode()
+        more = '; filename="a.png"' if isinstance(value, bytes) else ""
+        body += f'--edge\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
+    return body + b"--edge--\r\n"
+
+
+async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[int, dict[str, int], float]:
+    import dougong
+
+    rows = _mixed_rows()
     cells = [{key: {"bytes": v, "path": None} if isinstance(v, bytes) else v for key, v in row.items()} for row in rows]
     model = await asyncio.get_running_loop().run_in_executor(None, dougong.load, bundle)
     expected = [each.answer for each in model.predict(cells)]
     asker = Asker(found.url, most=128)
-    requests = []
-    for row in rows:
-        plain = {key: base64.b64encode(v).decode() if isinstance(v, bytes) else v for key, v in row.items()}
-        requests.append(asker.frame("/v1/predict", json.dumps(plain).encode(), "application/json"))
+    requests = [asker.frame("/v1/predict", _as_json(row), "application/json") for row in rows]
+    requests += [asker.frame("/v1/predict", _as_form(row), "multipart/form-data; boundary=edge") for row in rows]
+    expected += expected
     malformed = (
         b"{",
         b"[]",

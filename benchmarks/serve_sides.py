@@ -22,7 +22,7 @@ MOST = 32
 WAIT_SECONDS = 0.002
 """What a peer waits for a batch to fill, where it has to be told."""
 
-Compute = Callable[[Sequence[float]], list[float]]
+Compute = Callable[[Sequence[Any]], list[Any]]
 
 
 def device() -> Compute:
@@ -52,7 +52,33 @@ def perceptron() -> Compute:
     return compute
 
 
-MODELS: Mapping[str, Callable[[], Compute]] = {"device": device, "perceptron": perceptron}
+def bundle() -> Compute:
+    """The bundle that SIDE_BUNDLE names, of records whose pictures are base64: what a server without Dougong's would
+    have to do itself."""
+    import base64
+    import os
+
+    import torch
+
+    import dougong
+
+    torch.set_num_threads(1)
+    model = dougong.load(os.environ["SIDE_BUNDLE"])
+    pictures = [name for name, each in model.preparation.signature().inputs.items() if each.kind == "image"]
+
+    def compute(values: Sequence[Any]) -> list[Any]:
+        records = [dict(value) if isinstance(value, dict) else {} for value in values]
+        for record in records:
+            for name in pictures:
+                if name in record:
+                    record[name] = {"bytes": base64.b64decode(record[name]), "path": None}
+        found = model.predict(records, batch_size=len(records))
+        return [json.loads(each.model_dump_json(exclude={"row", "error"})) for each in found]
+
+    return compute
+
+
+MODELS: Mapping[str, Callable[[], Compute]] = {"device": device, "perceptron": perceptron, "bundle": bundle}
 
 
 def run_side(arguments: Sequence[str]) -> None:
@@ -95,6 +121,9 @@ def worker() -> None:
         def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
             raise NotImplementedError
 
+        def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+            raise NotImplementedError
+
     sys.exit(main(make=lambda settings: Backend(settings["model"])))
 
 
@@ -130,14 +159,15 @@ def _ours(port: int, model: str, bundle: str, wait: str = "", slo: str = "1.0") 
     uvloop.run(run())
 
 
-def _uvicorn(port: int, answer: Callable[[float], Any]) -> None:
+def _uvicorn(port: int, answer: Callable[[Any], Any]) -> None:
     import uvicorn
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
         body = (await receive())["body"]
-        value = json.loads(body)["x"] if body else 0.0
+        document = json.loads(body) if body else {}
+        value = document.get("x", document)
         found = json.dumps({"answer": await answer(value)}).encode()
         head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(found))]
         await send({"type": "http.response.start", "status": 200, "headers": head})
@@ -151,7 +181,7 @@ def _minimal(port: int, model: str, *rest: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     compute, pool = MODELS[model](), ThreadPoolExecutor(1)
-    waiting: list[tuple[float, asyncio.Future[float]]] = []
+    waiting: list[tuple[Any, asyncio.Future[Any]]] = []
     busy = False
 
     async def run() -> None:
@@ -169,15 +199,14 @@ def _minimal(port: int, model: str, *rest: str) -> None:
 
     tasks: set[Any] = set()
 
-    async def answer(value: float) -> float:
+    async def answer(value: Any) -> Any:
         future = asyncio.get_running_loop().create_future()
         waiting.append((value, future))
         if not busy:
             task = asyncio.create_task(run())
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-        found: float = await future
-        return found
+        return await future
 
     _uvicorn(port, answer)
 
@@ -188,7 +217,7 @@ def _none(port: int, model: str, *rest: str) -> None:
 
     compute, pool = MODELS[model](), ThreadPoolExecutor(1)
 
-    async def answer(value: float) -> float:
+    async def answer(value: Any) -> Any:
         found = await asyncio.get_running_loop().run_in_executor(pool, compute, [value])
         return found[0]
 

@@ -48,6 +48,11 @@ class Slow:
     def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
         yield from ("a ", "red ", "circle")
 
+    def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+        if "heat" in options:
+            return Outcome(422, b'{"error":"no setting is called heat"}')
+        return Outcome(200, b"\x89PNG of " + text.encode() + b" %d" % options.get("seed", 0))
+
 
 class Server:
     """What a test holds."""

@@ -191,6 +191,15 @@ def test_a_request_keeps_its_id(server: Server) -> None:
     assert server.ask("GET", "/v2/health/live", headers={"x-request-id": "two words"})[2]["x-request-id"] != "two words"
 
 
+def test_a_picture_is_drawn_of_words(server: Server) -> None:
+    status, picture, headers = server.ask("POST", "/v1/draw", {"text": "a red circle", "seed": 3})
+    assert (status, headers["content-type"], picture) == (200, "image/png", b"\x89PNG of a red circle 3")
+    for body, refused in (({}, 422), ({"text": 3}, 422), ({"text": "a", "heat": 1}, 422), ({"text": "x" * 5000}, 413)):
+        assert server.ask("POST", "/v1/draw", body)[0] == refused
+    assert server.ask("GET", "/v1/draw")[0] == 405
+    assert server.ask("POST", "/v1/draw?model=none", {"text": "a"})[0] == 404
+
+
 def test_inference_protocol_in_json(server: Server) -> None:
     assert server.ask("GET", "/v2/health/live")[0] == server.ask("GET", "/v2/health/ready")[0] == 200
     status, about, _ = server.ask("GET", "/v2/models/colours")

@@ -115,3 +115,92 @@ def test_a_port_that_is_taken_is_told(hollow_bundle: Path, server: Server) -> No
     refused = pytest.raises(ConfigError, match="for gRPC. Use another --grpc-port")
     with refused, serving([Wanted("colours", "1", hollow_bundle)], workers=slow_workers, **taken):
         pass
+
+
+def stream(server: Server, requests: list[dict[str, Any]]) -> list[Any]:
+    from dougong.serve.grpc_server import SERVICE, messages
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.running.grpc_port}") as channel:
+        ask = channel.stream_stream(
+            f"/{SERVICE}/ModelStreamInfer",
+            request_serializer=messages()["ModelInferRequest"].SerializeToString,
+            response_deserializer=messages()["ModelStreamInferResponse"].FromString,
+        )
+        return list(ask((messages()["ModelInferRequest"](**fields) for fields in requests), timeout=20))
+
+
+def remark(number: int, **more: Any) -> dict[str, Any]:
+    inputs = [{"name": "remark", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [b"a"]}}]
+    return {"model_name": "colours", "id": str(number), "inputs": inputs, **more}
+
+
+def test_a_stream_is_answered_in_its_order_and_outlives_mistakes(server: Server) -> None:
+    requests = [remark(number) for number in range(40)]
+    requests[7] = remark(7, model_name="none")
+
+    found = stream(server, requests)
+
+    assert [each.infer_response.id for each in found] == [str(n) if n != 7 else "" for n in range(40)]
+    assert "no model is called 'none'" in found[7].error_message
+    assert [each.error_message for each in found if each.infer_response.id] == [""] * 39
+
+
+def test_words_come_in_pieces_over_a_stream(hollow_bundle: Path) -> None:
+    wanted = [Wanted("colours", "1", hollow_bundle)]
+    with serving(wanted, workers=slow_workers, batching={"slo_seconds": 1.0}, grpc_port=0) as server:
+        (version,) = server.running.models.all
+        # As of a model that writes: the backend's words are three.
+        server.running.models._versions["colours"]["1"] = version._replace(signature=None)
+        two = remark(2)
+        two["inputs"] = [{**two["inputs"][0], "shape": [2], "contents": {"bytes_contents": [b"a", b"b"]}}]
+        *pieces, last, refused = stream(server, [remark(1), two])
+
+    said = [each.infer_response.raw_output_contents[0][4:].decode() for each in pieces]
+    assert said == ["a ", "red ", "circle"]
+    assert last.infer_response.parameters["triton_final_response"].bool_param
+    assert "about one record at a time" in refused.error_message
+
+
+def test_the_repository_over_grpc(hollow_bundle: Path, tmp_path: Path) -> None:
+    import hashlib
+    import shutil
+
+    from dougong.serve.grpc_server import SERVICE, messages
+
+    shutil.copytree(hollow_bundle, tmp_path / "colours" / "2")
+    keys = [
+        {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "admin": name == "root"}
+        for name in ("shop", "root")
+    ]
+    wanted = [Wanted("colours", "1", hollow_bundle)]
+    settings: dict[str, Any] = {"models_folder": tmp_path, "keys": keys, "batching": {"slo_seconds": 1.0}}
+    with (
+        serving(wanted, workers=slow_workers, grpc_port=0, **settings) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.running.grpc_port}") as channel,
+    ):
+
+        def one(key: str, method: str, **fields: Any) -> Any:
+            ask = channel.unary_unary(
+                f"/{SERVICE}/{method}",
+                request_serializer=messages()[f"{method}Request"].SerializeToString,
+                response_deserializer=messages()[f"{method}Response"].FromString,
+            )
+            return ask(messages()[f"{method}Request"](**fields), timeout=20, metadata=[("x-api-key", key)])
+
+        second = {"model_name": "colours", "parameters": {"version": {"string_param": "2"}}}
+        for key, method, code in (
+            ("shop", "RepositoryModelLoad", "PERMISSION_DENIED"),
+            ("none", "RepositoryIndex", "UNAUTHENTICATED"),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                one(key, method, **(second if method != "RepositoryIndex" else {}))
+            assert refused.value.code().name == code
+
+        one("root", "RepositoryModelLoad", **second)
+        index = one("shop", "RepositoryIndex").models
+        assert [(each.name, each.version, each.state) for each in index] == [("colours", "2", "READY")]
+        nine = {"model_name": "colours", "parameters": {"version": {"string_param": "9"}}}
+        with pytest.raises(grpc.RpcError, match="there is no bundle colours/9"):
+            one("root", "RepositoryModelLoad", **nine)
+        one("root", "RepositoryModelUnload", model_name="colours")
+        assert list(one("shop", "RepositoryIndex").models) == []

@@ -1,7 +1,8 @@
 """The HTTP interface: what each address does, as a plain ASGI application.
 
-Here        App.
-Elsewhere   requests' bodies (v1.py, v2.py); models (models.py); callers (access.py); the process around it (server.py).
+Here        App, with what its addresses have in common: Request, Question, Reply, Status.
+Elsewhere   the two addresses that are asked most, without ASGI (direct.py); requests' bodies (v1.py, v2.py); models
+            (models.py); callers (access.py); the process around it (server.py).
 Promise     every request is answered with a status that says whose turn it is: 4xx the caller's, 429 and 503 later,
             504 too late, and 500 only where the model failed on that record. No body is read beyond its limit, and
             nothing of it is logged.
@@ -22,7 +23,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
 from dougong.core.config import parse
@@ -30,12 +31,12 @@ from dougong.core.errors import ConfigError, DougongError, RunError
 from dougong.serve.access import Access, Caller, key_of
 from dougong.serve.backend import Outcome
 from dougong.serve.batcher import Ticket
-from dougong.serve.columns import BadRequest, Fetch
+from dougong.serve.columns import CHARACTERS_A_TOKEN, BadRequest, Fetch
 from dougong.serve.engine import Refused
 from dougong.serve.fetching import fetch
 from dougong.serve.logs import RequestLog
 from dougong.serve.metrics import Metrics
-from dougong.serve.models import Models, Traffic, Unknown, Version, Wanted
+from dougong.serve.models import Models, Traffic, Unknown, Version
 from dougong.serve.openapi import VERSION, describe
 from dougong.serve.settings import ServeConfig
 from dougong.serve.v1 import answers_json, load_json, read_form, read_json
@@ -72,7 +73,11 @@ class Status(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class _Reply:
+class QueryError(Exception):
+    """A query that cannot be read."""
+
+
+class Reply:
     """An answer that is ready."""
 
     __slots__ = ("body", "content_type", "headers", "status")
@@ -90,21 +95,28 @@ class _Reply:
         self.headers = headers
 
 
-class _Request:
+class Request:
     """What is known of a request before its body is read."""
 
     __slots__ = ("address", "caller", "headers", "id", "method", "model", "path", "query", "route", "version")
 
-    def __init__(self, scope: Scope, request_id: str, headers: dict[bytes, bytes]) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        query = scope.get("query_string", b"")
-        self.query: Mapping[str, list[str]] = parse_qs(query.decode("latin-1"), max_num_fields=32) if query else {}
+    def __init__(
+        self, method: str, path: str, query: bytes, address: str, headers: Mapping[bytes, bytes], request_id: str
+    ) -> None:
+        """Raises:
+        QueryError: the query has more fields than anybody needs."""
+        self.method = method
+        self.path = path
+        self.query: Mapping[str, list[str]] = {}
+        if query:
+            try:
+                self.query = parse_qs(query.decode("latin-1"), max_num_fields=32)
+            except ValueError:
+                raise QueryError from None
         self.headers = headers
         self.id = request_id
-        client = scope.get("client")
-        self.address: str = client[0] if client else "local"
-        self.caller = Caller(self.address, admin=False)
+        self.address = address
+        self.caller = Caller(address, admin=False)
         self.route = "other"
         self.model = ""
         self.version = ""
@@ -113,6 +125,20 @@ class _Request:
         """A parameter of the query."""
         values = self.query.get(name)
         return values[0] if values else None
+
+
+class Question(NamedTuple):
+    """A request to a model, read and found good."""
+
+    version: Version
+    records: list[dict[str, Any]]
+    many: bool
+    within_seconds: float | None
+    """What the caller allows, where it says so."""
+
+    priority: int
+    reply: Callable[[Version, list[Outcome]], Reply]
+    """The answer, once every record has its outcome."""
 
 
 class App:
@@ -137,6 +163,9 @@ class App:
         """When the last one came, by `time.monotonic`."""
 
         self.in_flight = 0
+        self.direct = spans is None and not config.fetch_from
+        """Whether questions may go the short way: where nothing has to be waited for between reading and asking."""
+
         self._access = Access(config.keys)
         self._log = log
         self._spans = spans
@@ -151,58 +180,80 @@ class App:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1000})
             return
-        started = time.monotonic()
-        self.last_request = started
-        self.in_flight += 1
+        started = self.began()
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        plain_id = given.decode() if REQUEST_ID.fullmatch(given) else f"{self._prefix}-{next(self._number):x}"
+        request_id = self.request_id(headers)
+        client = scope.get("client")
+        address = client[0] if client else "local"
         request = None
         status = 500
         try:
             try:
-                request = _Request(scope, plain_id, headers)
+                request = Request(
+                    scope["method"], scope["path"], scope.get("query_string", b""), address, headers, request_id
+                )
                 reply = await self._reply(request, receive, send)
-            except Status as error:
-                reply = _refusal(error)
-            except BadRequest as error:
-                reply = _refusal(Status(error.status, error.reason))
-            except Refused as error:
-                self.metrics.refused(error.reason)
-                reply = _refusal(Status(STATUS_OF[error.reason], WHY[error.reason], error.retry_after_seconds))
-            except Unknown as error:
-                reply = _refusal(Status(404, str(error)))
-            except ValueError:  # of the query: more fields than anybody needs
-                reply = _refusal(Status(400, "the query cannot be read"))
+            except Exception as error:
+                reply = self.refusal(error, request_id)
             if reply is None:
                 status = 200
                 return
             status = reply.status
-            await self._send(reply, plain_id, headers, send)
+            await self._send(reply, request_id, headers, send)
         except asyncio.CancelledError:
             status = 499  # the caller has gone
             raise
-        except Exception as error:
-            # Not its message: it may quote what was sent.
-            _log.error(
-                "failed", extra={"request": plain_id, "error": type(error).__name__}, exc_info=_without_text(error)
-            )
-            await self._send(
-                _refusal(Status(500, "this failed here; the log has it under this request's id")),
-                plain_id,
-                headers,
-                send,
-            )
         finally:
-            self.in_flight -= 1
-            seconds = time.monotonic() - started
-            route = request.route if request is not None else "other"
-            self.metrics.request(route, status, seconds)
-            if self._log is not None and request is not None:
-                more = {"caller": request.caller.name, "model": request.model, "version": request.version}
-                self._log.note(plain_id, route, status, seconds, time.time(), more)
+            self.ended(request, request_id, status, started)
 
-    async def _send(self, reply: _Reply, request_id: str, headers: Mapping[bytes, bytes], send: Send) -> None:
+    def began(self) -> float:
+        """A request has come; when, by `time.monotonic`."""
+        self.last_request = now = time.monotonic()
+        self.in_flight += 1
+        return now
+
+    def ended(self, request: Request | None, request_id: str, status: int, started: float) -> None:
+        """It was answered, or its caller has gone."""
+        self.in_flight -= 1
+        seconds = time.monotonic() - started
+        self.metrics.request(request.route if request is not None else "other", status, seconds)
+        if self._log is not None and request is not None:
+            who = (request.caller.name, request.model, request.version)
+            self._log.note(request_id, request.route, status, seconds, time.time(), who)
+
+    def request_id(self, headers: Mapping[bytes, bytes]) -> str:
+        """As the caller gave it, where that is good for one; else our own."""
+        given = headers.get(b"x-request-id")
+        if given is not None and REQUEST_ID.fullmatch(given):
+            return given.decode()
+        return f"{self._prefix}-{next(self._number):x}"
+
+    def refusal(self, error: Exception, request_id: str) -> Reply:
+        """What is answered in place of what was asked for."""
+        if isinstance(error, Status):
+            return _refusal(error)
+        if isinstance(error, BadRequest):
+            return _refusal(Status(error.status, error.reason))
+        if isinstance(error, Refused):
+            self.metrics.refused(error.reason)
+            return _refusal(Status(STATUS_OF[error.reason], WHY[error.reason], error.retry_after_seconds))
+        if isinstance(error, Unknown):
+            return _refusal(Status(404, str(error)))
+        if isinstance(error, QueryError):
+            return _refusal(Status(400, "the query cannot be read"))
+        # Not its message: it may quote what was sent.
+        _log.error(
+            "failed", extra={"request": request_id, "error": type(error).__name__}, exc_info=_without_text(error)
+        )
+        return _refusal(Status(500, "this failed here; the log has it under this request's id"))
+
+    async def _send(self, reply: Reply, request_id: str, headers: Mapping[bytes, bytes], send: Send) -> None:
+        own = self.headers_of(reply, request_id, headers)
+        await send({"type": "http.response.start", "status": reply.status, "headers": own})
+        await send({"type": "http.response.body", "body": reply.body})
+
+    def headers_of(self, reply: Reply, request_id: str, headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+        """What an answer to a request with these headers is sent with."""
         own = [(b"x-request-id", request_id.encode()), *reply.headers]
         if reply.status != 204:
             own += [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(reply.body))]
@@ -210,10 +261,9 @@ class App:
             own.append((b"connection", b"close"))
         if self.config.cors_origins:
             own += self._cors(headers)
-        await send({"type": "http.response.start", "status": reply.status, "headers": own})
-        await send({"type": "http.response.body", "body": reply.body})
+        return own
 
-    async def _reply(self, request: _Request, receive: Receive, send: Send) -> _Reply | None:
+    async def _reply(self, request: Request, receive: Receive, send: Send) -> Reply | None:
         """The answer; None where it has been sent already."""
         method, path = request.method, request.path
         if path == "/v1/predict":
@@ -221,8 +271,13 @@ class App:
             if method == "OPTIONS":
                 return self._preflight(request)
             _only(method, "POST")
-            self._admit(request)
+            self.admit(request)
             return await self._predict(request, receive, send)
+        if path == "/v1/draw":
+            request.route = path
+            _only(method, "POST")
+            self.admit(request)
+            return await self._draw(request, receive)
         found = _MODEL.fullmatch(path)
         if found is not None:
             return await self._model(request, found, receive)
@@ -230,22 +285,22 @@ class App:
             request.route = path
             _only(method, "GET")
             good = path.endswith("live") or (self.models.ready and not self.draining)
-            return _Reply(b'{"ready":true}' if good else b'{"ready":false}', 200 if good else 503)
+            return Reply(b'{"ready":true}' if good else b'{"ready":false}', 200 if good else 503)
         return await self._rest(request, receive)
 
-    async def _rest(self, request: _Request, receive: Receive) -> _Reply:
+    async def _rest(self, request: Request, receive: Receive) -> Reply:
         """What is asked for seldom."""
         method, path = request.method, request.path
         pages = {"/": "page.html", "/docs": "page.html"}
         if path in pages:
             request.route = "/"
             _only(method, "GET")
-            return _Reply(_page(pages[path]), 200, b"text/html; charset=utf-8", _PAGE_HEADERS)
+            return Reply(_page(pages[path]), 200, b"text/html; charset=utf-8", _PAGE_HEADERS)
         if path == "/metrics":
             request.route = path
             _only(method, "GET")
-            self._admit(request)
-            return _Reply(self.metrics.page(), 200, b"text/plain; version=0.0.4; charset=utf-8")
+            self.admit(request)
+            return Reply(self.metrics.page(), 200, b"text/plain; version=0.0.4; charset=utf-8")
         if path == "/openapi.json":
             request.route = path
             _only(method, "GET")
@@ -253,23 +308,19 @@ class App:
         if path in ("/v2", "/v2/"):
             request.route = "/v2"
             _only(method, "GET")
-            self._admit(request)
+            self.admit(request)
             extensions = ["binary_tensor_data", "model_repository"]
             return _json({"name": "dougong", "version": VERSION, "extensions": extensions})
         if path == "/v1/models":
             request.route = path
             _only(method, "GET")
-            self._admit(request)
+            self.admit(request)
             return _json({"models": [self._about(name) for name in self.models.names]})
         if path == "/v2/repository/index":
             request.route = path
             _only(method, "POST")
-            self._admit(request)
-            listed = [
-                {"name": each.name, "version": each.version, "state": "READY" if each.engine.ready else "UNAVAILABLE"}
-                for each in self.models.all
-            ]
-            return _json(listed)
+            self.admit(request)
+            return _json(self.models.index())
         found = _REPOSITORY.fullmatch(path)
         if found is not None:
             request.route = f"/v2/repository/{found[2]}"
@@ -281,9 +332,41 @@ class App:
             return await self._traffic(request, found[1], receive)
         raise Status(404, "there is nothing at this address; /openapi.json lists what is")
 
-    async def _predict(self, request: _Request, receive: Receive, send: Send) -> _Reply | None:
+    async def _predict(self, request: Request, receive: Receive, send: Send) -> Reply | None:
+        question = self.question(request, await self._body(receive, request.headers))
+        if b"text/event-stream" in request.headers.get(b"accept", b""):
+            await self._stream(request, question.version, question.records, question.many, send)
+            return None
+        if request.asked("explain") in ("true", "1"):
+            if question.many:
+                raise BadRequest("explain is for one record")
+            version = question.version
+            return question.reply(
+                version, [await version.engine.explain(await self._fetched(version, question.records[0]))]
+            )
+        return await self._answered(question, request, receive)
+
+    async def _answered(self, question: Question, request: Request, receive: Receive) -> Reply:
+        version, outcomes = await self.answer(
+            question.version,
+            question.records,
+            question.within_seconds,
+            request.caller.name,
+            priority=question.priority,
+            request_id=request.id,
+            receive=receive,
+        )
+        return question.reply(version, outcomes)
+
+    def question(self, request: Request, body: bytes, model: tuple[str, str | None] | None = None) -> Question:
+        """What a body asks; `model` is the name and version in the address, where it is of the Open Inference Protocol.
+
+        Raises:
+            Status, BadRequest, Unknown: it cannot be asked.
+        """
         headers = request.headers
-        body = await self._body(receive, headers)
+        if model is not None:
+            return self._inference(request, body, *model)
         version = self.models.choose(request.asked("model"), request.asked("version"))
         request.model, request.version = version.name, version.version
         content_type = headers.get(b"content-type", b"")
@@ -293,26 +376,13 @@ class App:
             asked = read_form(body, content_type.decode("latin-1"), version.columns)
         else:
             raise Status(415, "send application/json or multipart/form-data")
-        if b"text/event-stream" in headers.get(b"accept", b""):
-            await self._stream(request, version, asked.records, asked.many, send)
-            return None
-        if request.asked("explain") in ("true", "1"):
-            if asked.many:
-                raise BadRequest("explain is for one record")
-            outcomes = [await version.engine.explain(await self._fetched(version, asked.records[0]))]
-        else:
-            within, priority = _urgency(headers)
-            version, outcomes = await self.answer(
-                version,
-                asked.records,
-                within,
-                request.caller.name,
-                priority=priority,
-                request_id=request.id,
-                receive=receive,
-            )
-        status, answer = answers_json(version.name, version.version, asked, outcomes)
-        return _Reply(answer, status)
+        within, priority = _urgency(headers)
+
+        def reply(version: Version, outcomes: list[Outcome]) -> Reply:
+            status, answer = answers_json(version.name, version.version, asked, outcomes)
+            return Reply(answer, status)
+
+        return Question(version, asked.records, asked.many, within, priority, reply)
 
     async def answer(
         self,
@@ -354,7 +424,7 @@ class App:
             if span is not None:
                 span.end()
         if shadow is not None:
-            self._ask_shadow(shadow, records, outcomes)
+            self.ask_shadow(shadow, records, outcomes)
         return version, outcomes
 
     async def _unless_gone(self, version: Version, tickets: list[Ticket], receive: Receive) -> list[Outcome]:
@@ -379,7 +449,9 @@ class App:
             watching.cancel()
             waiting.cancel()
 
-    def _ask_shadow(self, shadow: Version, records: list[dict[str, Any]], outcomes: list[Outcome]) -> None:
+    def ask_shadow(self, shadow: Version, records: list[dict[str, Any]], outcomes: list[Outcome]) -> None:
+        """A copy of what was asked goes to a version whose answers are only compared."""
+
         async def ask() -> None:
             for record, outcome in zip(records, outcomes, strict=True):
                 try:
@@ -409,7 +481,7 @@ class App:
         }
 
     async def _stream(
-        self, request: _Request, version: Version, records: list[dict[str, Any]], many: bool, send: Send
+        self, request: Request, version: Version, records: list[dict[str, Any]], many: bool, send: Send
     ) -> None:
         """Words as server-sent events: `{"text": ...}` for each piece, then `event: done`."""
         if version.signature is not None:
@@ -420,7 +492,7 @@ class App:
         for name in ("temperature", "top_p", "top_k", "seed"):
             text = request.asked(name)
             if text is not None:
-                options[name] = _plain_number(name, text)
+                options[name] = plain_number(name, text)
         record = await self._fetched(version, records[0])
         pieces = version.engine.write(record, options)
         try:
@@ -441,28 +513,45 @@ class App:
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _model(self, request: _Request, found: re.Match[str], receive: Receive) -> _Reply:
+    async def _draw(self, request: Request, receive: Receive) -> Reply:
+        """A picture as a PNG file, of {"text": ...} with options of sampling and `seed` beside it."""
+        values = load_json(await self._body(receive, request.headers))
+        if not isinstance(values, dict) or not isinstance(values.get("text"), str):
+            raise BadRequest('give an object like {"text": "a red circle", "seed": 3}')
+        text = values.pop("text")
+        if len(text) > self.config.limits.tokens * CHARACTERS_A_TOKEN:
+            raise BadRequest(f"text: longer than {self.config.limits.tokens} tokens", 413)
+        version = self.models.choose(request.asked("model"), request.asked("version"))
+        request.model, request.version = version.name, version.version
+        outcome = await version.engine.draw(text, values)
+        kind = b"image/png" if outcome.status == 200 else b"application/json"
+        return Reply(outcome.body, outcome.status, kind)
+
+    async def _model(self, request: Request, found: re.Match[str], receive: Receive) -> Reply:
         name, version_name, what = found[1], found[2], found[3]
         request.route = f"/v2/models/{what or 'metadata'}"
         if what == "infer":
             _only(request.method, "POST")
-            self._admit(request)
+            self.admit(request)
             return await self._infer(request, name, version_name, receive)
         _only(request.method, "GET")
-        self._admit(request)
+        self.admit(request)
         version = self.models.choose(name, version_name)
         if what == "ready":
             good = version.engine.ready and not self.draining
-            return _Reply(b'{"ready":true}' if good else b'{"ready":false}', 200 if good else 503)
+            return Reply(b'{"ready":true}' if good else b'{"ready":false}', 200 if good else 503)
         if what == "config":
             return _json({"name": name, "platform": "dougong", "max_batch_size": self.config.batching.max_batch})
         if what == "stats":
             raise Status(404, "statistics are at /metrics")
         return _json(metadata(name, list(self.models.versions(name)), version.columns, version.signature))
 
-    async def _infer(self, request: _Request, name: str, version_name: str | None, receive: Receive) -> _Reply:
+    async def _infer(self, request: Request, name: str, version_name: str | None, receive: Receive) -> Reply:
+        body = await self._body(receive, request.headers)
+        return await self._answered(self.question(request, body, (name, version_name)), request, receive)
+
+    def _inference(self, request: Request, body: bytes, name: str, version_name: str | None) -> Question:
         headers = request.headers
-        body = await self._body(receive, headers)
         version = self.models.choose(name, version_name)
         request.model, request.version = version.name, version.version
         length = headers.get(b"inference-header-content-length")
@@ -473,24 +562,19 @@ class App:
         microseconds = inference.parameters.get("timeout")  # as Triton's clients give it
         if within is None and type(microseconds) is int and microseconds > 0:
             within = microseconds / 1e6
-        version, outcomes = await self.answer(
-            version,
-            inference.records,
-            within,
-            request.caller.name,
-            priority=priority,
-            request_id=request.id,
-            receive=receive,
-        )
-        outputs = from_outcomes(outcomes, version.signature)
-        answer, json_bytes = write_response(inference, version.name, version.version, outputs)
-        if json_bytes is None:
-            return _Reply(answer)
-        more = ((b"inference-header-content-length", b"%d" % json_bytes),)
-        return _Reply(answer, 200, b"application/octet-stream", more)
 
-    async def _change(self, request: _Request, name: str, load: bool, receive: Receive) -> _Reply:
-        self._admit(request, admin=True)
+        def reply(version: Version, outcomes: list[Outcome]) -> Reply:
+            outputs = from_outcomes(outcomes, version.signature)
+            answer, json_bytes = write_response(inference, version.name, version.version, outputs)
+            if json_bytes is None:
+                return Reply(answer)
+            more = ((b"inference-header-content-length", b"%d" % json_bytes),)
+            return Reply(answer, 200, b"application/octet-stream", more)
+
+        return Question(version, inference.records, True, within, priority, reply)
+
+    async def _change(self, request: Request, name: str, load: bool, receive: Receive) -> Reply:
+        self.admit(request, admin=True)
         body = await self._body(receive, request.headers)
         values = load_json(body) if body.strip() else {}
         parameters = values.get("parameters", {}) if isinstance(values, dict) else None
@@ -499,22 +583,41 @@ class App:
         version = parameters.get("version")
         if version is not None and not isinstance(version, str):
             raise BadRequest("parameters.version is no text", 400)
-        try:
-            if load:
-                wanted: Wanted = self.models.found(name, version or "1")
-                await self.models.load(wanted, take_over=parameters.get("take_over", True) is not False)
-            else:
-                await self.models.unload(name, version)
-        except DougongError as error:
-            raise BadRequest(str(error), 400) from None
+        if load:
+            await self.load(name, version or "1", take_over=parameters.get("take_over", True) is not False)
+        else:
+            await self.unload(name, version)
         return _json({})
 
-    async def _traffic(self, request: _Request, name: str, receive: Receive) -> _Reply:
+    async def load(self, name: str, version: str, *, take_over: bool) -> None:
+        """Serve a bundle of the models' folder.
+
+        Raises:
+            BadRequest: there is none that can be served.
+        """
+        try:
+            await self.models.load(self.models.found(name, version), take_over=take_over)
+        except DougongError as error:
+            raise BadRequest(str(error), 400) from None
+
+    async def unload(self, name: str, version: str | None) -> None:
+        """Serve it no longer.
+
+        Raises:
+            BadRequest: requests still go there.
+            Unknown: it is not served.
+        """
+        try:
+            await self.models.unload(name, version)
+        except DougongError as error:
+            raise BadRequest(str(error), 400) from None
+
+    async def _traffic(self, request: Request, name: str, receive: Receive) -> Reply:
         if request.method == "GET":
-            self._admit(request)
+            self.admit(request)
             return _json(self.models.traffic(name).model_dump())
         _only(request.method, "PUT", "GET")
-        self._admit(request, admin=True)
+        self.admit(request, admin=True)
         values = load_json(await self._body(receive, request.headers))
         if not isinstance(values, dict):
             raise BadRequest('give an object like {"weights": {"1": 0.9, "2": 0.1}}', 400)
@@ -535,7 +638,12 @@ class App:
             "columns": [{"name": each.name, "kind": each.kind} for each in some.columns.by_name.values()],
         }
 
-    def _admit(self, request: _Request, *, admin: bool = False) -> None:
+    def admit(self, request: Request, *, admin: bool = False) -> None:
+        """Let in whoever may ask this, now.
+
+        Raises:
+            Status: the key is missing or unknown, may not, or has asked too often.
+        """
         headers = request.headers
         key = key_of(headers.get(b"authorization"), headers.get(b"x-api-key"))
         request.caller = self.admit_plain(key, request.address)
@@ -584,14 +692,14 @@ class App:
                 raise Status(413, f"the body is over {most} bytes")
         return b"".join(pieces)
 
-    def _preflight(self, request: _Request) -> _Reply:
+    def _preflight(self, request: Request) -> Reply:
         if not self._cors(request.headers):
             raise Status(405, "use POST")
         more = (
             (b"access-control-allow-methods", b"POST"),
             (b"access-control-allow-headers", b"authorization, content-type, x-api-key, x-request-id"),
         )
-        return _Reply(b"", 204, headers=more)
+        return Reply(b"", 204, headers=more)
 
     def _cors(self, headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         origin = headers.get(b"origin", b"").decode("latin-1")
@@ -620,18 +728,18 @@ def _only(method: str, *allowed: str) -> None:
         raise Status(405, f"use {' or '.join(allowed)}")
 
 
-def _json(value: Any) -> _Reply:
-    return _Reply(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+def _json(value: Any) -> Reply:
+    return Reply(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
 
 
-def _refusal(error: Status) -> _Reply:
+def _refusal(error: Status) -> Reply:
     body = json.dumps({"error": error.reason}, ensure_ascii=False).encode("utf-8", "replace")
     more: tuple[tuple[bytes, bytes], ...] = ()
     if error.status in (429, 503, 504):
         more = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_seconds or 1.0))),)
     if error.status == 401:
         more = ((b"www-authenticate", b"Bearer"),)
-    return _Reply(body, error.status, headers=more)
+    return Reply(body, error.status, headers=more)
 
 
 def _urgency(headers: Mapping[bytes, bytes]) -> tuple[float | None, int]:
@@ -648,7 +756,12 @@ def _urgency(headers: Mapping[bytes, bytes]) -> tuple[float | None, int]:
     return within, priority
 
 
-def _plain_number(name: str, text: str) -> float | int:
+def plain_number(name: str, text: str) -> float | int:
+    """An option of writing, as text.
+
+    Raises:
+        BadRequest: it is no number.
+    """
     try:
         return int(text) if name in ("seed", "top_k") else float(text)
     except ValueError:

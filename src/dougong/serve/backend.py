@@ -61,6 +61,9 @@ class Backend(Protocol):
     def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
         """Words as they are written; of a model that writes."""
 
+    def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+        """A picture of what a text says, as a PNG file; of a model that draws."""
+
 
 def answer_batch(backend: Backend, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     """Answer all; where that fails, halve until the one to blame is alone."""
@@ -135,6 +138,9 @@ class BundleBackend:
     def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
         raise ConfigError("this model decides and writes no words. Ask it without streaming.")
 
+    def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+        return Outcome(422, _json({"error": "this model decides and draws nothing: ask it at /v1/predict"}))
+
 
 class WritingBackend:
     """A bundle of a model that writes words about a picture."""
@@ -162,6 +168,14 @@ class WritingBackend:
         from dougong.serve.streaming import words_as_written
 
         return words_as_written(self.model, self._content(record), options)
+
+    def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+        from dougong.serve.streaming import drawn
+
+        try:
+            return Outcome(200, drawn(self.model, text, options))
+        except (ConfigError, DataError) as error:
+            return Outcome(422, _json({"error": str(error)}))
 
     def _one(self, record: Mapping[str, Any]) -> Outcome:
         try:

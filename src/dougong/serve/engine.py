@@ -53,13 +53,36 @@ class BatchDone(NamedTuple):
     quality: Mapping[str, float]
 
 
-class _Job:
-    __slots__ = ("future", "record", "started")
+Then = Callable[["Outcome | Refused"], None]
 
-    def __init__(self, record: Mapping[str, Any], future: asyncio.Future[Outcome]) -> None:
+
+class _Job:
+    __slots__ = ("future", "record", "then")
+
+    def __init__(self, record: Mapping[str, Any], future: asyncio.Future[Outcome] | None, then: Then | None) -> None:
         self.record = record
         self.future = future
-        self.started = 0.0
+        self.then = then
+
+    def tell(self, found: Outcome | Refused) -> None:
+        """Whoever waits; and let go of the record."""
+        self.record = _GONE
+        then, self.then = self.then, None
+        if then is not None:
+            try:
+                then(found)
+            except Exception as error:  # the others of its batch are still to be told
+                _log.error("an answer could not be passed on: %s", type(error).__name__)
+            return
+        future = self.future
+        assert future is not None
+        if future.done():
+            return
+        if isinstance(found, Refused):
+            future.set_exception(found)
+            future.exception()  # looked at: where nobody waits for it, that is no mistake
+        else:
+            future.set_result(found)
 
 
 class Engine:
@@ -127,18 +150,18 @@ class Engine:
         client: str = "",
         priority: int = 0,
         within_seconds: float | None = None,
+        then: Then | None = None,
     ) -> Ticket:
-        """Take a record; its outcome comes in `ticket.payload.future`.
+        """Take a record. `then` is called with what became of it, or, without one, `outcome` is awaited.
 
         Raises:
             Refused: it cannot be answered in time, or the queue is full.
         """
         if self._closing:
             raise Refused("closed")
-        future: asyncio.Future[Outcome] = self._loop.create_future()
         taken = self.batcher.admit(
             monotonic(),
-            _Job(record, future),
+            _Job(record, self._loop.create_future() if then is None else None, then),
             shape=shape,
             client=client,
             priority=priority,
@@ -169,8 +192,9 @@ class Engine:
     def give_up(self, ticket: Ticket) -> None:
         """Nobody waits for this any more: take it out of the queue, if it is still there."""
         if self.batcher.cancel(ticket):
-            ticket.payload.record = _GONE
-            ticket.payload.future.cancel()
+            ticket.payload.record, ticket.payload.then = _GONE, None
+            if ticket.payload.future is not None:
+                ticket.payload.future.cancel()
             self._left(1)
 
     async def explain(self, record: Mapping[str, Any]) -> Outcome:
@@ -181,6 +205,15 @@ class Engine:
         """
         async with self._borrowed() as worker:
             return (await worker.ask("explain", [record])).outcomes[0]
+
+    async def draw(self, text: str, options: Mapping[str, Any]) -> Outcome:
+        """A picture of what a text says; of a model that draws.
+
+        Raises:
+            Refused: no worker can be had.
+        """
+        async with self._borrowed() as worker:
+            return (await worker.ask("draw", [{"text": text}], options)).outcomes[0]
 
     async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[str]:
         """Words as they are written; the worker is this caller's until the end.
@@ -295,10 +328,7 @@ class Engine:
         shapes: dict[Shape, int] = {}
         for ticket, outcome in zip(batch, answers.outcomes, strict=True):
             shapes[ticket.shape] = shapes.get(ticket.shape, 0) + 1
-            ticket.payload.record = _GONE
-            future = ticket.payload.future
-            if not future.done():
-                future.set_result(outcome)
+            ticket.payload.tell(outcome)
         self._left(len(batch))
         if self._heard is not None:
             waited = [started - ticket.arrival for ticket in batch]
@@ -335,11 +365,7 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Refused) -> None:
         ticket.state = "gone"
-        ticket.payload.record = _GONE
-        future = ticket.payload.future
-        if not future.done():
-            future.set_exception(error)
-            future.exception()  # looked at: where nobody waits for it, that is no mistake
+        ticket.payload.tell(error)
         self._left(1)
 
     def _left(self, number: int) -> None:

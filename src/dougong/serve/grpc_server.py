@@ -11,7 +11,9 @@ would tie us to one version of protobuf.
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,9 +21,9 @@ import numpy as np
 
 from dougong.core.errors import ConfigError
 from dougong.serve.access import key_of
+from dougong.serve.app import Status, plain_number
 from dougong.serve.columns import BadRequest
-from dougong.serve.engine import Refused
-from dougong.serve.models import Unknown
+from dougong.serve.models import Version
 from dougong.serve.openapi import VERSION
 from dougong.serve.settings import ServeConfig
 from dougong.serve.v2 import NUMPY, Tensor, from_binary, from_outcomes, metadata, to_binary, to_columns
@@ -108,8 +110,45 @@ _MESSAGES: Final[Mapping[str, Sequence[str]]] = {
         "outputs 5 +InferOutputTensor",
         "raw_output_contents 6 +bytes",
     ),
+    "ModelStreamInferResponse": ("error_message 1 string", "infer_response 2 ModelInferResponse"),
+    "ModelRepositoryParameter": (
+        "bool_param 1 bool",
+        "int64_param 2 int64",
+        "string_param 3 string",
+        "bytes_param 4 bytes",
+    ),
+    "RepositoryIndexRequest": ("repository_name 1 string", "ready 2 bool"),
+    "ModelIndex": ("name 1 string", "version 2 string", "state 3 string", "reason 4 string"),
+    "RepositoryIndexResponse": ("models 1 +ModelIndex",),
+    "RepositoryModelLoadRequest": (
+        "repository_name 1 string",
+        "model_name 2 string",
+        "parameters 3 {ModelRepositoryParameter",
+    ),
+    "RepositoryModelLoadResponse": (),
+    "RepositoryModelUnloadRequest": (
+        "repository_name 1 string",
+        "model_name 2 string",
+        "parameters 3 {ModelRepositoryParameter",
+    ),
+    "RepositoryModelUnloadResponse": (),
 }
-_METHODS: Final = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+_CHOICES: Final = ("InferParameter", "ModelRepositoryParameter")
+"""Messages of which one field is set."""
+
+_METHODS: Final = (
+    "ServerLive",
+    "ServerReady",
+    "ModelReady",
+    "ServerMetadata",
+    "ModelMetadata",
+    "ModelInfer",
+    "RepositoryIndex",
+    "RepositoryModelLoad",
+    "RepositoryModelUnload",
+)
+MOST_AHEAD: Final = 256
+"""Requests of one stream that are read before the first of them is answered: the caller waits with the next."""
 
 
 @functools.cache
@@ -144,9 +183,9 @@ def messages() -> Mapping[str, Any]:
                 field.type, field.type_name = kinds.TYPE_MESSAGE, f".{PACKAGE}.{plain}"
             else:
                 field.type = getattr(kinds, f"TYPE_{plain.upper()}")
-            if name == "InferParameter":
+            if name in _CHOICES:
                 field.oneof_index = 0
-        if name == "InferParameter":
+        if name in _CHOICES:
             message.oneof_decl.add(name="parameter_choice")
     # A pool of its own: a client in the same process has the same names in the common one.
     pool = descriptor_pool.DescriptorPool()
@@ -181,6 +220,11 @@ async def start_grpc(config: ServeConfig, app: App) -> Any:
         )
         for name in _METHODS
     }
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        service.stream,
+        request_deserializer=messages()["ModelInferRequest"].FromString,
+        response_serializer=messages()["ModelStreamInferResponse"].SerializeToString,
+    )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     address = f"{config.host}:{config.grpc_port}"
     try:
@@ -201,6 +245,7 @@ class _Service:
         self._codes = {
             400: grpc.StatusCode.INVALID_ARGUMENT,
             401: grpc.StatusCode.UNAUTHENTICATED,
+            403: grpc.StatusCode.PERMISSION_DENIED,
             404: grpc.StatusCode.NOT_FOUND,
             413: grpc.StatusCode.RESOURCE_EXHAUSTED,
             422: grpc.StatusCode.INVALID_ARGUMENT,
@@ -212,28 +257,91 @@ class _Service:
 
     def handler(self, name: str) -> Any:
         """One method, with its refusals as statuses."""
-        from dougong.serve.app import STATUS_OF, WHY, Status
-
         method = getattr(self, name)
 
         async def handle(request: Any, context: Any) -> Any:
             try:
                 if name not in ("ServerLive", "ServerReady"):
-                    self._app.admit_plain(_key(context), _address(context))
+                    self._admit(context, admin=name in ("RepositoryModelLoad", "RepositoryModelUnload"))
                 return await method(request, context)
-            except Status as error:
-                status, reason = error.status, error.reason
-            except BadRequest as error:
-                status, reason = error.status, error.reason
-            except Refused as error:
-                self._app.metrics.refused(error.reason)
-                status, reason = STATUS_OF[error.reason], WHY[error.reason]
-            except Unknown as error:
-                status, reason = 404, str(error)
+            except Exception as error:
+                status, reason = self._refusal(error)
             await context.abort(self._codes.get(status, self._codes[500]), reason)
             raise AssertionError("abort raises")
 
         return handle
+
+    async def stream(self, requests: Any, context: Any) -> Any:
+        """Triton's streams: requests are answered in their order, and batched among themselves; of a model that writes,
+        each piece of text is an answer, and the last one, which says that it is, has none. A refusal is an answer with
+        `error_message`, and the stream goes on."""
+        ahead: asyncio.Queue[Any] = asyncio.Queue(MOST_AHEAD)
+        tasks: set[asyncio.Task[Any]] = set()
+
+        async def read() -> None:
+            async for request in requests:
+                task = asyncio.create_task(self._one_of_many(request, context))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                await ahead.put(task)
+            await ahead.put(None)
+
+        reading = asyncio.create_task(read())
+        try:
+            while (task := await ahead.get()) is not None:
+                found = await task
+                if not hasattr(found, "__aiter__"):
+                    yield found
+                    continue
+                async for piece in found:
+                    yield piece
+        finally:
+            for task in (reading, *tasks):
+                task.cancel()
+
+    async def _one_of_many(self, request: Any, context: Any) -> Any:
+        try:
+            self._admit(context)
+            version = self._app.models.choose(request.model_name, request.model_version or None)
+            if version.signature is None:
+                return self._words(request, version)
+            return messages()["ModelStreamInferResponse"](infer_response=await self.ModelInfer(request, context))
+        except Exception as error:
+            return messages()["ModelStreamInferResponse"](error_message=self._refusal(error)[1])
+
+    async def _words(self, request: Any, version: Version) -> Any:
+        about = {"model_name": version.name, "model_version": version.version, "id": request.id}
+        try:
+            records = to_columns(list(_tensors(request)), version.columns)
+            if len(records) != 1:
+                raise BadRequest("words are written about one record at a time", 400)
+            options = {
+                name: getattr(value, value.WhichOneof("parameter_choice") or "", None)
+                for name, value in request.parameters.items()
+            }
+            for name, value in options.items():  # the protocol's first version has no fractions but as text
+                if isinstance(value, str):
+                    options[name] = plain_number(name, value)
+            async for piece in version.engine.write(records[0], options):
+                text = to_binary(Tensor("text", "BYTES", (1,), [piece.encode()]))
+                response = messages()["ModelInferResponse"](
+                    **about, outputs=[{"name": "text", "datatype": "BYTES", "shape": [1]}], raw_output_contents=[text]
+                )
+                yield messages()["ModelStreamInferResponse"](infer_response=response)
+        except Exception as error:
+            yield messages()["ModelStreamInferResponse"](error_message=self._refusal(error)[1])
+            return
+        last = messages()["ModelInferResponse"](**about, parameters={"triton_final_response": {"bool_param": True}})
+        yield messages()["ModelStreamInferResponse"](infer_response=last)
+
+    def _admit(self, context: Any, *, admin: bool = False) -> None:
+        caller = self._app.admit_plain(_key(context), _address(context))
+        if admin and not caller.admin:
+            raise Status(403, "this key may not change what is served")
+
+    def _refusal(self, error: Exception) -> tuple[int, str]:
+        reply = self._app.refusal(error, f"grpc {type(error).__name__}")
+        return reply.status, str(json.loads(reply.body)["error"])
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         return messages()["ServerLiveResponse"](live=True)
@@ -246,7 +354,7 @@ class _Service:
         return messages()["ModelReadyResponse"](ready=version.engine.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
-        return messages()["ServerMetadataResponse"](name="dougong", version=VERSION)
+        return messages()["ServerMetadataResponse"](name="dougong", version=VERSION, extensions=["model_repository"])
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         models = self._app.models
@@ -255,6 +363,19 @@ class _Service:
         for one in about["inputs"] + about["outputs"]:
             one.pop("parameters", None)
         return messages()["ModelMetadataResponse"](**about)
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        listed = [each for each in self._app.models.index() if not request.ready or each["state"] == "READY"]
+        return messages()["RepositoryIndexResponse"](models=listed)
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        take_over = not ("take_over" in request.parameters and request.parameters["take_over"].bool_param is False)
+        await self._app.load(request.model_name, _version_of(request) or "1", take_over=take_over)
+        return messages()["RepositoryModelLoadResponse"]()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        await self._app.unload(request.model_name, _version_of(request))
+        return messages()["RepositoryModelUnloadResponse"]()
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         version = self._app.models.choose(request.model_name, request.model_version or None)
@@ -275,6 +396,10 @@ class _Service:
             outputs=[{"name": each.name, "datatype": each.datatype, "shape": each.shape} for each in chosen],
             raw_output_contents=[to_binary(each) for each in chosen],
         )
+
+
+def _version_of(request: Any) -> str | None:
+    return request.parameters["version"].string_param or None if "version" in request.parameters else None
 
 
 def _tensors(request: Any) -> Any:

@@ -273,8 +273,11 @@ async def run_load(
     seed: int,
     *,
     seen: Callable[[int, int, bytes], None] | None = None,
+    timed: Callable[[float, float, int], None] | None = None,
+    ended: Callable[[], bool] | None = None,
 ) -> LoadResult:
-    """Poisson arrivals at one rate; `seen` is told each request's place, status and answer."""
+    """Poisson arrivals at one rate; `seen` is told each request's place, status and answer, `timed` when it was due
+    (seconds from the beginning), what it took and its status. `ended` is asked before each whether to go on."""
     dice, loop = random.Random(seed), asyncio.get_running_loop()  # noqa: S311, no secret
     took: list[float] = []
     refused: list[float] = []
@@ -293,14 +296,17 @@ async def run_load(
             statuses["failed"] += 1
             return
         statuses[str(status)] += 1
-        (took if status == 200 else refused).append(loop.time() - due)
+        lasted = loop.time() - due
+        (took if status == 200 else refused).append(lasted)
+        if timed is not None:
+            timed(due - began, lasted, status)
         if seen is not None:
             seen(place, status, body)
 
     began = due = loop.time()
     while True:
         due += dice.expovariate(rate)
-        if due - began > seconds:
+        if due - began > seconds or (ended is not None and ended()):
             break
         if (ahead := due - loop.time()) > 0:
             await asyncio.sleep(ahead)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SAMPLED: Final = 1
-"""Answers of a batch whose gate weights are looked at: reading them costs more than counting."""
+SAMPLED_SECONDS: Final = 0.02
+"""Between two answers whose gate weights are looked at: reading them costs more than counting."""
 
 OF_VERSION: Final = ("model", "version")
 Labels = tuple[str, ...]
@@ -62,7 +62,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._models: Models | None = None
         self._started = time.time()
-        self._requests: dict[Labels, int] = defaultdict(int)
+        self._requests: dict[tuple[str, int], int] = defaultdict(int)
         self._latency: dict[Labels, _Spread] = defaultdict(lambda: _Spread(SECONDS))
         self._size: dict[Labels, _Spread] = defaultdict(lambda: _Spread(SIZES))
         self._service: dict[Labels, _Spread] = defaultdict(lambda: _Spread(SECONDS))
@@ -72,6 +72,7 @@ class Metrics:
         self._refused: dict[Labels, int] = defaultdict(int)
         self._shadow: dict[Labels, int] = defaultdict(int)
         self._gate: dict[Labels, _Spread] = defaultdict(lambda: _Spread(()))
+        self._gate_at: dict[Labels, float] = {}
         self._quality: dict[Labels, _Spread] = defaultdict(lambda: _Spread(()))
         self._registry.register(_Now(self))
 
@@ -81,7 +82,7 @@ class Metrics:
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request was answered, in whatever way."""
-        self._requests[route, str(status)] += 1
+        self._requests[route, status] += 1
         self._latency[(route,)].note(seconds)
 
     def refused(self, reason: str) -> None:
@@ -106,10 +107,12 @@ class Metrics:
         for outcome in done.outcomes:
             if outcome.status != 200:
                 self._failed[name, number, str(outcome.status)] += 1
-        for outcome in done.outcomes[:SAMPLED]:
-            if outcome.status == 200:
-                for modality, weight in json.loads(outcome.body).get("gate", {}).items():
-                    self._gate[name, number, modality].note(weight)
+        now = time.monotonic()
+        outcome = done.outcomes[0]
+        if now - self._gate_at.get(of, 0.0) > SAMPLED_SECONDS and outcome.status == 200:
+            self._gate_at[of] = now
+            for modality, weight in json.loads(outcome.body).get("gate", {}).items():
+                self._gate[name, number, modality].note(weight)
         for figure, value in done.quality.items():
             self._quality[name, number, figure].note(value)
 
@@ -120,7 +123,8 @@ class Metrics:
     def collect(self) -> Iterable[Metric]:
         """Families of what was counted, and of how it is now."""
         of = OF_VERSION
-        yield _counter("dougong_requests", "Requests by route and status.", ("route", "status"), self._requests)
+        requests: dict[Labels, int] = {(route, str(status)): count for (route, status), count in self._requests.items()}
+        yield _counter("dougong_requests", "Requests by route and status.", ("route", "status"), requests)
         yield _histogram("dougong_request_seconds", "From headers to answer.", ("route",), self._latency)
         yield _histogram("dougong_batch_records", "Records of a batch.", of, self._size)
         yield _histogram("dougong_batch_seconds", "What a batch took its worker.", of, self._service)

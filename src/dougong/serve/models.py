@@ -103,6 +103,13 @@ class Models:
     def all(self) -> list[Version]:
         return [version for versions in self._versions.values() for version in versions.values()]
 
+    def index(self) -> list[dict[str, str]]:
+        """What is served, as the protocol of repositories lists it."""
+        return [
+            {"name": each.name, "version": each.version, "state": "READY" if each.engine.ready else "UNAVAILABLE"}
+            for each in self.all
+        ]
+
     @property
     def ready(self) -> bool:
         """Whether every model can be asked."""

@@ -24,6 +24,19 @@ _ERROR = {
     },
 }
 _JSON = {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}}
+_DRAWN = {
+    "type": "object",
+    "required": ["text"],
+    "additionalProperties": False,
+    "properties": {
+        "text": {"type": "string", "minLength": 1},
+        "seed": {"type": "integer"},
+        "temperature": {"type": "number", "minimum": 0},
+        "top_k": {"type": ["integer", "null"], "minimum": 1},
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "guidance": {"type": "number", "minimum": 0},
+    },
+}
 
 
 def describe(models: Models, *, keys: bool) -> dict[str, Any]:
@@ -104,6 +117,17 @@ def describe(models: Models, *, keys: bool) -> dict[str, Any]:
     ready = _responses("200", "400", "503", keys=False)
     paths: dict[str, Any] = {
         "/v1/predict": {"post": predict},
+        "/v1/draw": {
+            "post": {
+                "summary": "Draw what a text says; of a model that draws.",
+                "parameters": query[:2],
+                "requestBody": {"required": True, "content": {"application/json": {"schema": _DRAWN}}},
+                "responses": {
+                    **infer,
+                    "200": {"description": "A picture.", "content": {"image/png": {}}},
+                },
+            }
+        },
         "/v1/models": get("Models, versions, traffic.", _responses("200", keys=keys)),
         "/v2": get("The server.", _responses("200", keys=keys)),
         "/v2/health/live": get("Whether the process answers.", ready),

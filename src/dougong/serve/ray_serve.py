@@ -11,12 +11,12 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from dougong.core.config import parse
-from dougong.core.errors import ConfigError
+from dougong.core.errors import ConfigError, RunError
 from dougong.serve.models import Wanted
 from dougong.serve.settings import ServeConfig
 
@@ -86,12 +86,14 @@ def deployment(config: ServeConfig, wanted: Sequence[Wanted], *, most_replicas: 
 
 
 async def through(app: Any, request: Any) -> Any:
-    """One Starlette request, as Ray hands it over, through an ASGI application."""
-    from starlette.responses import Response  # Ray brings it
+    """One Starlette request, as Ray hands it over, through an ASGI application. An answer whose length is not known
+    at its start is passed on piece by piece, as words are written."""
+    from starlette.responses import Response, StreamingResponse  # Ray brings it
 
     body = await request.body()
     given = False
     gone = asyncio.Event()
+    messages: asyncio.Queue[Any] = asyncio.Queue(1)
 
     async def receive() -> dict[str, Any]:
         nonlocal given
@@ -101,19 +103,40 @@ async def through(app: Any, request: Any) -> Any:
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    start: dict[str, Any] = {}
-    pieces: list[bytes] = []
+    running = asyncio.create_task(app(request.scope, receive, messages.put))
+    start = await _next(messages, running)
 
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            start.update(message)
-        else:
-            pieces.append(message.get("body", b""))
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            more = True
+            while more:
+                message = await _next(messages, running)
+                more = message.get("more_body", False)
+                yield message.get("body", b"")
+            await running
+        finally:
+            gone.set()
+            running.cancel()
 
-    await app(request.scope, receive, send)
-    response = Response(b"".join(pieces), status_code=start["status"])
-    response.raw_headers = list(start["headers"])
+    headers = list(start["headers"])
+    response: Any
+    if any(name == b"content-length" for name, _ in headers) or start["status"] == 204:
+        response = Response(b"".join([piece async for piece in pieces()]), status_code=start["status"])
+    else:
+        response = StreamingResponse(pieces(), status_code=start["status"])
+    response.raw_headers = headers
     return response
+
+
+async def _next(messages: asyncio.Queue[Any], running: asyncio.Task[Any]) -> Any:
+    """What the application sends next; its error, where it fails in place of that."""
+    waiting = asyncio.create_task(messages.get())
+    await asyncio.wait((waiting, running), return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done() and messages.empty():
+        waiting.cancel()
+        running.result()
+        raise RunError("the application ended in the middle of an answer.")
+    return await waiting
 
 
 def serve_on_ray(config: ServeConfig, wanted: Sequence[Wanted], *, tell: Callable[[str], None] | None = None) -> None:

@@ -216,7 +216,7 @@ def _uvicorn(config: ServeConfig, app: App) -> uvicorn.Server:
     try:
         settings = uvicorn.Config(
             app,
-            http=protocol(config.limits),
+            http=protocol(config.limits, app),
             ws="none",
             lifespan="off",
             access_log=False,
@@ -225,7 +225,6 @@ def _uvicorn(config: ServeConfig, app: App) -> uvicorn.Server:
             date_header=False,
             proxy_headers=False,
             backlog=4096,
-            timeout_keep_alive=75,
             timeout_graceful_shutdown=int(max(1, config.drain_seconds)),
             ssl_certfile=None if config.certificate is None else str(config.certificate),
             ssl_keyfile=None if config.certificate_key is None else str(config.certificate_key),

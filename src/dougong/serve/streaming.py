@@ -1,6 +1,6 @@
-"""Words while they are written.
+"""Words while they are written, and pictures.
 
-Here        words_as_written.
+Here        words_as_written, drawn.
 Elsewhere   writing (bundle/describer.py, bundle/generator.py); sending them on (app.py).
 Promise     the pieces put together are what `caption` would have given with the same settings and seed.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dougong.bundle.describer import Describer
-from dougong.bundle.generator import Generator
+from dougong.bundle.generator import Generator, picture_bytes
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
 from dougong.model.sampling import SamplingConfig
@@ -35,12 +35,7 @@ def words_as_written(model: Describer | Generator, picture: bytes, options: Mapp
         ConfigError: an option is unknown, or the model does not read one picture.
         DataError: the picture cannot be read.
     """
-    given = dict(options)
-    seed = given.pop("seed", 0)
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed {seed!r} is no whole number. Use for example 0.")
-    usual = model.sampling if isinstance(model, Describer) else model.sampling.caption
-    sampling = parse(SamplingConfig, {**usual.model_dump(), **given}, where="options")
+    sampling, seed = _settings(model.sampling if isinstance(model, Describer) else model.sampling.caption, options)
     looked_up: nn.Module = model.network.words if isinstance(model, Describer) else model.network.vocabulary
     pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     stopped = threading.Event()
@@ -84,6 +79,28 @@ def words_as_written(model: Describer | Generator, picture: bytes, options: Mapp
         stopped.set()
         thread.join()
         handle.remove()
+
+
+def drawn(model: Describer | Generator, text: str, options: Mapping[str, Any]) -> bytes:
+    """A picture of what a text says, as a PNG file; options are those of sampling, and `seed`.
+
+    Raises:
+        ConfigError: an option is unknown, or the model draws nothing.
+        DataError: the text is empty.
+    """
+    if isinstance(model, Describer):
+        raise ConfigError("this model writes words and draws nothing. Send it a picture at /v1/predict.")
+    sampling, seed = _settings(model.sampling.draw, options)
+    (picture,) = model.draw([text], sampling=sampling, seed=seed)
+    return picture_bytes(picture)
+
+
+def _settings(usual: SamplingConfig, options: Mapping[str, Any]) -> tuple[SamplingConfig, int]:
+    given = dict(options)
+    seed = given.pop("seed", 0)
+    if type(seed) is not int:
+        raise ConfigError(f"seed {seed!r} is no whole number. Use for example 0.")
+    return parse(SamplingConfig, {**usual.model_dump(), **given}, where="options"), seed
 
 
 def _text(model: Describer | Generator, tokens: list[int]) -> str:

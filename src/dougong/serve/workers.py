@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from dougong.core.errors import BundleError, RunError
 from dougong.serve.backend import Backend, Outcome, answer_batch
 from dougong.serve.wire import FrameError, Frames, pack
+from dougong.serve.worker import draw
 
 START_SECONDS: Final = 120.0
 Records = Sequence[Mapping[str, Any]]
@@ -47,7 +48,7 @@ class Worker(Protocol):
     pid: int | None
 
     async def ask(self, kind: str, records: Records, options: Mapping[str, Any] | None = None) -> Answers:
-        """Answer records: `batch`, or `explain` for one.
+        """Answer records: `batch`, or for one `explain`, or `draw` with options.
 
         Raises:
             Died: the worker is gone.
@@ -138,8 +139,11 @@ class _ProcessWorker:
     async def ask(self, kind: str, records: Records, options: Mapping[str, Any] | None = None) -> Answers:
         self._channel.send({"kind": kind, "records": list(records), "options": dict(options or {})})
         found = await self._channel.receive()
-        pairs = zip(found["statuses"], found["bodies"], strict=True)
-        return Answers([Outcome(status, body) for status, body in pairs], found["seconds"], found["quality"])
+        outcomes, at, bodies = [], 0, found["bodies"]
+        for status, size in zip(found["statuses"], found["sizes"], strict=True):
+            outcomes.append(Outcome(status, bodies[at : at + size]))
+            at += size
+        return Answers(outcomes, found["seconds"], found["quality"])
 
     async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[str]:
         self._channel.send({"kind": "write", "records": [record], "options": dict(options)})
@@ -253,6 +257,8 @@ class _ThreadWorker:
         started = loop.time()
         if kind == "explain":
             outcomes = [await loop.run_in_executor(self._pool, self._backend.explain, records[0])]
+        elif kind == "draw":
+            outcomes = [await loop.run_in_executor(self._pool, draw, self._backend, records[0], options or {})]
         else:
             outcomes = await loop.run_in_executor(self._pool, answer_batch, self._backend, records)
         return Answers(outcomes, loop.time() - started, {})
