@@ -4,8 +4,8 @@ Here        a sandwich of pictures and typed questions, trained for 600 steps; o
             pointing game (is the strongest patch on the asked shape?), deletion and insertion against random orders,
             and the same maps of random weights; for relevance, rollout, the bridge's raw attention, and captum's
             integrated gradients on fewer records.
-Elsewhere   the maps (watch/attention.py); following them (watch/faithful.py); options and the written result
-            (harness.py).
+Elsewhere   the model, trained and kept (attention_model.py); the maps (watch/attention.py); following them
+            (watch/faithful.py); options and the written result (harness.py).
 Promise     the shape is where pixels differ from the picture's median colour, which no map knows of. A patch of 8 x 8
             pixels hits where it covers some of the shape; `strictly`, where its middle lies in it. Chance is pointing
             at any patch. Deletion takes away the picture's patches alone, or all tokens; its gain is how far the area
@@ -17,30 +17,25 @@ Intervals are over records (bootstrap, 95 %), or Wilson's for shares; the model 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from diagnose import wilson
-from harness import Kept, run
+from attention_model import asked_recipe, trained
+from harness import run
+from shares import wilson
 from torch import Tensor
 
-from dougong.bundle.model import Model, load
-from dougong.core.config import parse
+from dougong.bundle.model import Model
 from dougong.core.figures import Figure
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.split import sample_table
 from dougong.engine.batches import to_tensors
 from dougong.nn.batch import Batch
 from dougong.recipes.build import open_records
-from dougong.recipes.known import read_recipe
-from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import train_recipe
 from dougong.watch.attention import Inside, look_inside, unshared
 from dougong.watch.faithful import captum_relevance, curves, patches, sanity
 
-STEPS: Final = 600
 RECORDS: Final = 1000
 WITH_CAPTUM: Final = 150
 DIFFERENT: Final = 0.35
@@ -48,9 +43,8 @@ DIFFERENT: Final = 0.35
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    kept = Kept("attention")
-    recipe = _recipe(60 if quick else STEPS)
-    model = _trained(recipe, kept.folder / ("quick" if quick else "model"))
+    recipe = asked_recipe(quick)
+    model = trained(recipe, quick)
     table = sample_table(open_records(recipe).test, 100 if quick else RECORDS, seed=0)
     loader = Loader(table, model.preparation, LoaderConfig(batch_size=100, workers=0))
     maps: dict[str, list[Tensor]] = {}
@@ -87,25 +81,6 @@ def measure(quick: bool) -> Iterator[Figure]:
         for modality in checks[0][method]:
             value = float(np.mean([check[method][modality] for check in checks]))
             yield Figure(name=f"{method} of {modality}: rank correlation with random weights", value=value, unit="")
-
-
-def _recipe(steps: int) -> Recipe:
-    """vqa-demo with typed questions alone."""
-    values = read_recipe("vqa-demo").model_dump(mode="json")
-    values["data"].update(modalities=["image", "question"], views=[], one_view_a_batch=False, conditions={})
-    values["model"].update(align=[])
-    values["model"]["encoders"].pop("speech", None)
-    values["objective"] = {}
-    values["train"].update(steps=steps, evaluate_every=steps)
-    values["train"]["optimizer"]["multipliers"].pop("speech", None)
-    return parse(Recipe, values, where="vqa-demo")
-
-
-def _trained(recipe: Recipe, folder: Path) -> Model:
-    if not (folder / "bundle" / "bundle.json").is_file():
-        result = train_recipe(recipe, folder / "run", resume=(folder / "run" / "run.yaml").is_file(), quiet=True)
-        result.model.save(folder / "bundle")
-    return load(folder / "bundle")
 
 
 def _right(model: Model, batch: Batch) -> tuple[Batch, int]:
