@@ -1201,7 +1201,7 @@ def _does_not_fit(job: Job, random: np.random.Generator) -> str:
             return fail(inner(*args, **kwargs), args)
 
     failing = Failing()
-    failing.weight, failing.bias = module.weight, module.bias  # type: ignore[assignment]  # still the module's own
+    failing.weight, failing.bias = module.weight, module.bias
     around, _, last = path.rpartition(".")
     setattr(job.model.get_submodule(around) if around else job.model, last, failing)
     return path
@@ -1279,8 +1279,8 @@ def _attending(job: Job, other: Callable[..., Tensor]) -> None:
         inner = module.forward
 
         def forward(*args: Any, _inner: Any = inner, **kwargs: Any) -> Any:
-            functional.scaled_dot_product_attention = (  # type: ignore[assignment]  # as a fault would
-                lambda query, key, value, **named: other(fused, query, key, value, **named)
+            functional.scaled_dot_product_attention = lambda query, key, value, **named: other(
+                fused, query, key, value, **named
             )
             try:
                 return _inner(*args, **kwargs)

@@ -60,9 +60,9 @@ def test_later_words_padding_and_an_absent_picture_have_exactly_no_relevance(mod
         words = found.spans["words"]
         assert float(row_BT[:, words.start + 3 :].abs().max()) == 0.0
         assert float(row_BT[2, : words.start].abs().max()) == 0.0
-        assert float(row_BT[:2, : words.start].sum(dim=1).min()) > 0.0
         assert float(row_BT.min()) >= 0.0
         torch.testing.assert_close(row_BT.sum(dim=1), torch.ones(3))
+    assert float(found.rollout_BT[:2, : words.start].sum(dim=1).min()) > 0.0
     assert found.of("photo").shape[1] == words.start
     assert [weight.shape[2:] for weight in found.weight_BHTT] == [found.mask_BT.shape[1:] * 2] * 2
     with pytest.raises(ConfigError, match="record 0 has 4 words, and the one at 4 was asked for"):
@@ -75,8 +75,10 @@ def test_relevance_is_that_of_the_paper_added_up_by_hand(model: Decoder) -> None
 
     def plain(query: Tensor, key: Tensor, value: Tensor, *, scale: float, **given: object) -> Tensor:
         score = query @ key.transpose(-1, -2) * scale
-        mask = given.get("attn_mask")
-        allowed = mask if isinstance(mask, Tensor) else torch.ones(score.shape[-2:], dtype=torch.bool).tril()
+        allowed = given.get("attn_mask")
+        if not isinstance(allowed, Tensor):
+            allowed = torch.ones(score.shape[-2:], dtype=torch.bool)
+            allowed = allowed.tril() if given.get("is_causal") else allowed
         weight = score.masked_fill(~allowed, -1e30).softmax(dim=-1)
         caught.append(weight)
         return weight @ value

@@ -48,27 +48,29 @@ class NoiseMeter:
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, window: int = 8, every: int = 400) -> None:
         if not 1 < window <= every:
             raise ConfigError(f"window {window} must be 2 or more, and no more than every {every}. Use 8 and 400.")
-        self._parameters = list(model.parameters())
+        self._model = model
         self._window, self._every = window, every
         self._steps = 0
-        self._sum: list[Tensor] | None = None
+        self._sums: list[tuple[nn.Parameter, Tensor]] = []
+        """What is trained when a window begins, and its gradients so far."""
+
         self._squares: list[float] = []
         self._handle = optimizer.register_step_pre_hook(self._before_update)
 
     def close(self) -> None:
         """Nothing is hooked any more."""
         self._handle.remove()
-        self._sum = None
+        self._sums = []
 
     def step(self) -> NoiseMeasured | None:
         """After each optimizer step: what a window that ends with it says."""
         self._steps += 1
-        if len(self._squares) < self._window or self._sum is None:
+        if len(self._squares) < self._window:
             return None
         k = self._window
         mean_square = math.fsum(self._squares) / k
-        square_of_mean = math.fsum(float(each.double().square().sum()) for each in self._sum) / k**2
-        self._sum, self._squares = None, []
+        square_of_mean = _square([total for _, total in self._sums]) / k**2
+        self._sums, self._squares = [], []
         if not math.isfinite(mean_square):
             return None
         noise = max(0.0, (mean_square - square_of_mean) * k / (k - 1))
@@ -84,14 +86,20 @@ class NoiseMeter:
 
     @torch.no_grad()
     def _before_update(self, *_: object) -> None:
-        if self._sum is None:
+        if not self._sums:
             # Not the first steps: their gradients are those of weights that were drawn.
             if self._steps % self._every != self._every - self._window and self._steps != self._window:
                 return
-            self._sum = [torch.zeros_like(p) for p in self._parameters if p.requires_grad]
-        square = 0.0
-        for total, parameter in zip(self._sum, (p for p in self._parameters if p.requires_grad), strict=True):
-            if parameter.grad is not None:
-                total += parameter.grad
-                square += float(parameter.grad.double().square().sum())
-        self._squares.append(square)
+            self._sums = [(p, torch.zeros_like(p)) for p in self._model.parameters() if p.requires_grad]
+        fresh = [(total, p.grad.to_dense()) for p, total in self._sums if p.grad is not None]
+        for total, gradient in fresh:
+            total += gradient
+        self._squares.append(_square([gradient for _, gradient in fresh]))
+
+
+def _square(tensors: list[Tensor]) -> float:
+    """Of the length of all together."""
+    if not tensors:
+        return 0.0
+    norms = torch.stack(list(torch._foreach_norm([each.float() for each in tensors])))
+    return float(norms.double().square().sum())
