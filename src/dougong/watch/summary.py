@@ -66,6 +66,8 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
             "probes": flow["probes"],
             "inputs": flow["inputs"],
         },
+        "pairs": _pairs(reader),
+        "noise": next((event for event in reversed(reader.others) if event["kind"] == "NoiseMeasured"), None),
         "balance": balance(reader.flows),
         "gates": [{"step": each["step"], **each["gate"]} for each in reader.flows if each["gate"]],
         "contribution": counted,
@@ -75,6 +77,20 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
             if e["kind"] == "SamplingChanged"
         ],
     }
+
+
+def _pairs(reader: Reader) -> dict[str, Any] | None:
+    """What the first records said by themselves (diagnose/examine.py)."""
+    told = next((event for event in reader.others if event["kind"] == "Examined"), None)
+    if told is None or not told["pairs"]:
+        return None
+    first = next(iter(told["pairs"].values()))
+    shifts = sorted(int(key.removeprefix("at ")) for key in first if key.startswith("at "))
+    inputs = [
+        {"name": name, "at": [each[f"at {shift}"] for shift in shifts], "chance": each["chance"]}
+        for name, each in told["pairs"].items()
+    ]
+    return {"rows": told["rows"], "shifts": shifts, "inputs": inputs}
 
 
 def write_summary(path: Path, told: Mapping[str, Any]) -> Path:

@@ -206,7 +206,7 @@ def score_pairs(rows: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, 
     """
     if sum(map(len, targets)) < LEAST or len(targets) < 4:
         return {}
-    classes, _ = torch.cat(list(targets)).unique(return_inverse=True)
+    classes = torch.unique(torch.cat(list(targets)))
     if len(classes) < 2 or len(classes) > 512:
         return {}
     learn = [place for place in range(len(targets)) if place % 2 == 0]
