@@ -171,7 +171,9 @@ def test_what_the_first_records_said_and_the_noise_are_shown(tmp_path: Path) -> 
 
     assert "&lt;i&gt;tone" in page
     assert "in the first 96 records" in page
-    assert page.index('<th scope="col" class="n">-1</th>') < page.index("0.31")
+    table = page[page.index("Whether inputs belong to their targets") :]
+    assert re.findall(r'class="n">([^<]+)</th>', table)[:6] == ["-2", "-1", "own", "+1", "+2", "chance"]
+    assert re.findall(r'<td class="n">([^<]+)</td>', table)[:6] == ["0.02", "0.31", "0.02", "0.02", "0.02", "0.04"]
     assert "4.5 batches would have to be put together" in page
     assert "A modality belongs to other records" in page
 

@@ -752,12 +752,20 @@ def diagnose(
     run: Annotated[Path, Argument(help="A run's folder, or one that watch() wrote in a script of yours.")],
     fix: Annotated[bool, Option("--try-fix", help="Carry out short paired trials of what would mend it.")] = False,
     steps: Annotated[int, Option(min=1, help="With --try-fix: steps of each trial.")] = 60,
+    records: Annotated[
+        bool, Option("--records", help="Also ask its first training records whether inputs belong to their targets.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Name what is wrong with a training: the fault, its place, the evidence, and what would mend it."""
     from dougong.watch.diagnose.report import diagnose_run
 
-    found = diagnose_run(run)
+    examined = None
+    if records:
+        from dougong.cli.records import examine_run
+
+        examined = examine_run(run)
+    found = diagnose_run(run, examined)
     trials = []
     if fix and found.findings:
         from dougong.recipes.try_fix import try_fix

@@ -1,15 +1,21 @@
 """Pairs that are shifted, a target that was written into an input, and norms that learn no statistics; and what is said
 of pairs that are right."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dougong.watch.diagnose.examine import LEAST, Examined, Examiner, score_pairs
+from dougong.cli.main import main
+from dougong.nn.batch import Batch, MediaBatch
+from dougong.watch.diagnose.examine import LEAST, Examined, Examiner, examine, score_pairs
+from dougong.watch.diagnose.history import History
 from dougong.watch.diagnose.hook import Watched, watch
+from dougong.watch.diagnose.rules import diagnose
 
 Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -123,3 +129,39 @@ def test_of_too_few_records_or_one_class_nothing_is_said() -> None:
     assert score_pairs(rows[:-1], targets[:-1]) == {}
     assert score_pairs(rows, [torch.zeros_like(each) for each in targets]) == {}
     assert score_pairs([torch.ones(8, 3)] * len(rows), targets) == {}
+
+
+def batches(shift: int) -> list[Batch]:
+    """Numbers of which the first tells a class, of the record so far before."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for _ in range(20):
+        x = torch.randn(24, 6, generator=generator)
+        target = (x[:, 0] > 0).long()
+        every, there = torch.arange(24), torch.ones(24).bool()
+        found.append(Batch({"table": MediaBatch({"numbers_UF": x.roll(shift, dims=0)}, every, there)}, target))
+    return found
+
+
+def test_records_in_a_tables_own_order_are_asked_without_a_network() -> None:
+    right, shifted = examine(batches(0)), examine(batches(1))
+
+    assert right.rows == shifted.rows == 384
+    assert right.pairs["table"]["at 0"] > 0.5 > 0.2 > abs(right.pairs["table"]["at -1"])
+    assert shifted.pairs["table"]["at -1"] > 0.5 > 0.2 > abs(shifted.pairs["table"]["at 0"])
+    history = History()
+    history.add(shifted)
+    assert [(each.cause, each.place) for each in diagnose(history)] == [("swapped pairs", "table")]
+    assert examine([batch._replace(target=None) for batch in batches(0)]).pairs == {}
+
+
+def test_a_runs_own_records_are_asked_where_that_is_wanted(
+    colour_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", str(colour_run), "--records", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert not [each for each in told["findings"] if each["cause"] in ("swapped pairs", "target leak")]
+
+    (tmp_path / "events.jsonl").write_text("", encoding="utf-8")
+    assert main(["diagnose", str(tmp_path), "--records"]) == 2
+    assert "is no run of a recipe that decides" in capsys.readouterr().err

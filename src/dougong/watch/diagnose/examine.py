@@ -1,6 +1,7 @@
 """Whether inputs belong to their targets: asked of the first records themselves, before the network has learnt.
 
-Here        Examiner, which listens to the first steps of any training; Examined, the event of it; `score_pairs`.
+Here        Examiner, which listens to the first steps of any training; `examine`, the same of a table's records;
+            Examined, the event of both; `score_pairs`.
 Elsewhere   what comes of it (rules.py); measuring the network (engine/flow.py); records that do not fit each other in
             a table (data/quality.py).
 Promise     training is changed by nothing: no random state, gradient or buffer. After `ROWS` records, or `STEPS` steps,
@@ -14,7 +15,7 @@ learnt anything for that, and could not: its loss of matched and of exchanged pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -151,6 +152,27 @@ def _still_norms(model: nn.Module) -> list[str]:
         if seen is not None and int(seen) > 1 and not bool(module.running_mean.any()):
             found.append(name)
     return found
+
+
+def examine(batches: Iterable[Batch]) -> Examined:
+    """The same of records in a table's own order, without a network: there a join that slipped by a row is seen
+    whatever order they are trained in. Takes as many batches as it needs; those without classes say nothing."""
+    inputs: dict[str, list[Tensor]] = {}
+    targets: list[Tensor] = []
+    for batch in batches:
+        target = batch.target
+        if target is None or target.ndim != 1 or target.is_floating_point():
+            continue
+        given = _features(nn.Identity(), (batch,), {})
+        if not inputs or set(given) == set(inputs):
+            for name, rows in given.items():
+                inputs.setdefault(name, []).append(rows)
+            targets.append(target.cpu())
+        if sum(map(len, targets)) >= ROWS:
+            break
+    pairs = {name: score_pairs(rows, targets) for name, rows in inputs.items()}
+    told = {name: each for name, each in pairs.items() if each}
+    return Examined(step=0, rows=sum(map(len, targets)), pairs=told, still_norms=[])
 
 
 # What a record looks like --------------------------------------------------------------------------------------------
