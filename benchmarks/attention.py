@@ -193,8 +193,8 @@ def _captum(model: Model, table: Any, quick: bool) -> Iterator[Figure]:
         chance.append(float(shape[:, 0].float().mean()))
         followed = curves(model.network, batch, own, found.masks, found.target_B, names=["image"], seed=number)
         gains.append(followed.deletion_gain)
-    found = share("integrated gradients (captum): pointing game", sum(bool(hit[0]) for hit in hits), len(hits))
-    yield found.model_copy(update={"baseline": float(np.mean(chance))})
+    pointed = share("integrated gradients (captum): pointing game", sum(bool(hit[0]) for hit in hits), len(hits))
+    yield pointed.model_copy(update={"baseline": float(np.mean(chance))})
     low, high = _bootstrap(gains)
     name = "integrated gradients (captum): deletion of the picture's patches below chance"
     yield Figure(name=name, value=float(np.mean(gains)), unit="", low=low, high=high, seeds=len(gains))

@@ -584,8 +584,8 @@ def _gate(history: History) -> Iterator[Finding]:
 def _balance(history: History) -> Iterator[Finding]:
     """Whether the optimizer takes steps of one length with all inputs' parts.
 
-    Steps are compared as an optimizer means them: Adam's by weight, plain gradient descent's by gradient. Of
-    themselves, embeddings are moved a hundred times less than what is small, and nothing is wrong.
+    Steps are compared as an optimizer means them: Adam's by weight, plain gradient descent's by gradient. As a share
+    of themselves, large weights are moved a hundred times less than small ones, and nothing is wrong.
     """
     for flow in history.flows[:3]:
         by: dict[str, list[float]] = {}
@@ -593,7 +593,8 @@ def _balance(history: History) -> Iterator[Finding]:
         for p in _weights(flow):
             # Parts of a network that names no modalities are told apart by their names.
             group = p["modality"] or str(p["name"]).partition(".")[0]
-            if group and p["gradient"] > 0:
+            # Of a table of words only those are moved that a batch holds.
+            if group and p["gradient"] > 0 and not p["kind"].startswith("Embedding"):
                 by.setdefault(group, []).append(p["update"] / (math.sqrt(p["count"]) if adaptive else p["gradient"]))
         if len(by) < 2 or flow["step"] < 2:
             continue
