@@ -131,6 +131,33 @@ def test_of_too_few_records_or_one_class_nothing_is_said() -> None:
     assert score_pairs([torch.ones(8, 3)] * len(rows), targets) == {}
 
 
+def test_rows_whose_length_differs_from_batch_to_batch_are_asked_all_the_same() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, ids: Tensor, sound: Tensor) -> Tensor:
+            found: Tensor = self.last(torch.stack([ids.float().mean(dim=1), sound.mean(dim=1)], dim=1))
+            return found
+
+    model = Reads()
+    examiner = Examiner(model)
+    told: list[Examined] = []
+    for step in range(24):
+        target = torch.arange(24) % 2
+        ids = torch.randint(3, 30, (24, 4 + step % 5))
+        ids[:, 0] = 1 + target
+        sound = torch.randn(24, 40 + 60 * (step % 4)) + target[:, None]
+        functional.cross_entropy(model(ids, sound), target).backward()
+        if (found := examiner.step()) is not None:
+            told.append(found)
+
+    # Sounds that are too short to be averaged into as many numbers as the first had are left out, with their batches.
+    assert [set(each.pairs) for each in told] == [{"ids", "sound"}]
+    assert told[0].pairs["ids"]["right"] > 0.95
+
+
 def batches(shift: int) -> list[Batch]:
     """Numbers of which the first tells a class, of the record so far before."""
     generator = torch.Generator().manual_seed(2)

@@ -119,9 +119,7 @@ class Examiner:
         target, given, self._given = self._stop(), self._given, None
         if target is None or not given:
             return
-        if any(len(rows) != len(target) for rows in given.values()) or (
-            self._inputs and set(given) != set(self._inputs)
-        ):
+        if any(len(rows) != len(target) for rows in given.values()) or not _alike(given, self._inputs):
             return
         for name, rows in given.items():
             self._inputs.setdefault(name, []).append(rows)
@@ -164,7 +162,7 @@ def examine(batches: Iterable[Batch]) -> Examined:
         if target is None or target.ndim != 1 or target.is_floating_point():
             continue
         given = _features(nn.Identity(), (batch,), {})
-        if not inputs or set(given) == set(inputs):
+        if _alike(given, inputs):
             for name, rows in given.items():
                 inputs.setdefault(name, []).append(rows)
             targets.append(target.cpu())
@@ -173,6 +171,12 @@ def examine(batches: Iterable[Batch]) -> Examined:
     pairs = {name: score_pairs(rows, targets) for name, rows in inputs.items()}
     told = {name: each for name, each in pairs.items() if each}
     return Examined(step=0, rows=sum(map(len, targets)), pairs=told, still_norms=[])
+
+
+def _alike(given: Mapping[str, Tensor], kept: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Whether a batch's rows can stand below those of others: some batches lack an input, or hold shorter ones."""
+    widths = {name: rows.shape[1] for name, rows in given.items()}
+    return not kept or widths == {name: rows[0].shape[1] for name, rows in kept.items()}
 
 
 # What a record looks like --------------------------------------------------------------------------------------------
@@ -212,9 +216,10 @@ def _of_numbers(value: Tensor) -> Tensor:
 
 def _of_ids(value: Tensor) -> Tensor:
     rows = value.long().flatten(1) if value.ndim > 1 else value.long()[:, None]
-    near = functional.one_hot(rows[:, :PLACES] % KINDS, KINDS).float()
+    near = functional.one_hot(rows[:, :PLACES] % KINDS, KINDS).float().flatten(1)
+    near = functional.pad(near, (0, PLACES * KINDS - near.shape[1]))  # batches are as long as their longest row
     far = functional.one_hot(rows % KINDS, KINDS).float().mean(dim=1)
-    return torch.cat([near.flatten(1), far], dim=1)
+    return torch.cat([near, far], dim=1)
 
 
 # The scorer ----------------------------------------------------------------------------------------------------------
@@ -233,13 +238,13 @@ def score_pairs(rows: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, 
         return {}
     learn = [place for place in range(len(targets)) if place % 2 == 0]
     ask = [place for place in range(len(targets)) if place % 2 == 1]
-    x_ND, z_ND = torch.cat([rows[place] for place in learn]), torch.cat([rows[place] for place in ask])
+    x_ND, z_ND = (torch.cat([rows[place] for place in each]).double() for each in (learn, ask))
     mean_D, spread_D = x_ND.mean(dim=0), x_ND.std(dim=0)
     kept_D = spread_D > 1e-6 * (1 + mean_D.abs())
     if not bool(kept_D.any()):
         return {}
-    x_ND = ((x_ND - mean_D) / spread_D.clamp(min=1e-12))[:, kept_D].double()
-    z_ND = ((z_ND - mean_D) / spread_D.clamp(min=1e-12))[:, kept_D].double().clamp(-8, 8)
+    x_ND = ((x_ND - mean_D) / spread_D.clamp(min=1e-12))[:, kept_D]
+    z_ND = ((z_ND - mean_D) / spread_D.clamp(min=1e-12))[:, kept_D].clamp(-8, 8)
     scale = float(x_ND.square().sum(dim=1).mean())
     kernel_NN = x_ND @ x_ND.T / scale
     inverse_NN = torch.linalg.inv(kernel_NN + RIDGE * torch.eye(len(x_ND), dtype=torch.float64))
