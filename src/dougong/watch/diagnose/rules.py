@@ -218,9 +218,23 @@ def _rate(history: History) -> Iterator[Finding]:
         waits = first is None or now is None or now > 0.7 * abs(first)
         if full and waits and ratio < 6e-5 and flow["step"] >= 2 and not _warming(history):
             yield Finding("learning rate too low", "optimizer", 0.75 if ratio > 0 else 0.5, evidence, step)
+    short = max(_at_full_rate(history), default=1.0)
+    stands = first is not None and now is not None and (history.progress or 0.0) > 0.6 and now > 0.85 * abs(first)
+    if stands and short < 1e-3:
+        evidence = f"no step moves the middle matrix by more than {short:.2g} of itself, and the loss stands"
+        yield Finding("learning rate too low", "optimizer", 0.65, evidence, history.step)
     if grown and first is not None and now is not None:
         evidence = f"the loss was {first:.3g} and is {now:.3g}"
         yield Finding("learning rate too high", "optimizer", 0.55, evidence, history.step)
+
+
+def _at_full_rate(history: History) -> Iterator[float]:
+    """By how much of itself each step moves the middle matrix, where no schedule keeps it short."""
+    most = max(history.learning_rates, default=0.0)
+    for flow in history.flows[1:]:
+        ratios = [p["update"] / p["weight"] for p in _weights(flow) if p["weight"] > 0 and p["gradient"] > 0]
+        if ratios and flow["optimizer"].get("lr", 0.0) >= 0.3 * most:
+            yield median(ratios)
 
 
 def _warming(history: History) -> bool:
