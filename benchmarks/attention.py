@@ -4,108 +4,126 @@ Here        a sandwich of pictures and typed questions, trained for 600 steps; o
             pointing game (is the strongest patch on the asked shape?), deletion and insertion against random orders,
             and the same maps of random weights; for relevance, rollout, the bridge's raw attention, and captum's
             integrated gradients on fewer records.
-Elsewhere   the maps (watch/attention.py); following them (watch/faithful.py); options and the written result
-            (harness.py).
+Elsewhere   the model, trained and kept (attention_model.py); the maps (watch/attention.py); following them
+            (watch/faithful.py); options and the written result (harness.py).
 Promise     the shape is where pixels differ from the picture's median colour, which no map knows of. A patch of 8 x 8
             pixels hits where it covers some of the shape; `strictly`, where its middle lies in it. Chance is pointing
             at any patch. Deletion takes away the picture's patches alone, or all tokens; its gain is how far the area
             under its curve lies below that of random orders of the same records.
 
-Intervals are over records (bootstrap, 95 %), or Wilson's for shares; the model is one, of seed 0.
+Intervals are over batches of 100 records (bootstrap, 95 %), or Wilson's for shares; the model is one, of seed 0. What a
+batch shows is kept while model and maps stay as they are, so it can be stopped and gone on with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from diagnose import wilson
+from attention_model import asked_recipe, trained
 from harness import Kept, run
+from shares import share
 from torch import Tensor
 
-from dougong.bundle.model import Model, load
-from dougong.core.config import parse
+from dougong.bundle.model import Model
 from dougong.core.figures import Figure
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.split import sample_table
 from dougong.engine.batches import to_tensors
 from dougong.nn.batch import Batch
 from dougong.recipes.build import open_records
-from dougong.recipes.known import read_recipe
-from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import train_recipe
+from dougong.watch import attention, faithful
 from dougong.watch.attention import Inside, look_inside, unshared
 from dougong.watch.faithful import captum_relevance, curves, patches, sanity
 
-STEPS: Final = 600
 RECORDS: Final = 1000
 WITH_CAPTUM: Final = 150
+SANE: Final = 2
+"""Batches of which maps of random weights are made too."""
+
 DIFFERENT: Final = 0.35
 """Of a pixel from the picture's median colour, summed over channels, in normalised units."""
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    kept = Kept("attention")
-    recipe = _recipe(60 if quick else STEPS)
-    model = _trained(recipe, kept.folder / ("quick" if quick else "model"))
+PARTS: Final = ("maps", "captum")
+
+
+def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
+    recipe = asked_recipe(quick)
+    model = trained(recipe, quick)
     table = sample_table(open_records(recipe).test, 100 if quick else RECORDS, seed=0)
+    if "maps" in parts:
+        yield from _maps(model, table, None if quick else Kept("attention"))
+    if "captum" in parts:
+        yield from _captum(model, table, quick)
+
+
+def _maps(model: Model, table: Any, kept: Kept | None) -> Iterator[Figure]:
     loader = Loader(table, model.preparation, LoaderConfig(batch_size=100, workers=0))
-    maps: dict[str, list[Tensor]] = {}
-    shapes: list[Tensor] = []
-    gains: dict[str, list[float]] = {}
-    checks: list[dict[str, dict[str, float]]] = []
-    right = total = 0
-    for number, arrays in enumerate(loader.one_pass()):
-        batch = to_tensors(arrays)
-        batch, counted = _right(model, batch)
-        right, total = right + batch.num_records, total + counted
-        found = look_inside(model.network, batch)
-        own = {"relevance": found.relevance, "rollout": found.rollout, "raw attention": _raw(found, model)}
-        shapes.append(_shape(batch, patches(model.network)["image"]))
-        for name, each in own.items():
-            maps.setdefault(name, []).append(each["image"])
-            for what, names in (("the picture's patches", ["image"]), ("all tokens", None)):
-                if names is None and "question" not in each:
-                    continue
-                followed = curves(model.network, batch, each, found.masks, found.target_B, names=names, seed=number)
-                gains.setdefault(f"{name}: deletion of {what} below chance", []).append(followed.deletion_gain)
-                more = followed.insertion.area / max(followed.random_insertion.area, 1e-9) - 1
-                gains.setdefault(f"{name}: insertion of {what} above chance", []).append(more)
-        if number < 2:
-            checks.append(sanity(model.network, batch, seed=number))
+    asked = [_asked(model, number, arrays, kept) for number, arrays in enumerate(loader.one_pass())]
+    right = sum(one["right"] for one in asked)
+    total = sum(one["records"] for one in asked)
     yield Figure(name="records answered rightly", value=right / total, unit="", seeds=total)
-    yield from _pointing(maps, torch.cat(shapes))
-    yield from _captum(model, table, quick)
-    for name, values in gains.items():
-        asked = ">= 0.30" if name == "relevance: deletion of the picture's patches below chance" else None
+    hits = {name: [row for one in asked for row in one["hits"][name]] for name in asked[0]["hits"]}
+    yield from _pointing(hits, np.mean([row for one in asked for row in one["chance"]], axis=0))
+    for name in asked[0]["gains"]:
+        values = [one["gains"][name] for one in asked]
+        wanted = ">= 0.30" if name == "relevance: deletion of the picture's patches below chance" else None
         low, high = _bootstrap(values)
-        yield Figure(name=name, value=float(np.mean(values)), unit="", asked=asked, low=low, high=high, seeds=right)
+        yield Figure(name=name, value=float(np.mean(values)), unit="", asked=wanted, low=low, high=high, seeds=right)
+    checks = [one["sanity"] for one in asked if one["sanity"]]
     for method in checks[0]:
         for modality in checks[0][method]:
             value = float(np.mean([check[method][modality] for check in checks]))
             yield Figure(name=f"{method} of {modality}: rank correlation with random weights", value=value, unit="")
 
 
-def _recipe(steps: int) -> Recipe:
-    """vqa-demo with typed questions alone."""
-    values = read_recipe("vqa-demo").model_dump(mode="json")
-    values["data"].update(modalities=["image", "question"], views=[], one_view_a_batch=False, conditions={})
-    values["model"].update(align=[])
-    values["model"]["encoders"].pop("speech", None)
-    values["objective"] = {}
-    values["train"].update(steps=steps, evaluate_every=steps)
-    values["train"]["optimizer"]["multipliers"].pop("speech", None)
-    return parse(Recipe, values, where="vqa-demo")
+def _asked(model: Model, number: int, arrays: Any, kept: Kept | None) -> dict[str, Any]:
+    """What a batch of records shows, or what is kept of it."""
+    key = f"batch {number}, maps {_maps_digest()}"
+    found: dict[str, Any] | None = None if kept is None else kept.get(key)
+    if found is not None:
+        return found
+    batch, counted = _right(model, to_tensors(arrays))
+    inside = look_inside(model.network, batch)
+    own = {"relevance": inside.relevance, "rollout": inside.rollout, "raw attention": _raw(inside, model)}
+    shape = _shape(batch, patches(model.network)["image"])
+    gains: dict[str, float] = {}
+    hits: dict[str, list[list[bool]]] = {}
+    for name, each in own.items():
+        hits[name] = shape[torch.arange(len(shape)), each["image"].argmax(dim=1)].tolist()
+        for what, names in (("the picture's patches", ["image"]), ("all tokens", None)):
+            if names is None and "question" not in each:
+                continue
+            followed = curves(model.network, batch, each, inside.masks, inside.target_B, names=names, seed=number)
+            gains[f"{name}: deletion of {what} below chance"] = followed.deletion_gain
+            more = followed.insertion.area / max(followed.random_insertion.area, 1e-9) - 1
+            gains[f"{name}: insertion of {what} above chance"] = more
+    told = {
+        "right": batch.num_records,
+        "records": counted,
+        "chance": shape.float().mean(dim=1).tolist(),
+        "hits": hits,
+        "gains": gains,
+        "sanity": sanity(model.network, batch, seed=number) if number < SANE else {},
+    }
+    if kept is not None:
+        kept.put(key, told)
+    print(f"{number + 1}: {counted} records", file=sys.stderr)
+    return told
 
 
-def _trained(recipe: Recipe, folder: Path) -> Model:
-    if not (folder / "bundle" / "bundle.json").is_file():
-        result = train_recipe(recipe, folder / "run", resume=(folder / "run" / "run.yaml").is_file(), quiet=True)
-        result.model.save(folder / "bundle")
-    return load(folder / "bundle")
+def _maps_digest() -> str:
+    """Of what makes maps and follows them: figures that are kept must not outlive a change of it."""
+    digest = hashlib.sha256()
+    for module in (attention, faithful):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _right(model: Model, batch: Batch) -> tuple[Batch, int]:
@@ -146,23 +164,16 @@ def _raw(found: Inside, model: Model) -> dict[str, Tensor]:
     return {"image": spread.flatten(1)}
 
 
-def _pointing(maps: dict[str, list[Tensor]], shape: Tensor) -> Iterator[Figure]:
-    number = len(shape)
-    for name, parts in maps.items():
-        strongest_B = torch.cat(parts).argmax(dim=1)
-        hits = shape[torch.arange(number), strongest_B]
+def _pointing(hits: Mapping[str, list[list[bool]]], chance: Any) -> Iterator[Figure]:
+    for name, rows in hits.items():
         for place, how in enumerate(("", ", strictly")):
-            low, high = wilson(int(hits[:, place].sum()), number)
-            yield Figure(
-                name=f"{name}: pointing game{how}",
-                value=float(hits[:, place].float().mean()),
-                unit="",
-                asked=">= 0.90" if name == "relevance" and not place else None,
-                low=low,
-                high=high,
-                seeds=number,
-                baseline=float(shape[..., place].float().mean()),
+            found = share(
+                f"{name}: pointing game{how}",
+                sum(row[place] for row in rows),
+                len(rows),
+                ">= 0.90" if name == "relevance" and not place else None,
             )
+            yield found.model_copy(update={"baseline": float(chance[place])})
 
 
 def _captum(model: Model, table: Any, quick: bool) -> Iterator[Figure]:
@@ -182,17 +193,8 @@ def _captum(model: Model, table: Any, quick: bool) -> Iterator[Figure]:
         chance.append(float(shape[:, 0].float().mean()))
         followed = curves(model.network, batch, own, found.masks, found.target_B, names=["image"], seed=number)
         gains.append(followed.deletion_gain)
-    share = torch.stack(hits)[:, 0].float().mean()
-    low, high = wilson(int(share * len(hits)), len(hits))
-    yield Figure(
-        name="integrated gradients (captum): pointing game",
-        value=float(share),
-        unit="",
-        low=low,
-        high=high,
-        seeds=len(hits),
-        baseline=float(np.mean(chance)),
-    )
+    pointed = share("integrated gradients (captum): pointing game", sum(bool(hit[0]) for hit in hits), len(hits))
+    yield pointed.model_copy(update={"baseline": float(np.mean(chance))})
     low, high = _bootstrap(gains)
     name = "integrated gradients (captum): deletion of the picture's patches below chance"
     yield Figure(name=name, value=float(np.mean(gains)), unit="", low=low, high=high, seeds=len(gains))
@@ -205,4 +207,4 @@ def _bootstrap(values: list[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    run("attention", "Whether maps of where a model looks are true, on easy-VQA.", measure)
+    run("attention", "Whether maps of where a model looks are true, on easy-VQA.", measure, parts=PARTS)

@@ -39,6 +39,8 @@ class Operator(NamedTuple):
     """Changes the job, and returns the place."""
 
     multimodal: bool = False
+    unseen: bool = False
+    """Of the test half alone."""
 
 
 _found: list[Operator] = []
@@ -48,10 +50,10 @@ Put = Callable[[Job, np.random.Generator], str]
 
 
 def _operator(
-    name: str, cause: str, subjects: tuple[str, ...] = ALL, *, multimodal: bool = False
+    name: str, cause: str, subjects: tuple[str, ...] = ALL, *, multimodal: bool = False, unseen: bool = False
 ) -> Callable[[Put], Put]:
     def keep(put: Put) -> Put:
-        _found.append(Operator(name, cause, subjects, put, multimodal))
+        _found.append(Operator(name, cause, subjects, put, multimodal, unseen))
         return put
 
     return keep
@@ -914,24 +916,16 @@ def _asks_itself(job: Job, _: np.random.Generator) -> str:
     return ""
 
 
-@_operator("an encoder's gradient / 1000", "imbalance", SEVERAL, multimodal=True)
+def _slowed(job: Job, name: str, factor: float) -> None:
+    """This encoder's parameters are a group of the optimizer's with a rate of its own."""
+    job.slow = {id(p) for path in job.encoders[name] for p in _module(job, path).parameters()}
+    job.slow_factor = factor
+
+
+@_operator("an encoder's rate / 1000", "imbalance", SEVERAL, multimodal=True)
 def _imbalance(job: Job, random: np.random.Generator) -> str:
     name = _one(list(job.encoders), random)
-    slow = {id(p) for path in job.encoders[name] for p in _module(job, path).parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def before(model: nn.Module) -> None:
-        for parameter in model.parameters():
-            if id(parameter) in slow:
-                kept[id(parameter)] = parameter.detach().clone()
-
-    def after(model: nn.Module) -> None:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if id(parameter) in slow:
-                    parameter.copy_(kept[id(parameter)] + 0.001 * (parameter - kept[id(parameter)]))
-
-    job.after_backward, job.after_step = before, after
+    _slowed(job, name, 0.001)
     return name
 
 
@@ -1013,6 +1007,360 @@ def _infinite(job: Job, random: np.random.Generator) -> str:
 
     _wrapped(_module(job, path), spill)
     return path
+
+
+# Of the test half alone: no rule was changed after one of these was run -----------------------------------------------
+
+
+@_operator("the rate grows by a fifth each step", "learning rate too high", unseen=True)
+def _rate_grows(job: Job, _: np.random.Generator) -> str:
+    job.settings = job.settings._replace(clip=None)
+    job.rate_at = lambda step: 1.2**step
+    return "optimizer"
+
+
+@_operator("a warm-up of 100,000 steps", "learning rate too low", unseen=True)
+def _rate_never_there(job: Job, _: np.random.Generator) -> str:
+    job.rate_at = lambda step: (step + 1) / 100_000
+    return "optimizer"
+
+
+@_operator("the rate is 0 after four steps", "schedule", unseen=True)
+def _rate_ends(job: Job, _: np.random.Generator) -> str:
+    job.rate_at = lambda step: 1.0 if step < 4 else 0.0
+    return "optimizer"
+
+
+@_operator("a loss scale is never taken out", "learning rate too high", unseen=True)
+def _scale_left_in(job: Job, _: np.random.Generator) -> str:
+    def grow(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(2.0**12)
+
+    job.settings = job.settings._replace(optimizer="sgd", clip=None)
+    job.after_backward = grow
+    return "optimizer"
+
+
+@_operator("only the head gets a gradient", "gradient cut", unseen=True)
+def _head_detached(job: Job, _: np.random.Generator) -> str:
+    module = _module(job, job.head)
+    inner = module.forward
+    module.forward = lambda x: inner(x.detach())
+    return ""
+
+
+@_operator("an encoder's group has a rate of 0", "imbalance", SEVERAL, multimodal=True, unseen=True)
+def _no_rate(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+    _slowed(job, name, 0.0)
+    return name
+
+
+@_operator("an encoder's gradient is NaN", "overflow", SEVERAL, multimodal=True, unseen=True)
+def _gradient_of_nan(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+    own = [p for path in job.encoders[name] for p in _module(job, path).parameters()]
+    steps = iter(range(10**9))
+
+    def spoil(_: nn.Module) -> None:
+        if next(steps) >= 7:
+            for parameter in own:
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.nan)
+
+    job.settings = job.settings._replace(clip=None)
+    job.after_backward = spoil
+    return name
+
+
+@_operator("an encoder divides by nought", "overflow", SEVERAL, multimodal=True, unseen=True)
+def _divided_by_nought(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+    calls = iter(range(10**9))
+
+    def divide(found: Any, _: Any) -> Any:
+        answer = found[0] if isinstance(found, tuple) else found
+        if next(calls) >= 9:
+            answer = answer / (0.0 * answer[:1]).detach()
+        return (answer, found[1]) if isinstance(found, tuple) else answer
+
+    path = f"{_finish(job, name)}.project" if job.subject == "sandwich" else job.encoders[name][-1]
+    _wrapped(_module(job, path), divide)
+    return name
+
+
+def _numbers_changed(job: Job, name: str, change: Callable[[Tensor], Tensor]) -> Callable[..., Example]:
+    def spoil(inputs: Any, target: Tensor, _: Generator) -> Example:
+        return _changed(
+            inputs, name, lambda v: {k: change(x) if x.is_floating_point() else x for k, x in v.items()}
+        ), target
+
+    return spoil
+
+
+OF_NUMBERS: Final = ("sandwich", "convolutions", "two towers")
+
+
+@_operator("records with infinities", "not finite in records", OF_NUMBERS, multimodal=True, unseen=True)
+def _infinities(job: Job, random: np.random.Generator) -> str:
+    def spoil(x: Tensor) -> Tensor:
+        found = x.clone()
+        found[1].view(-1)[-1] = math.inf
+        return found
+
+    name = _of_floats(job, random)
+    job.spoil.append(_numbers_changed(job, name, spoil))
+    return name
+
+
+@_operator("an input 2,000 times too small", "normalisation", OF_NUMBERS, multimodal=True, unseen=True)
+def _too_small(job: Job, random: np.random.Generator) -> str:
+    name = _of_floats(job, random)
+    _spoil_both(job, _numbers_changed(job, name, lambda x: x / 2000))
+    return name
+
+
+@_operator("judging does not normalise", "input mismatch", OF_NUMBERS, multimodal=True, unseen=True)
+def _judged_as_read(job: Job, random: np.random.Generator) -> str:
+    name = _of_floats(job, random)
+    job.spoil_judging.append(_numbers_changed(job, name, lambda x: 40 * x + 20))
+    return name
+
+
+@_operator("training hears half the rate", "input mismatch", ("sandwich",), multimodal=True, unseen=True)
+def _half_rate(job: Job, _: np.random.Generator) -> str:
+    job.spoil.append(
+        _numbers_changed(job, "tone", lambda x: x.repeat_interleave(2, dim=-1)[..., : x.shape[-1]].contiguous())
+    )
+    return "tone"
+
+
+@_operator("judging hears another rate", "input mismatch", ("sandwich",), multimodal=True, unseen=True)
+def _judged_rate(job: Job, _: np.random.Generator) -> str:
+    job.spoil_judging.append(
+        _numbers_changed(job, "tone", lambda x: torch.cat([x[..., ::3]] * 3, dim=-1)[..., : x.shape[-1]])
+    )
+    return "tone"
+
+
+@_operator(
+    "judging sees channels in another order", "input mismatch", ("sandwich", "convolutions"),
+    multimodal=True, unseen=True,
+)  # fmt: skip
+def _judged_channels(job: Job, _: np.random.Generator) -> str:
+    name = "photo" if job.subject == "sandwich" else "pixels"
+    job.spoil_judging.append(_numbers_changed(job, name, lambda x: x[:, [2, 0, 1]]))
+    return name
+
+
+@_operator("pairs shifted by two", "swapped pairs", SEVERAL, multimodal=True, unseen=True)
+def _shifted_by_two(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+    _exchange(job, name, lambda number, _: torch.arange(number).roll(-2))
+    return name
+
+
+@_operator("pairs in the opposite order", "swapped pairs", SEVERAL, multimodal=True, unseen=True)
+def _reversed(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+    _exchange(job, name, lambda number, _: torch.arange(number).flip(0))
+    return name
+
+
+@_operator("the first record's for all", "constant input", OF_NUMBERS, multimodal=True, unseen=True)
+def _first_for_all(job: Job, random: np.random.Generator) -> str:
+    name = _of_floats(job, random)
+    _spoil_both(job, _numbers_changed(job, name, lambda x: x[:1].expand_as(x).clone()))
+    return name
+
+
+@_operator("fails where an input is None", "missing modality", ("two towers",), multimodal=True, unseen=True)
+def _none(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+    steps = iter(range(10**9))
+    job.spoil.append(lambda inputs, target, _: ({**inputs, name: None} if next(steps) >= 5 else inputs, target))
+    return name
+
+
+@_operator("shapes that do not fit, in one batch", "crash", unseen=True)
+def _does_not_fit(job: Job, random: np.random.Generator) -> str:
+    path = _one(job.hidden, random)
+    calls = iter(range(10**9))
+
+    def fail(found: Any, args: Any) -> Any:
+        return found if next(calls) < 11 else args[0].flatten() @ args[0].flatten()[1:]
+
+    module = _module(job, path)
+    inner = module.forward
+
+    # A module of its own, as the error is found by whose forward it came through.
+    class Failing(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return fail(inner(*args, **kwargs), args)
+
+    failing = Failing()
+    failing.weight, failing.bias = module.weight, module.bias
+    around, _, last = path.rpartition(".")
+    setattr(job.model.get_submodule(around) if around else job.model, last, failing)
+    return path
+
+
+def _written(inputs: Any, target: Tensor, name: str, places: int) -> Any:
+    """A picture with a bright spot at its top, whose column says the target."""
+
+    def change(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(values)
+        for key, x in values.items():
+            if x.ndim == 4:
+                wide = x.shape[-1] // places
+                spot_NW = torch.arange(x.shape[-1]) // wide == target[:, None]
+                found[key] = torch.cat([x[:, :, :4].masked_fill(spot_NW[:, None, None], 8.0), x[:, :, 4:]], dim=2)
+        return found
+
+    return _changed(inputs, name, change)
+
+
+@_operator("the target is written into the picture", "target leak", ("sandwich", "convolutions"), multimodal=True)
+def _written_target(job: Job, _: np.random.Generator) -> str:
+    name = "photo" if job.subject == "sandwich" else "pixels"
+    job.spoil.append(lambda inputs, target, _: (_written(inputs, target, name, job.num_classes), target))
+    return name
+
+
+@_operator("the target is among the words", "target leak", SEVERAL, multimodal=True, unseen=True)
+def _target_in_words(job: Job, _: np.random.Generator) -> str:
+    name, key = ("words", "ids_UT") if job.subject == "sandwich" else ("ids", "value")
+
+    def tell(inputs: Any, target: Tensor, _: Generator) -> Example:
+        def change(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            ids = values[key].clone()
+            ids[:, 3] = 10 + target
+            return {**values, key: ids}
+
+        return _changed(inputs, name, change), target
+
+    job.spoil.append(tell)
+    return name
+
+
+@_operator("the target is among the numbers", "target leak", ("two towers",), multimodal=True, unseen=True)
+def _target_in_numbers(job: Job, _: np.random.Generator) -> str:
+    def tell(inputs: Any, target: Tensor, _: Generator) -> Example:
+        numbers = inputs["numbers"].clone()
+        numbers[:, 3:] = 6.0 * functional.one_hot(target, 6)[:, :5]
+        return {**inputs, "numbers": numbers}, target
+
+    job.spoil.append(tell)
+    return "numbers"
+
+
+@_operator("labels of another sequence", "labels", ("decoder",), unseen=True)
+def _other_sequence(job: Job, _: np.random.Generator) -> str:
+    def turn(inputs: Any, target: Tensor, _: Generator) -> Example:
+        rows = inputs.num_records
+        return inputs, target.view(rows, -1).roll(1, dims=0).flatten()
+
+    job.spoil.append(turn)
+    return "targets"
+
+
+@_operator("labels counted from the other end", "judging differs", unseen=True)
+def _other_end(job: Job, _: np.random.Generator) -> str:
+    job.spoil.append(lambda inputs, target, _: (inputs, job.num_classes - 1 - target))
+    return "targets"
+
+
+def _attending(job: Job, other: Callable[..., Tensor]) -> None:
+    """`other(fused, query, key, value, **named)` in place of every call of fused attention."""
+    fused = functional.scaled_dot_product_attention
+    for module in _attentions(job):
+        inner = module.forward
+
+        def forward(*args: Any, _inner: Any = inner, **kwargs: Any) -> Any:
+            functional.scaled_dot_product_attention = lambda query, key, value, **named: other(
+                fused, query, key, value, **named
+            )
+            try:
+                return _inner(*args, **kwargs)
+            finally:
+                functional.scaled_dot_product_attention = fused
+
+        module.forward = forward
+
+
+@_operator("softmax over the heads", "attention axis", ATTENTION, unseen=True)
+def _over_heads(job: Job, _: np.random.Generator) -> str:
+    def other(_: Any, query: Tensor, key: Tensor, value: Tensor, **__: Any) -> Tensor:
+        return torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=1) @ value
+
+    _attending(job, other)
+    return ""
+
+
+@_operator("the causal mask is turned round", "causal mask", ("decoder",), unseen=True)
+def _turned_round(job: Job, _: np.random.Generator) -> str:
+    def other(fused: Any, query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+        found: Tensor
+        if not job.model.training or not named.get("is_causal", False):
+            found = fused(query, key, value, **named)
+        else:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).triu()
+            found = fused(query, key, value, **{**named, "is_causal": False, "attn_mask": mask})
+        return found
+
+    _attending(job, other)
+    return ""
+
+
+@_operator("norms never learn their statistics", "norm statistics", ("convolutions",), unseen=True)
+def _no_statistics(job: Job, _: np.random.Generator) -> str:
+    for module in job.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+            with torch.no_grad():
+                module.running_var.fill_(40.0)  # type: ignore[union-attr]  # it has statistics
+    return ""
+
+
+@_operator("all matrices begin 1,000 times too large", "initialisation too large", unseen=True)
+def _far_too_large(job: Job, _: np.random.Generator) -> str:
+    with torch.no_grad():
+        for module in job.model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.mul_(1000)
+    return ""
+
+
+@_operator("only vectors are trained", "frozen", unseen=True)
+def _vectors_alone(job: Job, _: np.random.Generator) -> str:
+    for parameter in job.model.parameters():
+        parameter.requires_grad_(parameter.ndim < 2)
+    return ""
+
+
+@_operator("the last two thirds not in the optimizer", "not in the optimizer", unseen=True)
+def _two_thirds_left_out(job: Job, _: np.random.Generator) -> str:
+    every = list(job.model.parameters())
+    _without(job, {id(p) for p in every[len(every) // 3 :]})
+    return ""
+
+
+@_operator("an encoder's answer is the batch's mean", "dead modality", SEVERAL, multimodal=True, unseen=True)
+def _mean_of_batch(job: Job, random: np.random.Generator) -> str:
+    name = _one(list(job.encoders), random)
+
+    def average(found: Any, _: Any) -> Any:
+        answer = found[0] if isinstance(found, tuple) else found
+        answer = answer.mean(dim=0, keepdim=True).expand_as(answer)
+        return (answer, found[1]) if isinstance(found, tuple) else answer
+
+    if job.subject == "sandwich":
+        _wrapped(_module(job, _finish(job, name)).project, average)
+    else:
+        _wrapped(_module(job, "reader" if name == "ids" else "numbers"), average)
+    return name
 
 
 OPERATORS: Final = tuple(_found)

@@ -102,6 +102,10 @@ class Job:
     held: Callable[[nn.Module], list[nn.Parameter]] | None = None
     """The parameters that the optimizer is given."""
 
+    slow: set[int] = field(default_factory=set)
+    """Parameters, by identity, whose rate is multiplied by `slow_factor`."""
+
+    slow_factor: float = 1.0
     after_backward: Callable[[nn.Module], None] | None = None
     after_step: Callable[[nn.Module], None] | None = None
 

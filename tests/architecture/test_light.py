@@ -14,7 +14,7 @@ import pytest
         "dougong.core.bundle, dougong.core.events, dougong.core.figures",
         "dougong.data.loader, dougong.data.check, dougong.data.sources.easy_vqa, dougong.data.sources.digits",
         "dougong.data.join, dougong.data.alignment, dougong.data.duplicates, dougong.data.leak",
-        "dougong.watch.progress, dougong.watch.tensorboard",
+        "dougong.watch.progress, dougong.watch.tensorboard, dougong.watch.dashboard, dougong.watch.mlflow_export",
         "dougong.serve.batcher, dougong.serve.rehearsal, dougong.serve.loadtest",
         "dougong.serve.app, dougong.serve.server, dougong.serve.workers, dougong.serve.grpc_server",
     ],

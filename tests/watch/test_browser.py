@@ -1,14 +1,25 @@
-"""The dashboard and the pages in a real browser, where there is one and playwright to drive it."""
+"""The dashboard and the pages in a real browser, where there is one and playwright to drive it.
 
+Views are compared with pictures of them in tests/watch/screens, a quarter as large, where some are kept. What is drawn
+depends on the browser's fonts, so only shapes and colours of some size are compared. DOUGONG_SCREENS=FOLDER keeps this
+run's pictures whole, as artifacts; DOUGONG_SCREENS=renew writes those of tests/watch/screens anew, to be looked at
+before they are committed.
+"""
+
+import io
+import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dougong.cli.main import main
 from dougong.watch.dashboard import build_app
@@ -22,6 +33,62 @@ BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium here")]
 
 VIEWS = {"diagnosis": "What is wrong", "curves": "Curves", "flow": "Gradient flow", "contribution": "contributes"}
+
+
+SCREENS = Path(__file__).with_name("screens")
+SMALLER = 4
+BLOCK = 8
+"""Pixels of a smaller picture whose mean is compared: letters and single figures may differ."""
+
+
+def compare(name: str, shot: bytes) -> None:
+    """A view with its kept picture."""
+    asked = os.environ.get("DOUGONG_SCREENS", "")
+    now = Image.open(io.BytesIO(shot)).convert("RGB")
+    kept = SCREENS / f"{name}.png"
+    if asked == "renew":
+        SCREENS.mkdir(exist_ok=True)
+        now.resize((now.width // SMALLER, now.height // SMALLER), Image.Resampling.BOX).save(kept, optimize=True)
+    elif asked:
+        Path(asked).mkdir(parents=True, exist_ok=True)
+        now.save(Path(asked) / f"{name}.png")
+    if not kept.is_file():
+        pytest.skip(f"no picture of {name} is kept: DOUGONG_SCREENS=renew makes them, to be looked at and committed")
+    before = Image.open(kept).convert("RGB")
+    assert now.width // SMALLER == before.width
+    assert abs(now.height - before.height * SMALLER) < 0.15 * now.height
+    height = min(now.height // SMALLER, before.height) // BLOCK * BLOCK
+    far = np.abs(blocks(now, height) - blocks(before, height)).max(axis=2)
+    assert float((far > 48).mean()) < 0.06, f"{name} does not look like {kept}"
+
+
+def blocks(picture: Image.Image, height: int) -> Any:
+    """Mean colours, (rows, columns, 3), of the topmost pixels."""
+    width = picture.width if picture.width < 390 else picture.width // SMALLER
+    ratio = width / picture.width
+    small = picture.resize((width, round(picture.height * ratio)), Image.Resampling.BOX).crop((0, 0, width, height))
+    few = small.resize((width // BLOCK, height // BLOCK), Image.Resampling.BOX)
+    return np.asarray(few, dtype=np.float64)
+
+
+def test_a_view_that_lacks_a_part_is_not_like_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SCREENS", tmp_path)
+
+    def shot(*, panel: bool) -> bytes:
+        page = Image.new("RGB", (1280, 800), "white")
+        page.paste("black", (40, 40, 1200, 60))
+        if panel:
+            page.paste((40, 90, 200), (40, 100, 700, 500))
+        written = io.BytesIO()
+        page.save(written, "png")
+        return written.getvalue()
+
+    monkeypatch.setenv("DOUGONG_SCREENS", "renew")
+    compare("view", shot(panel=True))
+    monkeypatch.delenv("DOUGONG_SCREENS")
+    compare("view", shot(panel=True))
+    with pytest.raises(AssertionError, match="does not look like"):
+        compare("view", shot(panel=False))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +133,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("part", list(VIEWS))
-def test_every_view_is_reached_by_a_link_and_fits(
-    page: Any, address: str, part: str, width: int, tmp_path: Path
-) -> None:
+def test_every_view_is_reached_by_a_link_and_fits(page: Any, address: str, part: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(f"{address}/#run=colours&part={part}&with=colours|again")
     page.wait_for_selector("#compare-chart polyline >> nth=1", state="attached")
@@ -76,8 +141,7 @@ def test_every_view_is_reached_by_a_link_and_fits(
     assert VIEWS[part] in page.inner_text(f"#{part} h2")
     assert page.inner_text("#count") == "2 runs"
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.screenshot(path=str(tmp_path / f"{part}-{width}.png"), full_page=True)
-    assert (tmp_path / f"{part}-{width}.png").stat().st_size > 10_000
+    compare(f"{part}-{width}", page.screenshot(full_page=True))
 
 
 def test_keys_choose_runs_and_parts_and_the_theme(page: Any, address: str) -> None:

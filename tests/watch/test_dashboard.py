@@ -1,6 +1,8 @@
 import asyncio
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from dougong.core.events import Evaluated, EventFile, RunStarted, StepDone
 from dougong.watch.runs import Reader, Runs, thinned
 
 pytest.importorskip("fastapi")
-from dougong.watch.dashboard import build_app
+from dougong.watch.dashboard import Pages, build_app
 
 TOKEN = "a-token-nobody-guesses"
 
@@ -148,6 +150,77 @@ def test_a_peak_is_seen_however_many_steps_there_are() -> None:
 
     assert len(found) == 400
     assert max(point[3] or 0.0 for point in found) == 9.0
+
+
+def test_what_the_first_records_said_and_the_noise_are_shown(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
+        at = {f"at {shift}": 0.31 if shift == -1 else 0.02 for shift in (-2, -1, 0, 1, 2)}
+        told = {"<i>tone</i>": {**at, "right": 0.2, "chance": 0.04}}
+        flow = {"places": [], "activations": {}, "attention": [], "inputs": {}, "output": {}, "targets": {}, "gate": {},
+                "loss_terms": [], "dropout": {}, "optimizer": {}, "probes": {}, "first_not_finite": None,
+                "facts": {}, "seconds": 0.0}  # fmt: skip
+        for event in (
+            {"kind": "FlowMeasured", "step": 3, "time": 1.0, **flow},
+            {"kind": "Examined", "step": 3, "time": 1.0, "rows": 96, "pairs": told, "still_norms": []},
+            {"kind": "NoiseMeasured", "step": 3, "time": 1.0, "window": 8, "signal": 1.0, "noise": 4.5, "batches": 4.5},
+        ):
+            file.write(json.dumps(event) + "\n")
+
+    page = get(build_app(tmp_path), "/view", query="run=.")[2]
+
+    assert "&lt;i&gt;tone" in page
+    assert "in the first 96 records" in page
+    table = page[page.index("Whether inputs belong to their targets") :]
+    assert re.findall(r'class="n">([^<]+)</th>', table)[:6] == ["-2", "-1", "own", "+1", "+2", "chance"]
+    assert re.findall(r'<td class="n">([^<]+)</td>', table)[:6] == ["0.02", "0.31", "0.02", "0.02", "0.02", "0.04"]
+    assert "4.5 batches would have to be put together" in page
+    assert "A modality belongs to other records" in page
+
+
+def test_who_asks_for_a_run_that_has_grown_is_not_kept_waiting(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    reader, drawn, asked = Reader(tmp_path), [], threading.Event()
+    go_on = threading.Event()
+
+    def draw(one: Reader, run: str) -> str:
+        drawn.append(one.offset)
+        if len(drawn) > 1:
+            asked.set()
+            assert go_on.wait(20)
+        return f"{run} at {one.told()['step']}"
+
+    pages = Pages(draw)
+    reader.read()
+    assert pages.get(reader, "mine") == "mine at 5"
+    assert pages.get(reader, "mine") == "mine at 5"
+    assert len(drawn) == 1
+    write(tmp_path, 9, first=5)
+    reader.read()
+
+    assert pages.get(reader, "mine") == "mine at 5"  # while it is drawn behind
+    assert asked.wait(20)
+    assert pages.get(reader, "mine") == "mine at 5"
+    assert len(drawn) == 2
+    go_on.set()
+    until = time.monotonic() + 20
+    while (page := pages.get(reader, "mine")) != "mine at 9" and time.monotonic() < until:
+        time.sleep(0.01)
+    assert page == "mine at 9"
+
+
+def test_of_many_measured_steps_only_those_that_are_shown_are_parsed(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
+        for step in range(100):
+            # Were one of the middle parsed, it would be an error.
+            rest = "}" if step < 12 or step >= 88 else ", broken}"
+            file.write(f'{{"kind": "FlowMeasured", "step": {step}{rest}\n')
+    reader = Reader(tmp_path)
+    reader.read()
+
+    assert [flow["step"] for flow in reader.flows] == [*range(12), *range(88, 100)]
+    assert reader.num_flows == 100
 
 
 def test_a_folder_that_is_a_run_is_its_own(tmp_path: Path) -> None:

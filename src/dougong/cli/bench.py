@@ -8,6 +8,7 @@ Promise     a script runs in a process of its own, so that one never warms anoth
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ from dougong.core.config import parse
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.figures import Figure
 
+RUN = re.compile(r'"__main__":.*\brun\(', re.DOTALL)
+"""How a script ends that measures a claim (benchmarks/harness.py)."""
+
 
 def scripts() -> dict[str, Path]:
     """The benchmark scripts by name.
@@ -30,8 +34,9 @@ def scripts() -> dict[str, Path]:
     folder = Path(dougong.__file__).parents[2] / "benchmarks"
     if not folder.is_dir():
         raise ConfigError("no benchmarks/ stands beside src/: install from a checkout, with pip install -e .")
-    # Others beside them are parts that several share.
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if '"__main__"' in path.read_text(encoding="utf-8")}
+    # Others beside them are parts that several share, or do work for them in a process of its own.
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+    return {name: folder / f"{name}.py" for name, text in found.items() if RUN.search(text)}
 
 
 def about(script: Path) -> str:

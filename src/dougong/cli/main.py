@@ -687,9 +687,26 @@ def watch(
     host: Annotated[str, Option(help="Where to serve; anything but this machine asks for a token.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to serve on.")] = 8765,
     token: Annotated[str | None, Option(help="What a browser must know, in ?token=. Drawn where needed.")] = None,
+    mlflow: Annotated[
+        str | None, Option(metavar="STORE", help="Write the run into MLflow instead: sqlite:///runs.db, or a server.")
+    ] = None,
+    experiment: Annotated[
+        str | None, Option(help="With --mlflow: whose runs it is added to. Default: dougong.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """See inside: what a model looked at in a record; or runs side by side, live, in a browser on this machine."""
+    if mlflow is not None:
+        if record or contribution or data is not None or out is not None:
+            raise ConfigError("--mlflow writes a run's events and nothing else. Leave out what else is asked for.")
+        from dougong.watch.mlflow_export import export_run
+
+        exported = export_run(what, mlflow, experiment=experiment or "dougong")
+        new = f"{exported.num_events} new events, {exported.num_figures} figures"
+        print(json.dumps(exported._asdict()) if as_json else f"MLflow run {exported.run_id}: {new}")
+        return
+    if experiment is not None:
+        raise ConfigError(f"--experiment {experiment} says nothing without --mlflow. Add --mlflow sqlite:///runs.db.")
     if record:
         from dougong.bundle.files import load_from
         from dougong.data.table import Table, open_table
@@ -715,9 +732,10 @@ def watch(
         if contribution:
             from dougong.bundle.files import load_from
             from dougong.recipes.judge import table_to_judge_on
+            from dougong.watch.contribution import as_json as told_of
             from dougong.watch.contribution import study
 
-            counted = study(load_from(what), table_to_judge_on(what, data))
+            counted = told_of(study(load_from(what), table_to_judge_on(what, data)))
         summary = summarise(what, counted)
         write_summary(out, summary)
         print(json.dumps({**summary, "page": str(out)}) if as_json else f"page {out}")
@@ -734,12 +752,20 @@ def diagnose(
     run: Annotated[Path, Argument(help="A run's folder, or one that watch() wrote in a script of yours.")],
     fix: Annotated[bool, Option("--try-fix", help="Carry out short paired trials of what would mend it.")] = False,
     steps: Annotated[int, Option(min=1, help="With --try-fix: steps of each trial.")] = 60,
+    records: Annotated[
+        bool, Option("--records", help="Also ask its first training records whether inputs belong to their targets.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Name what is wrong with a training: the fault, its place, the evidence, and what would mend it."""
     from dougong.watch.diagnose.report import diagnose_run
 
-    found = diagnose_run(run)
+    examined = None
+    if records:
+        from dougong.cli.records import examine_run
+
+        examined = examine_run(run)
+    found = diagnose_run(run, examined)
     trials = []
     if fix and found.findings:
         from dougong.recipes.try_fix import try_fix

@@ -1,8 +1,9 @@
 """Where a trained model looks, taken from one forward and one backward.
 
 Here        `look_inside` (maps of every head, rollout, gradient-weighted relevance, who asks whom), Inside, Map;
-            `survey`, the same over many records; `unshared`.
-Elsewhere   whether a map is true (watch/faithful.py); the page (watch/inside.py); attention itself (nn/attention.py).
+            `survey`, the same over many records; `unshared`, `catching`.
+Elsewhere   a decoder that writes (watch/writing.py); whether a map is true (watch/faithful.py); the page
+            (watch/inside.py); attention itself (nn/attention.py).
 Promise     the answer that is looked into is the model's own, within rounding; a token that is padding or absent has
             exactly no relevance; relevance is never below 0.
 
@@ -104,7 +105,7 @@ def look_inside(network: Sandwich, batch: Batch, target_B: Tensor | None = None)
     `target_B` says which output of each record is explained; None: the strongest.
     """
     batch = unshared(batch)
-    with torch.enable_grad(), _catching(network) as caught:
+    with torch.enable_grad(), catching(network) as caught:
         walk = _Walk(network, batch, caught)
         output = walk.run()
         if target_B is None:
@@ -149,7 +150,7 @@ def survey(network: Sandwich, batches: Iterable[Batch]) -> list[Survey]:
     """How the model's attentions behave over batches."""
     sums: dict[tuple[int, str], dict[str, float]] = {}
     for batch in batches:
-        with torch.no_grad(), _catching(network) as caught:
+        with torch.no_grad(), catching(network) as caught:
             walk = _Walk(network, unshared(batch), caught)
             walk.run()
             for place in range(len(walk.seen)):
@@ -237,7 +238,8 @@ class _PlainAttention(TorchFunctionMode):
 
 
 @contextmanager
-def _catching(network: Sandwich) -> Iterator[_Caught]:
+def catching(network: nn.Module) -> Iterator[_Caught]:
+    """While it lasts, every fused attention is carried out in its plain form, and its weights are kept."""
     caught = _Caught()
 
     def begin(module: nn.Module, _: Any) -> None:

@@ -1,6 +1,6 @@
 """Runs side by side in a browser, live, with what goes on inside them.
 
-Here        `build_app` (the pages and what they ask for), `serve`.
+Here        `build_app` (the pages and what they ask for), Pages, `serve`.
 Elsewhere   reading runs (watch/runs.py); what a run's page shows (watch/summary.py); how the page looks and what it
             does (watch/dashboard.html).
 Promise     nothing is asked of any other machine, and nothing is changed: every answer is read from the folder that was
@@ -13,20 +13,59 @@ from __future__ import annotations
 import hmac
 import importlib
 import secrets
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from dougong.core.errors import ConfigError, RunError
-from dougong.watch.runs import Runs
+from dougong.watch.runs import Reader, Runs
 from dougong.watch.summary import drawn, environment, summary_of
 
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 COOKIE: Final = "dougong_token"
 LEAST_TOKEN: Final = 16
+MOST_PAGES: Final = 32
+"""Of runs that were looked at last."""
 
 STILL: Final = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 """A page that shows what stands in it and does nothing."""
+
+
+class Pages:
+    """Runs as they were last drawn. Who asks for one that has grown is given that, while it is drawn anew behind: of a
+    run that goes on there is always more by the time that a page is seen."""
+
+    def __init__(self, draw: Callable[[Reader, str], str]) -> None:
+        self._draw = draw
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[int, str]] = {}
+        self._drawing: set[str] = set()
+
+    def get(self, reader: Reader, run: str) -> str:
+        """The page; the first of a run is waited for."""
+        with self._lock:
+            known = self._known.get(run)
+            if known is not None:
+                if known[0] != reader.offset and run not in self._drawing:
+                    self._drawing.add(run)
+                    threading.Thread(target=self._renew, args=(reader, run), daemon=True).start()
+                return known[1]
+        return self._renew(reader, run)
+
+    def _renew(self, reader: Reader, run: str) -> str:
+        offset = reader.offset
+        try:
+            page = self._draw(reader, run)
+            with self._lock:
+                self._known.pop(run, None)
+                self._known[run] = (offset, page)
+                while len(self._known) > MOST_PAGES:
+                    del self._known[next(iter(self._known))]
+            return page
+        finally:
+            with self._lock:
+                self._drawing.discard(run)
 
 
 def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) -> Any:
@@ -47,6 +86,12 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
         raise ConfigError(f"--host {host} can be reached by others: give --token, or let `dougong watch` draw one.")
     runs = Runs(root)
     templates = environment()
+
+    def draw(reader: Reader, run: str) -> str:
+        told = summary_of(reader, run)
+        return templates.get_template("summary.html").render(told=told, charts=drawn(told), whole=False)
+
+    pages = Pages(draw)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     def refuse(text: str, status: int) -> Any:
@@ -87,12 +132,9 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
 
     def view(run: str) -> Any:
         try:
-            told = summary_of(runs.get(run), run)
+            return responses.HTMLResponse(pages.get(runs.get(run), run))
         except RunError as error:
             return refuse(str(error), 404)
-        return responses.HTMLResponse(
-            templates.get_template("summary.html").render(told=told, charts=drawn(told), whole=False)
-        )
 
     def export(run: str) -> Any:
         try:

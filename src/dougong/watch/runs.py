@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from dougong.core.errors import RunError
 from dougong.core.files import inside
@@ -27,6 +30,8 @@ DEPTH: Final = 3
 KEPT_FLOWS: Final = 24
 KEPT_OTHERS: Final = 400
 POINTS: Final = 400
+FLOW: Final = b'{"kind": "FlowMeasured"'
+"""How such an event's line begins (core/events.py)."""
 
 
 class Reader:
@@ -34,38 +39,77 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = threading.RLock()
+        """Of several who ask at once, one reads."""
+
+        self._forget()
+
+    def _forget(self) -> None:
         self.steps = array("q")
         self.losses = array("d")
         self.gradient_norms = array("d")
         self.rates = array("d")
-        self.flows: list[dict[str, Any]] = []
         self.others: list[dict[str, Any]] = []
         self.total_steps: int | None = None
         self.finished: str | None = None
         self.seconds = 0.0
         self.num_flows = 0
-        self._offset = 0
+        self.offset = 0
+        """Bytes that are read: whoever keeps something of a run knows by it whether there is more."""
+
+        self._flows: list[tuple[int, int]] = []
+        """Where in the file each of those that are kept lies, and how long it is."""
+
+        self._parsed: dict[int, dict[str, Any]] = {}
         self._found: tuple[int, list[Finding]] | None = None
 
     def read(self) -> bool:
         """Read what is new; whether there was anything. A file that has become shorter is read anew."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> bool:
         path = self.folder / EVENTS
         try:
             size = path.stat().st_size
         except OSError:
             return False
-        if size < self._offset:
-            self.__init__(self.folder)  # type: ignore[misc]  # resumed: steps after the checkpoint are trained again
-        if size == self._offset:
+        if size < self.offset:
+            self._forget()  # resumed: steps after the checkpoint are trained again
+        if size == self.offset:
             return False
         with path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             for line in file:
                 if not line.endswith(b"}\n"):
                     break
-                self._offset += len(line)
-                self._take(json.loads(line))
+                if line.startswith(FLOW):
+                    self._take_flow(len(line))
+                else:
+                    self._take(json.loads(line))
+                self.offset += len(line)
         return True
+
+    def _take_flow(self, length: int) -> None:
+        """The first ones say how it began, the last ones how it goes. Of a large network each is long: what is not
+        shown is not parsed."""
+        self._flows.append((self.offset, length))
+        self.num_flows += 1
+        if len(self._flows) > KEPT_FLOWS:
+            gone, _ = self._flows.pop(KEPT_FLOWS // 2)
+            self._parsed.pop(gone, None)
+
+    @property
+    def flows(self) -> list[dict[str, Any]]:
+        """What was measured from within, of the steps that are kept."""
+        with self._lock:
+            missing = [each for each in self._flows if each[0] not in self._parsed]
+            if missing:
+                with (self.folder / EVENTS).open("rb") as file:
+                    for offset, length in missing:
+                        file.seek(offset)
+                        self._parsed[offset] = json.loads(file.read(length))
+            return [self._parsed[offset] for offset, _ in self._flows]
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
@@ -76,11 +120,6 @@ class Reader:
             self.rates.append(event["learning_rate"])
             self.seconds += event["seconds"]
             self.finished = None
-        elif kind == "FlowMeasured":
-            self.flows.append(event)
-            self.num_flows += 1
-            if len(self.flows) > KEPT_FLOWS:  # the first ones say how it began, the last ones how it goes
-                del self.flows[KEPT_FLOWS // 2]
         else:
             if kind == "RunStarted":
                 self.total_steps = event["total_steps"]
@@ -92,14 +131,18 @@ class Reader:
 
     def findings(self) -> list[Finding]:
         """What is wrong so far; judged anew only when more was read."""
-        if self._found is None or self._found[0] != self._offset:
+        with self._lock:
+            return self._judge()
+
+    def _judge(self) -> list[Finding]:
+        if self._found is None or self._found[0] != self.offset:
             history = History(total_steps=self.total_steps)
             history.steps, history.losses = self.steps.tolist(), self.losses.tolist()
             history.gradient_norms, history.learning_rates = self.gradient_norms.tolist(), self.rates.tolist()
             for event in (*self.others, *self.flows):
                 history.add(event)
             found = [finding for finding in diagnose(history) if finding.confidence >= SURE]
-            self._found = (self._offset, found)
+            self._found = (self.offset, found)
         return self._found[1]
 
     def judged(self) -> list[dict[str, Any]]:
@@ -169,14 +212,24 @@ class Runs:
 def thinned(steps: Sequence[int], values: Sequence[float], points: int) -> list[list[float | None]]:
     """At most so many [step, mean, lowest, highest]: a peak stays to be seen, however long the run."""
     number = min(points, len(steps))
+    if not number:
+        return []
+    told = np.array(values, dtype=np.float64)
+    real = np.isfinite(told)
+    ends = np.arange(1, number + 1) * len(steps) // number
+    starts = np.concatenate([[0], ends[:-1]])
+    count = np.add.reduceat(real, starts, dtype=np.int64)
+    total = np.add.reduceat(np.where(real, told, 0.0), starts)
+    lowest = np.minimum.reduceat(np.where(real, told, np.inf), starts)
+    highest = np.maximum.reduceat(np.where(real, told, -np.inf), starts)
     found: list[list[float | None]] = []
     for place in range(number):
-        start, end = place * len(steps) // number, (place + 1) * len(steps) // number
-        some = [value for value in values[start:end] if math.isfinite(value)]
-        if some:
-            found.append([float(steps[end - 1]), math.fsum(some) / len(some), min(some), max(some)])
+        step = float(steps[int(ends[place]) - 1])
+        if count[place]:
+            mean = float(total[place] / count[place])
+            found.append([step, mean, float(lowest[place]), float(highest[place])])
         else:
-            found.append([float(steps[end - 1]), None, None, None])
+            found.append([step, None, None, None])
     return found
 
 

@@ -19,14 +19,13 @@ import jinja2
 from dougong.core.errors import RunError
 from dougong.core.files import write_atomic
 from dougong.watch import charts
-from dougong.watch.contribution import Study, as_json
 from dougong.watch.diagnose.catalogue import CATALOGUE
 from dougong.watch.gradient_flow import balance, picture, ranked
 from dougong.watch.runs import EVENTS, Reader
 
 
-def summarise(run: Path, counted: Study | None = None) -> dict[str, Any]:
-    """What a run's events say, and what was counted of its model, if that was asked for.
+def summarise(run: Path, counted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a run's events say, and what was counted of its model (contribution.as_json), if that was asked for.
 
     Raises:
         RunError: the folder holds no run.
@@ -39,7 +38,7 @@ def summarise(run: Path, counted: Study | None = None) -> dict[str, Any]:
     return summary_of(reader, folder.name, counted)
 
 
-def summary_of(reader: Reader, name: str, counted: Study | None = None) -> dict[str, Any]:
+def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The same of one that is being read."""
     flow = reader.flows[-1] if reader.flows else None
     return {
@@ -67,15 +66,31 @@ def summary_of(reader: Reader, name: str, counted: Study | None = None) -> dict[
             "probes": flow["probes"],
             "inputs": flow["inputs"],
         },
+        "pairs": _pairs(reader),
+        "noise": next((event for event in reversed(reader.others) if event["kind"] == "NoiseMeasured"), None),
         "balance": balance(reader.flows),
         "gates": [{"step": each["step"], **each["gate"]} for each in reader.flows if each["gate"]],
-        "contribution": None if counted is None else as_json(counted),
+        "contribution": counted,
         "over_time": [
             {"step": e["step"], "all": e["with_all"], "none": e["with_none"], "without": e["without"]}
             for e in reader.others
             if e["kind"] == "SamplingChanged"
         ],
     }
+
+
+def _pairs(reader: Reader) -> dict[str, Any] | None:
+    """What the first records said by themselves (diagnose/examine.py)."""
+    told = next((event for event in reader.others if event["kind"] == "Examined"), None)
+    if told is None or not told["pairs"]:
+        return None
+    first = next(iter(told["pairs"].values()))
+    shifts = sorted(int(key.removeprefix("at ")) for key in first if key.startswith("at "))
+    inputs = [
+        {"name": name, "at": [each[f"at {shift}"] for shift in shifts], "chance": each["chance"]}
+        for name, each in told["pairs"].items()
+    ]
+    return {"rows": told["rows"], "shifts": shifts, "inputs": inputs}
 
 
 def write_summary(path: Path, told: Mapping[str, Any]) -> Path:

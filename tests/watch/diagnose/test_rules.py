@@ -102,6 +102,29 @@ def test_a_planted_fault_is_found_with_its_place(cause: str, place: str, given: 
     assert found[0].evidence
 
 
+@pytest.mark.parametrize(("kind", "rate"), [(torch.optim.AdamW, 3e-3), (torch.optim.SGD, 0.1)])
+@pytest.mark.parametrize("slow", [1.0, 1e-3])
+def test_a_part_that_has_a_far_lower_rate_is_found_and_one_with_the_same_is_not(
+    kind: Any, rate: float, slow: float
+) -> None:
+    model = Net()
+    rest = [*model.middle.parameters(), *model.last.parameters()]
+    optimizer = kind([{"params": rest, "lr": rate}, {"params": model.first.parameters(), "lr": slow * rate}])
+    watched = watch(model, optimizer, total_steps=64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        x, y = torch.randn(32, 8, generator=generator), torch.randn(32, 8, generator=generator)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x, y), (x + 0.3 * y)[:, :4].argmax(dim=1))
+        loss.backward()
+        optimizer.step()
+        watched.step(loss)
+    watched.close()
+
+    expected = [("imbalance", "first")] if slow < 1 else []
+    assert [(each.cause, each.place) for each in watched.findings()] == expected
+
+
 def test_records_that_are_not_finite_are_found_by_input_at_once() -> None:
     def spoil(x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y[3, 0] = math.nan

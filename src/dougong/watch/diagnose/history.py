@@ -42,6 +42,9 @@ class History:
     flows: list[Mapping[str, Any]] = field(default_factory=list)
     judged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     skipped: list[Mapping[str, Any]] = field(default_factory=list)
+    examined: Mapping[str, Any] | None = None
+    """Of the first records, whether inputs belong to their targets."""
+
     failure: Failure | None = None
 
     @classmethod
@@ -67,6 +70,8 @@ class History:
             self.flows.append(told)
         elif kind == "Evaluated":
             self.judged.append((told["step"], told["metrics"]))
+        elif kind == "Examined":
+            self.examined = told
         elif kind == "StepSkipped":
             self.skipped.append(told)
 

@@ -27,7 +27,9 @@ from torch.optim import Optimizer
 from dougong.core.events import Evaluated, Event, EventFile, Listener, RunStarted, StepDone
 from dougong.engine.flow import FlowConfig, FlowMeter, named_inputs
 from dougong.watch.diagnose.catalogue import CATALOGUE
+from dougong.watch.diagnose.examine import Examiner
 from dougong.watch.diagnose.history import Failure, History
+from dougong.watch.diagnose.noise import NoiseMeter
 from dougong.watch.diagnose.rules import SURE, Finding, diagnose
 
 EVENTS = "events.jsonl"
@@ -47,7 +49,10 @@ class Watched:
         listener: Listener | None = None,
     ) -> None:
         self._listener = listener
+        # Before the meter: see Examiner.
+        self._examiner = Examiner(model)
         self.meter = FlowMeter(model, optimizer, config)
+        self._noise = NoiseMeter(model, optimizer)
         self.history = History()
         self._file = None if folder is None else EventFile(Path(folder) / EVENTS)
         self._last = time.perf_counter()
@@ -78,10 +83,11 @@ class Watched:
             )
         )
         self._last = now
-        if measured is None:
-            return []
-        self._add(measured)
-        return self.findings()
+        examined = self._examiner.step()
+        for told in (measured, examined, self._noise.step()):
+            if told is not None:
+                self._add(told)
+        return [] if measured is None and examined is None else self.findings()
 
     def judged(self, **metrics: float) -> list[Finding]:
         """After a validation, with its figures, like accuracy=0.9."""
@@ -105,6 +111,11 @@ class Watched:
         self.history.failure = Failure(self._where(error), (*absent, *missing) if inside else (), message[:200])
         return self.findings()
 
+    @property
+    def examining(self) -> bool:
+        """Whether the first records are still being looked at."""
+        return not self._examiner.done
+
     def findings(self) -> list[Finding]:
         """What is wrong, the surest first."""
         return [finding for finding in diagnose(self.history) if finding.confidence >= SURE]
@@ -112,6 +123,8 @@ class Watched:
     def close(self) -> None:
         """Take the hooks away."""
         self.meter.close()
+        self._examiner.close()
+        self._noise.close()
         if self._file is not None:
             self._file.close()
 

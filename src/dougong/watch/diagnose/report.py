@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dougong.core.errors import RunError
-from dougong.core.events import read_events
+from dougong.core.events import Event, read_events
 from dougong.watch.diagnose.catalogue import CATALOGUE
 from dougong.watch.diagnose.history import History
 from dougong.watch.diagnose.rules import SURE, Finding, diagnose
@@ -47,8 +47,9 @@ class Diagnosis(NamedTuple):
         }
 
 
-def diagnose_run(folder: Path) -> Diagnosis:
-    """Judge what a run has announced so far; it may still be going on.
+def diagnose_run(folder: Path, examined: Event | None = None) -> Diagnosis:
+    """Judge what a run has announced so far; it may still be going on. `examined` is what its records say besides
+    (examine.py).
 
     Raises:
         RunError: the folder holds no events.
@@ -57,5 +58,7 @@ def diagnose_run(folder: Path) -> Diagnosis:
     if not path.is_file():
         raise RunError(f"{folder} holds no {EVENTS}: name the folder of a run, or one that diagnose.hook.watch wrote.")
     history = History.of(read_events(path))
+    if examined is not None:
+        history.add(examined)
     found = [finding for finding in diagnose(history) if finding.confidence >= SURE]
     return Diagnosis(folder, found, len(history.losses), len(history.flows))

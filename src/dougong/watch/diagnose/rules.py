@@ -17,6 +17,9 @@ from typing import Any, Final, NamedTuple
 
 from dougong.watch.diagnose.history import History
 
+WINDOW: Final = 8
+"""Steps that must agree where a single one may be chance."""
+
 SURE: Final = 0.5
 """Confidence from which on a finding is told without being asked for more."""
 
@@ -193,7 +196,9 @@ def _settings(history: History) -> Iterator[Finding]:
 def _rate(history: History) -> Iterator[Finding]:
     """By how much of themselves weights are moved, and whether the loss stands it."""
     first, now = history.first_loss, history.loss_about(-1)
-    grown = first is not None and now is not None and len(history.losses) >= 4 and now > 1.6 * abs(first) + 0.1
+    # Momentum may overshoot for a few steps in a run that is healthy: all of a window must have grown.
+    late = history.losses[-WINDOW:]
+    grown = first is not None and len(history.losses) > WINDOW and min(late) > 1.6 * abs(first) + 0.1
     lost = any(not math.isfinite(loss) for loss in history.losses[-3:])
     # The first steps too: what a far too long one has killed is moved no more.
     for flow in (*history.flows[:3], *history.flows[3:][-2:]):
@@ -209,11 +214,27 @@ def _rate(history: History) -> Iterator[Finding]:
             yield Finding("learning rate too high", "optimizer", 0.75, f"{evidence}, and the loss has grown", step)
         # Near the end of a schedule steps are short, and should be.
         full = flow["optimizer"].get("lr", 0.0) >= 0.3 * max(history.learning_rates, default=0.0)
-        if full and ratio < 6e-5 and flow["step"] >= 2 and not _warming(history):
+        # What has learnt has small gradients, and is moved little by plain gradient descent.
+        waits = first is None or now is None or now > 0.7 * abs(first)
+        if full and waits and ratio < 6e-5 and flow["step"] >= 2 and not _warming(history):
             yield Finding("learning rate too low", "optimizer", 0.75 if ratio > 0 else 0.5, evidence, step)
+    short = max(_at_full_rate(history), default=1.0)
+    stands = first is not None and now is not None and (history.progress or 0.0) > 0.6 and now > 0.85 * abs(first)
+    if stands and short < 1e-3:
+        evidence = f"no step moves the middle matrix by more than {short:.2g} of itself, and the loss stands"
+        yield Finding("learning rate too low", "optimizer", 0.65, evidence, history.step)
     if grown and first is not None and now is not None:
         evidence = f"the loss was {first:.3g} and is {now:.3g}"
         yield Finding("learning rate too high", "optimizer", 0.55, evidence, history.step)
+
+
+def _at_full_rate(history: History) -> Iterator[float]:
+    """By how much of itself each step moves the middle matrix, where no schedule keeps it short."""
+    most = max(history.learning_rates, default=0.0)
+    for flow in history.flows[1:]:
+        ratios = [p["update"] / p["weight"] for p in _weights(flow) if p["weight"] > 0 and p["gradient"] > 0]
+        if ratios and flow["optimizer"].get("lr", 0.0) >= 0.3 * most:
+            yield median(ratios)
 
 
 def _warming(history: History) -> bool:
@@ -422,6 +443,46 @@ def _repeated(history: History) -> Iterator[Finding]:
             yield Finding("duplicates", "data", 0.8, f"{most:.0%} of a batch's rows are distinct", first["step"])
 
 
+# Whether inputs belong to their targets ------------------------------------------------------------------------------
+
+
+def _tells(told: Mapping[str, float], shift: int) -> bool:
+    """Whether an input tells the targets so far on, beyond chance."""
+    return told.get(f"at {shift}", 0.0) > max(0.1, 2.5 * told["chance"])
+
+
+def _own(history: History, name: str) -> bool:
+    told = (history.examined or {}).get("pairs", {}).get(name)
+    return told is not None and _tells(told, 0)
+
+
+def _examined(history: History) -> Iterator[Finding]:
+    """What the first records say by themselves; see examine.py."""
+    if history.examined is None:
+        return
+    step = history.examined["step"]
+    for name, told in history.examined["pairs"].items():
+        shifts = [int(key.removeprefix("at ")) for key in told if key.startswith("at ")]
+        shift = max(shifts, key=lambda each: told[f"at {each}"])
+        if shift and _tells(told, shift) and told["at 0"] < 0.4 * told[f"at {shift}"]:
+            evidence = (
+                f"{name} tells the target of the record {abs(shift)} {'before' if shift < 0 else 'after'} it "
+                f"(correlation {told[f'at {shift}']:.2f}), and not its own ({told['at 0']:.2f})"
+            )
+            yield Finding("swapped pairs", name, 0.93, evidence, step)
+        judged = [metrics["accuracy"] for at, metrics in history.judged if at > step and "accuracy" in metrics]
+        if told["right"] > 0.9 and judged and judged[-1] < 0.75:
+            evidence = (
+                f"{name} alone tells {told['right']:.0%} of the targets to a straight line, in training; where judged, "
+                f"{judged[-1]:.0%} are right"
+            )
+            yield Finding("target leak", name, 0.92, evidence, step)
+    still = history.examined["still_norms"]
+    if still:
+        evidence = f"{len(still)} batch norms like {still[0]} have seen batches, and their means are still 0"
+        yield Finding("norm statistics", still[0], 0.9, evidence, step)
+
+
 # Loss and targets ----------------------------------------------------------------------------------------------------
 
 
@@ -488,6 +549,8 @@ def _learnt(history: History) -> Iterator[Finding]:
     for name, cost in costs.items():
         # Where the loss is low already, what is not needed is not wrong.
         stuck = chance is None or now > 0.2 * chance
+        # One that tells of its own records' targets may be learnt late, and belongs to them.
+        stuck = stuck and not _own(history, name)
         if abs(cost) < 0.02 * worth and worth > 0.15 and stuck and (moves.get(name) or 0.0) > 0.03:
             evidence = f"exchanged among records, {name} costs {cost:.3f} of loss, and others up to {worth:.2f}"
             yield Finding("swapped pairs", name, 0.72, evidence, step)
@@ -533,21 +596,26 @@ def _gate(history: History) -> Iterator[Finding]:
 
 
 def _balance(history: History) -> Iterator[Finding]:
+    """Whether the optimizer takes steps of one length with all inputs' parts.
+
+    Steps are compared as an optimizer means them: Adam's by weight, plain gradient descent's by gradient. As a share
+    of themselves, large weights are moved a hundred times less than small ones, and nothing is wrong.
+    """
     for flow in history.flows[:3]:
         by: dict[str, list[float]] = {}
         adaptive = "beta1" in flow["optimizer"]
         for p in _weights(flow):
-            # Parts of a network that names no modalities are told apart by their names; of plain gradient descent the
-            # steps of two parts may well differ a thousandfold.
-            group = p["modality"] or (str(p["name"]).partition(".")[0] if adaptive else "")
-            if group and p["weight"] > 0 and p["gradient"] > 0:
-                by.setdefault(group, []).append(p["update"] / p["weight"])
+            # Parts of a network that names no modalities are told apart by their names.
+            group = p["modality"] or str(p["name"]).partition(".")[0]
+            # Of a table of words only those are moved that a batch holds.
+            if group and p["gradient"] > 0 and not p["kind"].startswith("Embedding"):
+                by.setdefault(group, []).append(p["update"] / (math.sqrt(p["count"]) if adaptive else p["gradient"]))
         if len(by) < 2 or flow["step"] < 2:
             continue
-        moved = sorted((median(ratios), name) for name, ratios in by.items())
+        moved = sorted((median(steps), name) for name, steps in by.items())
         (slow, name), (next_slow, other) = moved[:2]
-        if next_slow > 1e-5 and slow < 0.03 * next_slow:
-            evidence = f"a step moves {name} by {slow:.1g} of itself and {other} by {next_slow:.1g}"
+        if next_slow > 0 and slow < 0.03 * next_slow:
+            evidence = f"a step of {name} is {slow / next_slow:.1g} as long as one of {other}"
             yield Finding("imbalance", name, 0.86, evidence, flow["step"])
 
 
@@ -586,12 +654,15 @@ def _failed(history: History) -> Iterator[Finding]:
 
 
 def _stands(history: History) -> Iterator[Finding]:
-    first, now = history.first_loss, history.loss_about(-1)
+    first = history.loss_about(2)
     progress = history.progress
-    enough = progress > 0.33 if progress is not None else len(history.losses) >= 200
+    enough = progress > 0.6 if progress is not None else len(history.losses) >= 200
     if not enough or first is None or len(history.losses) < 20:
         return
-    if now is None or now > 0.98 * first - 1e-6 > 0:
+    # Some are slow to begin, and the first batches may have been easy: a window that is not below them is no chance.
+    late = history.losses[-WINDOW:]
+    now = math.fsum(late) / len(late) if all(map(math.isfinite, late)) else None
+    if now is None or now > 0.97 * first > 0:
         told = "not finite" if now is None else f"{now:.3g}"
         evidence = f"the loss was {first:.3g} and is {told} after {history.step} steps"
         yield Finding("does not learn", "loss", 0.6, evidence, history.step)
@@ -599,7 +670,7 @@ def _stands(history: History) -> Iterator[Finding]:
 
 RULES: Final[tuple[Callable[[History], Iterable[Finding]], ...]] = (
     _held, _gradient, _cut, _settings, _rate, _beginning, _units, _along, _dropped, _attention, _data, _repeated,
-    _loss, _learnt, _judging, _gate, _balance, _numbers, _failed, _stands,
+    _examined, _loss, _learnt, _judging, _gate, _balance, _numbers, _failed, _stands,
 )  # fmt: skip
 
 EXPLAINED: Final[dict[str, tuple[str, ...]]] = {
@@ -613,6 +684,7 @@ EXPLAINED: Final[dict[str, tuple[str, ...]]] = {
             "dropout too high", "attention scale", "attention axis", "mask hides", "softmax twice", "loss sign",
             "loss terms", "labels", "not shuffled", "16-bit weights", "overflow", "dead modality", "constant input",
             "swapped pairs", "normalisation", "not finite in records", "never present", "positions", "padding leak",
+            "target leak", "norm statistics", "imbalance",
         )
     ),
     "learning rate too low": ("schedule", "frozen", "16-bit weights", "optimizer memory", "dead units", "vanishing"),
@@ -638,7 +710,7 @@ EXPLAINED: Final[dict[str, tuple[str, ...]]] = {
         "frozen", "not in the optimizer", "gradient cut", "dead modality", "constant input", "never present",
     ),
     "target leak": ("causal mask",),
-    "judging differs": ("input mismatch", "judged in training mode"),
+    "judging differs": ("input mismatch", "judged in training mode", "target leak", "norm statistics"),
     "positions": ("mask hides", "constant input", "dead modality"),
     "constant input": ("mask hides",),
 }  # fmt: skip
