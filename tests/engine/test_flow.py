@@ -152,3 +152,43 @@ def test_a_run_announces_what_was_measured_and_learns_the_same(tmp_path: Path) -
     measured = [event["step"] for event in events if event["kind"] == "FlowMeasured"]
     assert losses[0] == losses[1]
     assert measured == [1, 2, 3, 4, 6, 8]
+
+
+class Placed(nn.Module):
+    """Has places of tokens in a buffer, which its backward reads, and means that move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("places", torch.arange(4))
+        self.table = nn.Embedding(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.norm((x[:, None] + self.table(self.places)).mean(dim=1)))
+        return found
+
+
+def test_looking_for_where_a_number_broke_leaves_the_backward_and_its_buffers_alone() -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    gradients, means = [], []
+    for watched in (False, True):
+        model = Placed()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        meter = FlowMeter(model, optimizer, FlowConfig(every=100)) if watched else None
+        for step in range(3):  # the third is not measured
+            given = x.clone()
+            given[3] = float("inf") if step == 2 else given[3]
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(given), torch.arange(8) % 3)
+            loss.backward()
+            if step < 2:
+                optimizer.step()
+            if meter is not None:
+                meter.step(float(loss.detach()))
+        assert model.table.weight.grad is not None
+        gradients.append(model.table.weight.grad)
+        means.append(model.norm.running_mean)
+    assert torch.equal(gradients[0].nan_to_num(), gradients[1].nan_to_num())
+    assert torch.equal(means[0].nan_to_num(), means[1].nan_to_num())

@@ -14,6 +14,7 @@ one input's rows exchanged among records, or its tokens reordered: so it is seen
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import time
@@ -191,15 +192,12 @@ class FlowMeter:
         answer = _answer(output)
         if answer is None or bool(answer.detach().isfinite().all()):
             return
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        with torch.no_grad(), random_state_kept(), _unhooked(model):
+        with torch.no_grad(), random_state_kept(), _buffers_kept(model), _unhooked(model):
             looking = _Measuring(self, args, kwargs)
             try:
                 model(*args, **kwargs)
             finally:
                 looking.stop()
-                for buffer, before in buffers:
-                    buffer.copy_(before)
         self._began = looking.first_not_finite or {"module": "", "kind": "", "rows": []}
         self._wanted = True
 
@@ -716,11 +714,10 @@ def probe_inputs(
     """How far answer and loss hang on each input: its rows exchanged among the records, its tokens reordered."""
     given = named_inputs(model, args, kwargs)
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     found: dict[str, dict[str, float]] = {}
     model.eval()
     try:
-        with torch.no_grad(), random_state_kept(), _unhooked(model):
+        with torch.no_grad(), random_state_kept(), _buffers_kept(model), _unhooked(model):
             own = model(*args, **kwargs)
             own_loss, own_answer = loss(own), _answer(own)
             if own_answer is None:
@@ -740,9 +737,21 @@ def probe_inputs(
     finally:
         for module, mode in modes:
             module.training = mode
-        for buffer, before in buffers:
-            buffer.copy_(before)
     return found
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers are afterwards as they were. One that nobody wrote to is not written to here either: a backward that is
+    still to come may have saved it, as it does places of tokens."""
+    kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, before in kept:
+                if buffer._version != version:
+                    buffer.copy_(before)
 
 
 class _unhooked:  # noqa: N801, used like a function
