@@ -1,7 +1,7 @@
 """A bundle as graphs that run without Dougong.
 
 Here        Source, `export` (ONNX, OpenVINO or torch.export, at a plan's bits), `load_export` (the same as a model to
-            ask), `fastest_kind`, `answering_bytes`.
+            ask), `judge_export`, `fastest_kind`, `answering_bytes`.
 Elsewhere   where a model is cut into graphs (parts.py); answering with them anywhere (runtime.py); bits (quantise.py).
 Promise     the folder is a bundle: sums, signature, preparation, whole or absent. It answers as its source does, within
             what its number formats round; two exports of one bundle are the same to the byte; nothing in it is a
@@ -11,12 +11,14 @@ Promise     the folder is a bundle: sums, signature, preparation, whole or absen
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -36,6 +38,7 @@ from dougong.core.bundle import Manifest, read_bundle, write_bundle
 from dougong.core.errors import BundleError, ConfigError
 from dougong.core.files import write_atomic, write_json
 from dougong.core.sizes import bytes_as_text
+from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.preparation import Preparation
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
@@ -78,6 +81,12 @@ class Source:
             self._graphs[name] = to_graph(self.cut.parts[name])
         return self._graphs[name].clone()
 
+    def told(self, manifest: Manifest) -> Source:
+        """The same, of which the manifest tells something else; what was converted is shared."""
+        other = copy.copy(self)
+        other.model = Model(self.model.network, self.model.preparation, manifest)
+        return other
+
 
 def export(
     source: Source, folder: Path, to: To, quantised: Quantised | None = None, memory_bytes: int | None = None
@@ -112,6 +121,7 @@ def export(
         signature=model.manifest.signature,
         model={"kind": KIND, "to": to, "layers": spec["layers"]},
         provenance={**model.manifest.provenance, "exported_from": _origin(model.manifest)},
+        metrics=model.manifest.metrics,
     )
     with write_bundle(folder, manifest) as building:
         model.preparation.save(building)
@@ -229,6 +239,44 @@ def load_export(folder: Path, config: EngineConfig | None = None, *, trusted: bo
     return Model(cast(Sandwich, network), Preparation.load(folder), manifest)
 
 
+def judge_export(
+    folder: Path,
+    table: Path | None,
+    missing: Sequence[str] = (),
+    corrupt: Sequence[Corruption] = (),
+    config: EngineConfig | None = None,
+) -> dict[str, Any]:
+    """An export's figures by condition: all modalities, without `missing`, and each of these spoilt by `corrupt`.
+
+    Raises:
+        ConfigError: there is no table, or `missing` or `corrupt` names what is not there.
+    """
+    if table is None:
+        raise ConfigError(f"{folder} is an export, which keeps no records. Name a table to judge on, with --data.")
+    model = load_export(folder, config)
+    names = tuple(model.preparation.modalities)
+    strange = [name for name in missing if name not in names]
+    if strange:
+        raise ConfigError(f"--missing {strange[0]!r} is no modality of this model. Use some of {', '.join(names)}.")
+    check_corruptions(corrupt, model.preparation.modalities)
+    kept = {"all": names}
+    if missing:
+        kept[f"without {', '.join(missing)}"] = tuple(name for name in names if name not in missing)
+    how = ", ".join(map(str, corrupt))
+    found: dict[str, Any] = {}
+    for condition, keep in kept.items():
+        for spoilt in ((), corrupt) if corrupt else ((),):
+            judged = model.evaluate(table, keep=keep, corruptions=spoilt)
+            name = condition if not spoilt else how if condition == "all" else f"{condition}, {how}"
+            found[name] = {
+                "metrics": judged.metrics,
+                "num_records": judged.num_records,
+                "set_aside": len(judged.bad),
+                "gate": judged.gate,
+            }
+    return found
+
+
 def open_engine(folder: Path, config: EngineConfig | None = None, *, profile: bool = False) -> GraphEngine:
     """The engine that an export was made for."""
     to = _made_for(folder)
@@ -283,6 +331,10 @@ def _card(manifest: Manifest, to: str, size: int, quantised: Quantised | None, m
     ]
     if memory_bytes is not None:
         lines += [f"Answering takes up to {bytes_as_text(memory_bytes)} of memory, libraries included.", ""]
+    if manifest.metrics:
+        lines += ["## Measured", "", "| condition | figure | value |", "|---|---|---|"]
+        lines += [f"| {c} | {name} | {value:.4f} |" for c, of in manifest.metrics.items() for name, value in of.items()]
+        lines.append("")
     if quantised is not None:
         lines += ["## Bits of the layers", "", "| weights and activations | layers |", "|---|---|"]
         lines += [f"| {choice} | {count} |" for choice, count in quantised.plan.counts().items()]
