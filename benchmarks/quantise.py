@@ -1,7 +1,8 @@
 """Bits chosen layer by layer, against the same bits for all and against other quantisers (claim 10).
 
-Here        chosen plans beside uniform and random ones (budgets); predicted latencies (predicted); NNCF, ONNX Runtime
-            and torchao on the same model (peers); ways to cut a model into graphs (forms).
+Here        chosen plans beside uniform and random ones (budgets); ways to score layers (scores); predicted latencies
+            (predicted); NNCF, ONNX Runtime and torchao on the same model (peers); ways to cut a model into graphs
+            (forms).
 Elsewhere   the engines (compress/engines/); the other quantisers (peers.py); the larger model (large.py); students and
             whole paths (compress.py); options and the written result (harness.py).
 Promise     every figure is of a graph that really computes with these bits: nothing is simulated. Layers are scored on
@@ -43,7 +44,7 @@ from dougong.compress.latency import LayerTimes
 from dougong.compress.parts import Column, Part, Roof
 from dougong.compress.plan import CHOICES, Choice, Plan
 from dougong.compress.quantise import Budget, Calibrated, Costs, QuantiseConfig, bytes_of, calibrate, choose
-from dougong.compress.sensitivity import divergence
+from dougong.compress.sensitivity import Method, divergence
 from dougong.core.figures import Figure
 from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
@@ -255,6 +256,30 @@ def random_plan(costs: Costs, room: float, seed: int) -> Plan:
     return Plan(layers=chosen)
 
 
+def scores(quick: bool, kept: Kept) -> Iterator[Figure]:
+    """Each way to score layers: what comes of its plans at three sizes between uniform 4 and 8 bits."""
+    methods: tuple[Method, ...] = ("fisher", "trace", "output")
+    for method in methods:
+        key = f"scores by {method}, {'quick' if quick else 'whole'}"
+        yield from once(kept, key, functools.partial(scored, method, quick, kept))
+
+
+def scored(method: Method, quick: bool, kept: Kept) -> Iterator[Figure]:
+    task = easy_vqa(quick, kept)
+    layers = task.source.cut.layers
+    sizes, uniform = bytes_of(layers), uniform_plans(layers)
+    least, most = (total(sizes, uniform[choice]) for choice in ("w4a16", "w8a16"))
+    known = calibrate(task.model.network, layers, task.calibration, "single_label", QuantiseConfig(method=method))
+    with tempfile.TemporaryDirectory() as temporary:
+        judge = Judge(task, Path(temporary))
+        for share in (0.5,) if quick else (0.25, 0.5, 0.75):
+            room = least + (most - least) * share
+            found = judge(choose(known.scores, sizes, None, Budget(weight_bytes=room)))
+            name = f"scored by {method}, size {room / 1e3:.0f} kB"
+            yield Figure(name=f"{name}: accuracy", value=found.accuracy, unit="")
+            yield Figure(name=f"{name}: divergence", value=found.divergence, unit="nats")
+
+
 def predicted(quick: bool, kept: Kept) -> Iterator[Figure]:
     """Twenty plans drawn at random on the larger sandwich, at batch 1 and 16."""
     for size in (1,) if quick else (1, 16):
@@ -449,6 +474,7 @@ def without(batch: Batch, name: str) -> Batch:
 
 PARTS: Final[dict[str, Callable[[bool, Kept], Iterator[Figure]]]] = {
     "budgets": budgets,
+    "scores": scores,
     "predicted": predicted,
     "peers": peers,
     "forms": forms,

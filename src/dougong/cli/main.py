@@ -411,7 +411,7 @@ def export(
     data: Annotated[Path | None, Option(help="A table of records to calibrate with and to measure on.")] = None,
     records: Annotated[int, Option(min=2, help="How many of them at most: half for each.")] = 256,
     method: Annotated[
-        str, Option(help="How layers are scored: fisher (one pass) or output (one for each).")
+        str, Option(help="How layers are scored: fisher or trace (one pass), or output (one for each).")
     ] = "fisher",
     recover: Annotated[
         int | None, Option(min=1, help="With --bits: steps of teaching the rounded model to answer as before.")
@@ -504,7 +504,7 @@ def compress(
     judge: Annotated[Path | None, Option(help="A table to judge on at the end. Default: some of --data.")] = None,
     out: Annotated[Path | None, Option(help="Where to write. Default: runs/NAME-compressed.")] = None,
     engine: Annotated[
-        str, Option(help="What may carry it out: eager (torch), openvino, or auto: all that are installed.")
+        str, Option(help="What may carry it out: eager (torch), openvino, onnx, or auto: all that are installed.")
     ] = "auto",
     time_limit: Annotated[str | None, Option(help="Like 10min: less is tried where time is short.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the search in that folder.")] = False,

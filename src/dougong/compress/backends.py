@@ -1,6 +1,6 @@
 """Engines of exported graphs, as a search asks them.
 
-Here        OpenVinoBackend; `backends_named`, for what people write.
+Here        OpenVinoBackend, OnnxBackend; `backends_named`, for what people write.
 Elsewhere   what the search wants of a back end, and torch itself (candidate.py); exports (export.py); bits by layer
             (quantise.py, delivery.py).
 Promise     a candidate is timed and judged as the very graphs that would be shipped; graphs of a model are converted
@@ -21,7 +21,7 @@ from dougong.bundle.model import Model
 from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
 from dougong.compress.delivery import graph_bytes, plan_within
 from dougong.compress.engines.engine import EngineConfig, EngineNetwork
-from dougong.compress.export import Source, export, open_engine
+from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
 from dougong.compress.needs import needed
 from dougong.compress.plan import Choice, Plan, read_choice
 from dougong.compress.quantise import QuantiseConfig, Quantised, calibrate, round_layers
@@ -33,7 +33,8 @@ from dougong.nn.batch import Batch
 
 OPENVINO: Final = "openvino"
 AUTO: Final = "auto"
-ENGINES: Final = (AUTO, EAGER, OPENVINO)
+ONNX: Final = "onnx"
+ENGINES: Final = (AUTO, EAGER, OPENVINO, ONNX)
 CALIBRATION_BATCHES: Final = 4
 ROOM: Final = 0.97
 """Of a time, what a plan is made for: it is measured again before it is shipped."""
@@ -42,9 +43,19 @@ ROOM: Final = 0.97
 class GraphRunner:
     """An export that is open."""
 
-    def __init__(self, source: Source, quantised: Quantised | None, folder: Path, engine: EngineConfig) -> None:
-        self._source, self._quantised = source, quantised
-        self.engine = open_engine(export(source, folder, "openvino", quantised), engine)
+    def __init__(
+        self,
+        source: Source,
+        to: To,
+        folder: Path,
+        engine: EngineConfig,
+        quantised: Quantised | None = None,
+        *,
+        dynamic: bool = False,
+    ) -> None:
+        self._source, self._to, self._quantised, self._dynamic = source, to, quantised, dynamic
+        self.ship(folder, source.model.manifest)
+        self.engine = open_engine(folder, engine)
         self.network = EngineNetwork(self.engine, list(source.model.manifest.signature.inputs))
         self.num_bytes = graph_bytes(folder)
 
@@ -53,7 +64,7 @@ class GraphRunner:
         return cast(SandwichOutput, self.network(batch))
 
     def ship(self, folder: Path, manifest: Manifest) -> None:
-        export(self._source.told(manifest), folder, "openvino", self._quantised)
+        export(self._source.told(manifest), folder, self._to, self._quantised, dynamic=self._dynamic)
 
 
 class _Prepared:
@@ -94,7 +105,7 @@ class OpenVinoBackend:
             needs = any(choice in ("w8a8", "w4a16") for choice in plan.layers.values())
             seen = prepared.seen if needs else None
             quantised = round_layers(layers, plan, seen, correct=self._quantise.error_correction)
-        return GraphRunner(prepared.source, quantised, folder, self._engine)
+        return GraphRunner(prepared.source, "openvino", folder, self._engine, quantised)
 
     def fill(
         self,
@@ -126,6 +137,36 @@ class OpenVinoBackend:
         return self._last
 
 
+class OnnxBackend:
+    """ONNX Runtime: as it is, or all of it in 8 bits."""
+
+    name = ONNX
+
+    def __init__(self, engine: EngineConfig | None = None) -> None:
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            needed(module, "compress")
+        self._engine = engine or EngineConfig(threads=torch.get_num_threads())
+        self._last: Source | None = None
+
+    def options(self) -> Sequence[Mapping[str, str]]:
+        return [{}, {ALL: DYNAMIC}]
+
+    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+        if self._last is None or self._last.model is not model:
+            self._last = Source(model)
+        return GraphRunner(self._last, "onnx", folder, self._engine, dynamic=bool(bits))
+
+    def fill(
+        self,
+        model: Model,
+        calibration: Sequence[Batch],
+        timed: Batch,
+        most_bytes: float | None,
+        most_seconds: float | None,
+    ) -> Mapping[str, str]:
+        raise ConfigError("ONNX Runtime rounds all layers alike. Use --engine openvino for bits by layer.")
+
+
 def _plan(bits: Mapping[str, str], choices: Mapping[str, Sequence[Choice]]) -> Plan:
     if set(bits) == {ALL}:
         return Plan.uniform(read_choice(bits[ALL]), choices)
@@ -141,9 +182,11 @@ def backends_named(name: str) -> tuple[Backend, ...]:
     if name not in ENGINES:
         raise ConfigError(f"--engine {name!r} is none. Use one of {', '.join(ENGINES)}.")
     found: list[Any] = [Eager()] if name in (AUTO, EAGER) else []
-    if name != EAGER:
+    for engine, make in {OPENVINO: OpenVinoBackend, ONNX: OnnxBackend}.items():
+        if name not in (AUTO, engine):
+            continue
         try:
-            found.append(OpenVinoBackend())
+            found.append(make())
         except ConfigError:
             if name != AUTO:
                 raise

@@ -48,6 +48,8 @@ RUNTIME: Final = "run.py"
 GRAPHS: Final = "graphs"
 To = Literal["openvino", "onnx", "torch"]
 OPSET: Final = 20
+DYNAMIC: Final = "dynamic-w8a8"
+"""What export.json says of layers whose inputs are rounded by each batch's own range."""
 MEMORY_STEP: Final = 32 * 2**20
 
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
@@ -89,12 +91,19 @@ class Source:
 
 
 def export(
-    source: Source, folder: Path, to: To, quantised: Quantised | None = None, memory_bytes: int | None = None
+    source: Source,
+    folder: Path,
+    to: To,
+    quantised: Quantised | None = None,
+    memory_bytes: int | None = None,
+    *,
+    dynamic: bool = False,
 ) -> Path:
     """Write the export; an older one at that place is replaced at once and whole.
 
     Without `quantised`, weights keep the bits that the bundle has. Bits are chosen for OpenVINO alone, whose kernels
-    carry out each of them. `memory_bytes` is what its card says that answering takes.
+    carry out each of them; with `dynamic`, ONNX Runtime rounds weights to 8 bits, and what layers are given by each
+    batch's own range. `memory_bytes` is what its card says that answering takes.
 
     Raises:
         ConfigError: the library is not installed, bits are asked of another than OpenVINO, or an input has no graph.
@@ -104,6 +113,8 @@ def export(
         needed(module, "compress")
     if quantised is not None and to != "openvino":
         raise ConfigError(f"bits are chosen for openvino alone, and {to} was asked for. Use --to openvino.")
+    if dynamic and to != "onnx":
+        raise ConfigError(f"inputs are rounded by each batch's range for onnx alone, and {to} was asked for.")
     model, made = source.model, source.cut
     spec: dict[str, Any] = {
         "format": "dougong-export",
@@ -111,7 +122,11 @@ def export(
         "to": to,
         **made.spec,
         "layers": {
-            name: "as it was" if quantised is None else quantised.plan.layers.get(name, CHOICES[0])
+            name: DYNAMIC
+            if dynamic
+            else "as it was"
+            if quantised is None
+            else quantised.plan.layers.get(name, CHOICES[0])
             for name in made.layers
         },
         "target": model.preparation.target.model_dump(mode="json"),
@@ -128,6 +143,8 @@ def export(
         (building / GRAPHS).mkdir()
         write = {"openvino": _write_openvino, "onnx": _write_onnx, "torch": _write_torch}[to]
         write(source, building / GRAPHS, quantised)
+        if dynamic:
+            _round_by_batch(building / GRAPHS)
         write_json(building / runtime.EXPORT, spec)
         write_atomic(building / RUNTIME, Path(runtime.__file__).read_text(encoding="utf-8"))
         size = sum(path.stat().st_size for path in (building / GRAPHS).iterdir())
@@ -154,6 +171,16 @@ def _write_openvino(source: Source, folder: Path, quantised: Quantised | None) -
 def _write_onnx(source: Source, folder: Path, quantised: Quantised | None) -> None:
     for name in source.cut.parts:
         write_atomic(folder / f"{name}.onnx", _as_onnx(source.cut.parts[name], source.program(name)))
+
+
+def _round_by_batch(folder: Path) -> None:
+    quantization = needed("onnxruntime.quantization", "compress")
+    for path in sorted(folder.iterdir()):
+        rounded = path.with_suffix(".rounded")
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            quantization.quantize_dynamic(str(path), str(rounded), weight_type=quantization.QuantType.QInt8)
+        rounded.replace(path)
 
 
 def _write_torch(source: Source, folder: Path, quantised: Quantised | None) -> None:

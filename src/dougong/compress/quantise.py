@@ -26,6 +26,7 @@ from dougong.compress.sensitivity import (
     Seen,
     by_fisher,
     by_output,
+    by_trace,
     candidate,
     observe,
 )
@@ -44,7 +45,8 @@ class QuantiseConfig(Config):
     """How bits are chosen, and how weights are rounded to them."""
 
     method: Method = "fisher"
-    """fisher: one pass scores all layers. output: one pass for each layer and choice; slower, a little surer."""
+    """fisher: one pass scores all layers. trace: likewise, by how much weights and inputs move and not where to, as
+    HAWQ does. output: one pass for each layer and choice; slower, a little surer."""
 
     error_correction: bool = True
     """At 4 bits, let the weights that are still to be rounded make good what rounding did (GPTQ)."""
@@ -99,6 +101,8 @@ def calibrate(
     candidates = {name: _candidates(layer, seen.get(name)) for name, layer in layers.items()}
     if config.method == "fisher":
         scores = by_fisher(network, candidates, batches, task, config.seed)
+    elif config.method == "trace":
+        scores = by_trace(network, candidates, batches, task, config.seed)
     else:
         scores = by_output(network, candidates, batches, task)
     say("scores of choices", 2, 2)

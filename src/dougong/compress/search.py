@@ -79,6 +79,9 @@ SPARED: Final = 0.05
 FORETOLD: Final = 1.2
 """How far beyond the budget a candidate may be foretold to be, and is measured all the same."""
 
+AS_MANY: Final = 1.05
+"""Bytes within which two engines' files are as large."""
+
 CLOSEST: Final = 3
 """Points that are told where the budget cannot be met."""
 
@@ -407,10 +410,23 @@ class Search:
                     found += 1
                     self._say(f"{found} of {self.config.ranked} found: {self._points[candidate.key].in_words}")
                     break  # what comes after loses more
+            if place == 0 and self._is_beaten(backend, eager.candidate):
+                self._say(f"{backend.name} is left out: another engine is as small and faster on the largest shape")
+                return
         if not found:
             for _, candidate in sorted(passed, key=lambda each: each[0])[:CLOSEST]:
                 self._measure(candidate, self._built(candidate))
                 self._keep_points()
+
+    def _is_beaten(self, backend: Backend, shape: Candidate) -> bool:
+        """Whether each of its points of this shape has another engine's that takes no more time, and as many bytes."""
+        alike = [point for point in self._points.values() if point.candidate.shape_key == shape.shape_key]
+        others = [point for point in alike if point.candidate.engine not in (EAGER, backend.name)]
+        return all(
+            any(o.latency_seconds <= p.latency_seconds and o.size_bytes <= AS_MANY * p.size_bytes for o in others)
+            for p in alike
+            if p.candidate.engine == backend.name
+        )
 
     def _foretold(self, eager: Point, candidate: Candidate) -> Point | None:
         """What it would cost, by what the shape nearest in time costs on that engine at those bits, against torch."""
