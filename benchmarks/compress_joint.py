@@ -28,11 +28,12 @@ from dougong.compress.backends import OpenVinoBackend
 from dougong.compress.candidate import Budget
 from dougong.compress.distil import DistilConfig, distil, judge_on
 from dougong.compress.engines.engine import EngineConfig
+from dougong.compress.importance import Importance
 from dougong.compress.parts import cut
 from dougong.compress.prune import PruneConfig, pruned_shape
 from dougong.compress.records import Records
 from dougong.compress.search import Asked, BudgetError, Search, SearchConfig, model_of
-from dougong.compress.structure import structure_of
+from dougong.compress.structure import Structure, structure_of
 from dougong.compress.student import StudentConfig, build_student, inherit, shape_of
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
@@ -59,6 +60,8 @@ class Setting(NamedTuple):
 
     taught: Taught
     records: Records
+    structure: Structure
+    importance: Importance
     backend: OpenVinoBackend
     calibration: list[Batch]
     distil: DistilConfig
@@ -109,9 +112,12 @@ def one_budget(share: float, seed: int, kept: Kept, quick: bool) -> dict[str, fl
     taught = teacher_of(seed, kept, quick=quick)
     teacher, tables = taught.teacher, taught.tables
     judge = sample_table(tables.test, 200 if quick else TEST_RECORDS, seed=seed)
+    structure = structure_of(teacher.network)
     setting = Setting(
         taught,
         Records(tables.train, tables.validation, judge, None, True, ()),
+        structure,
+        measured_importance(teacher, structure, tables, seed),
         OpenVinoBackend(EngineConfig(threads=1)),
         batches(teacher, tables.train),
         lessons(taught.recipe, seed, taught=True, quick=quick),
@@ -144,7 +150,7 @@ def search_config(setting: Setting, quick: bool) -> SearchConfig:
 def search_steps(config: SearchConfig) -> int:
     """All that it learns for, proxies included."""
     steps = config.distil.train.steps or 0
-    whole = config.tried * config.try_share + config.finished * (1 - config.try_share)
+    whole = config.tried * config.try_share + 1 - config.try_share  # the first that is finished will do
     return round(steps * whole) + config.ranked * config.proxy_steps
 
 
@@ -193,8 +199,7 @@ def one_after_the_other(setting: Setting, steps: int, scratch: Path, guess: floa
 def pruned(setting: Setting, keep: float) -> Model:
     """The teacher with about so many of its parameters."""
     teacher = setting.taught.teacher
-    structure = structure_of(teacher.network)
-    importance = measured_importance(teacher, structure, setting.taught.tables, setting.seed)
+    structure, importance = setting.structure, setting.importance
     base = shape_of(StudentConfig(), structure, importance)
     shape = pruned_shape(teacher.network, structure, importance, base, keep, PruneConfig())
     network, _ = build_student(teacher.network, teacher.manifest.signature, shape)

@@ -19,7 +19,7 @@ import torch
 
 from dougong.bundle.model import Model
 from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
-from dougong.compress.delivery import graph_bytes, plan_within
+from dougong.compress.delivery import number_bytes, plan_within
 from dougong.compress.engines.engine import EngineConfig, EngineNetwork
 from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
 from dougong.compress.needs import needed
@@ -57,7 +57,7 @@ class GraphRunner:
         self.ship(folder, source.model.manifest)
         self.engine = open_engine(folder, engine)
         self.network = EngineNetwork(self.engine, list(source.model.manifest.signature.inputs))
-        self.num_bytes = graph_bytes(folder)
+        self.num_bytes = number_bytes(folder)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> SandwichOutput:
@@ -128,6 +128,7 @@ class OpenVinoBackend:
                 most_seconds=None if most_seconds is None else ROOM * most_seconds,
                 quantise=self._quantise,
                 engine=self._engine,
+                counted=number_bytes,
             )
         return dict(plan.layers)
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -276,17 +276,19 @@ def plan_within(
     quantise: QuantiseConfig = QuantiseConfig(),  # noqa: B008, frozen
     engine: EngineConfig = EngineConfig(),  # noqa: B008, frozen
     announce: Announce | None = None,
+    counted: Callable[[Path], int] | None = None,
 ) -> Plan:
-    """The plan with the least score whose export keeps to the budget, as measured; `scratch` is its to use.
+    """The plan with the least score whose export keeps to the budget, as measured; `scratch` is its to use. `counted`
+    says which bytes of an export count; None: all of its graphs.
 
     Raises:
         ConfigError: no choice of bits keeps to it, or none that was found in so many tries.
     """
     layers = made.cut.layers
-    costs = bytes_of(layers)
+    costs, counted = bytes_of(layers), counted or graph_bytes
     uniform = uniform_plans(layers)
     base = export_plan(made, scratch / "base", uniform["w16a16"], known, quantise)
-    fixed = graph_bytes(base) - sum(costs[name]["w16a16"] for name in layers)
+    fixed = counted(base) - sum(costs[name]["w16a16"] for name in layers)
     most = None if most_bytes is None else most_bytes - fixed
     if most is not None and most <= 0:
         raise ConfigError(
@@ -301,7 +303,7 @@ def plan_within(
         seconds = None if times is None or allowed is None else allowed - times.rest
         plan = choose(known.scores, costs, None if times is None else times.seconds, Budget(most, seconds))
         tried = export_plan(made, scratch / f"tried-{number}", plan, known, quantise)
-        over_bytes = 0.0 if most_bytes is None else graph_bytes(tried) / most_bytes
+        over_bytes = 0.0 if most_bytes is None else counted(tried) / most_bytes
         over_time = 0.0
         if most_seconds is not None:
             over_time = time_engine(open_engine(tried, engine), timed).median / most_seconds
@@ -309,7 +311,7 @@ def plan_within(
             return plan
         # Predicted too low: aim as much lower.
         if most is not None and over_bytes > 1.0:
-            most -= graph_bytes(tried) - cast(float, most_bytes)
+            most -= counted(tried) - cast(float, most_bytes)
         if allowed is not None and over_time > 1.0:
             allowed /= over_time * 1.02
     raise ConfigError(
@@ -364,6 +366,12 @@ def time_engine(engine: Engine, batch: Batch) -> Timed:
 def graph_bytes(folder: Path) -> int:
     """Of an export's graphs."""
     return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir())
+
+
+def number_bytes(folder: Path) -> int:
+    """Of an export's weights and scales, where they have files of their own: what says how to compute takes as much for
+    a small model as for a large one."""
+    return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.suffix != ".xml")
 
 
 def _told(

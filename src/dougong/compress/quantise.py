@@ -10,9 +10,10 @@ Promise     the plan found is the best that its scores know within the budget, n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from dougong.compress.bits import Range, Rounded, to_eight, to_four
@@ -29,6 +30,7 @@ from dougong.compress.sensitivity import (
     by_trace,
     candidate,
     observe,
+    rows_of,
 )
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
@@ -37,6 +39,7 @@ from dougong.core.sizes import bytes_as_text
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 
+SCORED_AT_ONCE: Final = 8
 Costs = dict[str, dict[Choice, float]]
 Announce = Callable[[str, int, int], None]
 
@@ -99,6 +102,8 @@ def calibrate(
     seen = observe(network, linear, batches)
     say("scores of choices", 1, 2)
     candidates = {name: _candidates(layer, seen.get(name)) for name, layer in layers.items()}
+    # All layers' outputs at all choices are held at once: of few records at a time.
+    batches = [rows_of(b, row_B) for b in batches for row_B in torch.arange(b.num_records).split(SCORED_AT_ONCE)]
     if config.method == "fisher":
         scores = by_fisher(network, candidates, batches, task, config.seed)
     elif config.method == "trace":

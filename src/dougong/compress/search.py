@@ -44,6 +44,7 @@ from dougong.compress.importance import Importance, ImportanceConfig, measure_im
 from dougong.compress.plan import CHOICES
 from dougong.compress.prune import PruneConfig, SparseConfig, Sparsity, pruned_shape
 from dougong.compress.records import Records
+from dougong.compress.sensitivity import rows_of
 from dougong.compress.structure import BRIDGE, Structure, structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
 from dougong.core.bundle import Manifest
@@ -862,12 +863,7 @@ def fullest(batches: Sequence[Batch], count: int) -> Batch:
     (_, number, _), *_ = sorted(rows)
     batch = batches[number]  # records of one batch can be asked together
     chosen = sorted((lacks, row) for lacks, other, row in rows if other == number)[:count]
-    row_B = torch.tensor([row for _, row in chosen])
-    media = {
-        name: only_media(one._replace(index_B=one.index_B[row_B], present_B=one.present_B[row_B], there_B=None))
-        for name, one in batch.media.items()
-    }
-    return Batch(media, None)
+    return rows_of(batch, torch.tensor([row for _, row in chosen]))
 
 
 def _loss(point: Point) -> float:

@@ -1,7 +1,7 @@
 """What rounding a layer does to the answers, before anything is rounded for good.
 
 Here        `observe` (inputs of layers on calibration records); scores of every choice of every layer, by one pass for
-            all (`by_fisher`, `by_trace`) or one for each (`by_output`).
+            all (`by_fisher`, `by_trace`) or one for each (`by_output`); `rows_of`, some of a batch's records.
 Elsewhere   choosing by them (quantise.py).
 Promise     a score is an estimate of the same thing whatever the method: the mean KL divergence per record, in nats,
             of the answer from that of the unrounded model. Labels are not looked at.
@@ -23,12 +23,21 @@ from dougong.compress.bits import Range, Rounded, fit_range
 from dougong.compress.plan import Choice
 from dougong.core.signature import Task
 from dougong.model.sandwich import Sandwich
-from dougong.nn.batch import Batch
+from dougong.nn.batch import Batch, only_media
 
 Method = Literal["fisher", "trace", "output"]
 ROWS_KEPT: Final = 1024
 DRAWS: Final = 4
 Scores = dict[str, dict[Choice, float]]
+
+
+def rows_of(batch: Batch, row_B: Tensor) -> Batch:
+    """Some of a batch's records, with the media of theirs alone; without targets."""
+    media = {
+        name: only_media(one._replace(index_B=one.index_B[row_B], present_B=one.present_B[row_B], there_B=None))
+        for name, one in batch.media.items()
+    }
+    return Batch(media, None)
 
 
 class Seen(NamedTuple):
@@ -184,7 +193,7 @@ def _weight_norms(module: nn.Module, given: Tensor, gradient: Tensor) -> float:
     """The sum over media or records of the squared norm of their gradient by the layer's weights, without making it."""
     gradient_NTO = gradient.flatten(1, -2) if gradient.dim() > 2 else gradient[:, None]
     if isinstance(module, nn.Embedding):
-        id_NT = given.reshape(len(given), -1)
+        id_NT = given.flatten(1) if given.dim() > 1 else given[:, None]
         if module.padding_idx is not None:  # whose row never learns
             gradient_NTO = gradient_NTO.masked_fill((id_NT == module.padding_idx)[..., None], 0.0)
         alike_NTT = (id_NT[:, :, None] == id_NT[:, None, :]).to(gradient.dtype)
