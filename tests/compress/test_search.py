@@ -263,6 +263,7 @@ def test_other_engines_and_bits_are_further_dimensions(colour_run: Path, colour_
     assert manifest.metrics["all"]["accuracy"] == result.judged["all"]["compressed"]
 
 
+@pytest.mark.slow
 def test_bits_and_engine_are_chosen_and_the_engines_files_are_the_bundle(
     colour_run: Path, colour_table: Path, compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,6 +234,8 @@ class Search:
         self._started, self._limit = time.perf_counter(), time_limit
         self._points: dict[str, Point] = {}
         self._step_seconds: dict[str, float] = {}
+        self._held: tuple[str, str, Model] | None = None
+        """The model that was last asked for, by shape and stage: engines convert a model once."""
         names = tuple(teacher.preparation.modalities)
         self._distil = config.distil
         if config.modalities is not None:
@@ -280,16 +282,19 @@ class Search:
         return Outcome(self.teacher_point, self._offered(), chosen, (), ())
 
     def network_of(self, point: Point) -> Model:
-        """The model of a candidate that has learnt, with its best weights."""
-        model = self._built(point.candidate)
-        if self._is_untaught(point.candidate):
-            return model
-        done = self._stage(point.candidate, "final") / "done.json"
-        better = done.is_file() and json.loads(done.read_text(encoding="utf-8"))["better"]
-        stage = "final" if better else "try"
-        load_weights(model.network, best_weights(self._stage(point.candidate, stage)))
-        model.network.eval()
-        return model
+        """The model of a candidate that has learnt, with its best weights; it is not to be changed."""
+        candidate, stage = point.candidate, ""
+        if not self._is_untaught(candidate):
+            done = self._stage(candidate, "final") / "done.json"
+            better = done.is_file() and json.loads(done.read_text(encoding="utf-8"))["better"]
+            stage = "final" if better else "try"
+        if self._held is None or self._held[:2] != (candidate.shape_key, stage):
+            model = self._built(candidate)
+            if stage:
+                load_weights(model.network, best_weights(self._stage(candidate, stage)))
+                model.network.eval()
+            self._held = (candidate.shape_key, stage, model)
+        return self._held[2]
 
     def _is_untaught(self, candidate: Candidate) -> bool:
         """Whether it is shipped with the teacher's own weights, as they are."""
@@ -616,6 +621,7 @@ class Search:
             )
             if result.reason == "interrupted":
                 raise KeyboardInterrupt
+            self._held = (candidate.shape_key, stage, model)
             better = self._judge_shape(candidate, model, stage, steps)
             write_json(done, {"better": better})
         return min(self._of_shape(candidate), key=_best_first)
