@@ -56,6 +56,7 @@ class Result(NamedTuple):
         chosen = self.outcome.chosen
         return {
             "bundle": None if chosen is None else str(self.folder / "bundle"),
+            "learnt": None if chosen is None or chosen.candidate.engine == EAGER else str(self.folder / "learnt"),
             "metric": self.metric,
             "teacher": as_rows([self.outcome.teacher])[0],
             "chosen": None if chosen is None else as_rows([chosen])[0],
