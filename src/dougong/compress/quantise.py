@@ -103,7 +103,9 @@ def calibrate(
     say("scores of choices", 1, 2)
     candidates = {name: _candidates(layer, seen.get(name)) for name, layer in layers.items()}
     # All layers' outputs at all choices are held at once: of few records at a time.
-    batches = [rows_of(b, row_B) for b in batches for row_B in torch.arange(b.num_records).split(SCORED_AT_ONCE)]
+    few = SCORED_AT_ONCE
+    starts = [(batch, start) for batch in batches for start in range(0, batch.num_records, few)]
+    batches = [rows_of(batch, torch.arange(start, min(start + few, batch.num_records))) for batch, start in starts]
     if config.method == "fisher":
         scores = by_fisher(network, candidates, batches, task, config.seed)
     elif config.method == "trace":
