@@ -15,7 +15,7 @@ from dougong.compress.export import load_export
 from dougong.compress.sensitivity import divergence
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
-from dougong.core.signature import Target
+from dougong.core.signature import Target, TextInput
 from dougong.data.modality.image import ImageConfig, ImageModality
 from dougong.data.modality.text import TextConfig, TextModality, learn_tokenizer
 from dougong.data.preparation import Preparation
@@ -42,12 +42,14 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def batches() -> list[Batch]:
+def batches(model: Model) -> list[Batch]:
     random = torch.Generator().manual_seed(1)
+    taken = model.preparation.signature().inputs["words"]
+    assert isinstance(taken, TextInput)
     made = []
     for _ in range(2):
         every_B, all_B = torch.arange(16), torch.ones(16).bool()
-        ids_UT = torch.randint(5, 50, (16, 6), generator=random)
+        ids_UT = torch.randint(0, taken.vocabulary_size, (16, 6), generator=random)
         words = MediaBatch({"ids_UT": ids_UT, "mask_UT": torch.ones_like(ids_UT).bool()}, every_B, all_B)
         photo = MediaBatch({"pixels_UCHW": torch.randn(16, 3, 16, 16, generator=random)}, every_B, all_B)
         made.append(Batch({"words": words, "photo": photo}, None))
