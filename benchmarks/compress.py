@@ -1,8 +1,11 @@
 """Bundles made smaller and faster (claim 10).
 
-Here        the parts, by name: student (a quarter of the parameters, benchmarks/students.py).
-Elsewhere   options and the written result (harness.py).
-Promise     a part alone measures what it measures among the others.
+Here        the parts, by name: student (a quarter of the parameters, students.py), path (all steps together, at batch 1
+            and 16, beside other quantisers, compress_path.py), joint (one search against one step after the other,
+            compress_joint.py), memory (what compressing takes, compress_memory.py).
+Elsewhere   bits by layer, predicted times (quantise.py); options and the written result (harness.py).
+Promise     a part alone measures what it measures among the others. What was measured of these sources is kept, so
+            that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -10,17 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+import compress_joint
+import compress_memory
+import compress_path
 import students
-from harness import run
+import torch
+from harness import Kept, run
 
 from dougong.core.figures import Figure
 
-PARTS: Final[dict[str, Callable[[bool], Iterator[Figure]]]] = {"student": students.measure}
+PARTS: Final[dict[str, Callable[[bool, Kept], Iterator[Figure]]]] = {
+    "student": students.measure,
+    "path": compress_path.measure,
+    "joint": compress_joint.measure,
+    "memory": compress_memory.measure,
+}
 
 
 def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
+    torch.set_num_threads(1)
+    kept = Kept("compress")
     for name in parts:
-        yield from PARTS[name](quick)
+        yield from PARTS[name](quick, kept)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Bits chosen layer by layer, against the same bits for all and against other quantisers (claim 10).
 
-Here        chosen plans beside uniform and random ones (budgets); predicted latencies (predicted); NNCF, ONNX Runtime
-            and torchao on the same model (peers); ways to cut a model into graphs (forms).
-Elsewhere   the engines (compress/engines/); options and the written result (harness.py).
+Here        chosen plans beside uniform and random ones (budgets); ways to score layers (scores); predicted latencies
+            (predicted); NNCF, ONNX Runtime and torchao on the same model (peers); ways to cut a model into graphs
+            (forms).
+Elsewhere   the engines (compress/engines/); the other quantisers (peers.py); the larger model (large.py); students and
+            whole paths (compress.py); options and the written result (harness.py).
 Promise     every figure is of a graph that really computes with these bits: nothing is simulated. Layers are scored on
             training records, figures are of test records. Times are interleaved, medians, in an order drawn anew.
+            What was measured of these sources is kept, so that a run that was stopped goes on.
 
 Models      easy-VQA (the recipe vqa-demo, pictures and typed questions; all of its steps, a tenth with --quick), and a
             sandwich with the shapes of BERT-small (4 layers of 512) and ViT-small (12 of 384, 224 pixels) with random
@@ -22,8 +25,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from harness import Kept, run
+from large import large_batch, large_sandwich
 from paired import quartiles, ratio
-from tokenizers import Tokenizer
+from parts import once
+from peers import ONE_CORE, peers_of
 from torch import Tensor, nn
 
 from dougong.bundle.files import load_from
@@ -31,36 +36,27 @@ from dougong.bundle.model import Model
 from dougong.compress import runtime
 from dougong.compress.clock import interleaved
 from dougong.compress.delivery import export_plan, graph_bytes, layer_times, time_engine, uniform_plans
-from dougong.compress.engines.engine import Eager, Engine, EngineConfig
+from dougong.compress.engines.engine import Eager, Engine
 from dougong.compress.engines.graphs import media_of
 from dougong.compress.engines.openvino import to_graph
 from dougong.compress.export import Source, export, open_engine
+from dougong.compress.latency import LayerTimes
 from dougong.compress.parts import Column, Part, Roof
 from dougong.compress.plan import CHOICES, Choice, Plan
 from dougong.compress.quantise import Budget, Calibrated, Costs, QuantiseConfig, bytes_of, calibrate, choose
-from dougong.compress.sensitivity import divergence
-from dougong.core.bundle import Manifest
+from dougong.compress.sensitivity import Method, divergence
 from dougong.core.figures import Figure
-from dougong.core.signature import Target
 from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.modality.image import ImageConfig, ImageModality
-from dougong.data.modality.text import TextConfig, TextModality, learn_tokenizer
-from dougong.data.preparation import Preparation
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
-from dougong.model.bridge import BridgeConfig
-from dougong.model.encoders.image import ImageEncoderConfig
-from dougong.model.encoders.text import TextEncoderConfig
-from dougong.model.sandwich import SandwichConfig
-from dougong.nn.batch import Batch, MediaBatch
+from dougong.nn.batch import Batch
 from dougong.recipes.known import read_recipe
 from dougong.recipes.run import run_recipe
 from dougong.recipes.tables import open_tables
 
 WRITTEN: Final = ("image", "question")
 CONFIG: Final = QuantiseConfig()
-ONE_CORE: Final = EngineConfig(threads=1)
 BUDGETS: Final = 5
 RANDOM_PLANS: Final = 5
 PREDICTED_PLANS: Final = 20
@@ -70,8 +66,9 @@ CALIBRATION_RECORDS: Final = 256
 
 def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
     torch.set_num_threads(1)
+    kept = Kept("quantise")
     for part in parts:
-        yield from PARTS[part](quick)
+        yield from PARTS[part](quick, kept)
 
 
 class Task(NamedTuple):
@@ -80,12 +77,12 @@ class Task(NamedTuple):
     model: Model
     source: Source
     known: Calibrated
+    calibration: list[Batch]
     test: list[Batch]
     one: Batch
 
 
-def easy_vqa(quick: bool) -> Task:
-    kept = Kept("quantise")
+def easy_vqa(quick: bool, kept: Kept) -> Task:
     recipe = read_recipe("vqa-demo", ["train.steps=82"] if quick else [])
     folder = kept.folder / ("quick" if quick else "whole")
     tables = open_tables(recipe.data, seed=recipe.seed)
@@ -96,7 +93,7 @@ def easy_vqa(quick: bool) -> Task:
     calibration = batches(model, tables.train, 32, CALIBRATION_RECORDS)
     known = calibrate(model.network, source.cut.layers, calibration, "single_label", CONFIG)
     test = batches(model, tables.test, 64, 200 if quick else TEST_RECORDS)
-    return Task(model, source, known, test, batches(model, tables.test, 1, 1)[0])
+    return Task(model, source, known, calibration, test, batches(model, tables.test, 1, 1)[0])
 
 
 def batches(model: Model, table: Table, size: int, most: int) -> list[Batch]:
@@ -154,40 +151,53 @@ def judged(exact: Sequence[Tensor], said: Sequence[Tensor], test: Sequence[Batch
     return right / count, apart / count
 
 
-def budgets(quick: bool) -> Iterator[Figure]:
+def budgets(quick: bool, kept: Kept) -> Iterator[Figure]:
     """Five sizes from uniform 4 bits to uniform 8, and five latencies, each beside uniform and random plans."""
-    task = easy_vqa(quick)
+    task = easy_vqa(quick, kept)
     layers = task.source.cut.layers
     sizes = bytes_of(layers)
     uniform = uniform_plans(layers)
+    how = "quick" if quick else "whole"
     with tempfile.TemporaryDirectory() as temporary:
         judge = Judge(task, Path(temporary))
-        exact, _ = judged(judge.exact, judge.exact, task.test)
-        yield Figure(name="accuracy, unrounded", value=exact, unit="")
-        for choice in ("w8a8", "w8a16", "w4a16"):
-            found = judge(uniform[choice])
-            yield Figure(name=f"accuracy, uniform {choice}", value=found.accuracy, unit="", baseline=exact)
-            yield Figure(name=f"divergence, uniform {choice}", value=found.divergence, unit="nats")
+        yield from once(kept, f"uniform, {how}", lambda: alike(judge, task, uniform))
         least, most = (total(sizes, uniform[choice]) for choice in ("w4a16", "w8a16"))
-        for share in np.linspace(0, 1, BUDGETS):
-            room = least + (most - least) * float(share)
-            name = f"size {room / 1e3:.0f} kB"
-            yield from beside(name, judge, task, sizes, None, Budget(weight_bytes=room), uniform)
-        times = layer_times(task.source, task.known, task.one, CONFIG, ONE_CORE, Path(temporary) / "times")
+        for share in np.linspace(0, 1, 2 if quick else BUDGETS):
+            budget = Budget(weight_bytes=least + (most - least) * float(share))
+            make = functools.partial(beside, judge, task, sizes, None, 0.0, budget, uniform)
+            yield from once(kept, f"size {share:.3f}, {how}", make)
+        key = f"times of layers, {how}"
+        values = kept.get(key)
+        if values is None:
+            values = layer_times(
+                task.source, task.known, task.one, CONFIG, ONE_CORE, Path(temporary) / "times"
+            )._asdict()
+            kept.put(key, values)
+        times = LayerTimes(**values)
         fastest = sum(min(of_layer.values()) for of_layer in times.seconds.values())
         slowest = sum(of_layer["w16a16"] for of_layer in times.seconds.values())
-        for share in np.linspace(0.05, 1, BUDGETS):
-            room = fastest + (slowest - fastest) * float(share)
-            name = f"latency {(room + times.rest) * 1e3:.2f} ms"
-            yield from beside(name, judge, task, sizes, times.seconds, Budget(seconds=room), uniform)
+        for share in np.linspace(0.05, 1, 2 if quick else BUDGETS):
+            budget = Budget(seconds=fastest + (slowest - fastest) * float(share))
+            make = functools.partial(beside, judge, task, sizes, times.seconds, times.rest, budget, uniform)
+            yield from once(kept, f"latency {share:.3f}, {how}", make)
+
+
+def alike(judge: Judge, task: Task, uniform: Mapping[Choice, Plan]) -> Iterator[Figure]:
+    """The same bits for every layer."""
+    exact, _ = judged(judge.exact, judge.exact, task.test)
+    yield Figure(name="accuracy, unrounded", value=exact, unit="")
+    for choice in ("w8a8", "w8a16", "w4a16"):
+        found = judge(uniform[choice])
+        yield Figure(name=f"accuracy, uniform {choice}", value=found.accuracy, unit="", baseline=exact)
+        yield Figure(name=f"divergence, uniform {choice}", value=found.divergence, unit="nats")
 
 
 def beside(
-    name: str,
     judge: Judge,
     task: Task,
     sizes: Costs,
     seconds: Costs | None,
+    rest: float,
     budget: Budget,
     uniform: Mapping[Choice, Plan],
 ) -> Iterator[Figure]:
@@ -195,6 +205,7 @@ def beside(
     costs = sizes if seconds is None else seconds
     room = budget.weight_bytes if seconds is None else budget.seconds
     assert room is not None
+    name = f"size {room / 1e3:.0f} kB" if seconds is None else f"latency {(room + rest) * 1e3:.2f} ms"
     plan = choose(task.known.scores, sizes, seconds, budget)
     ours = judge(plan)
     fitting = [judge(each) for each in uniform.values() if total(costs, each) <= room * 1.0001]
@@ -245,40 +256,68 @@ def random_plan(costs: Costs, room: float, seed: int) -> Plan:
     return Plan(layers=chosen)
 
 
-def predicted(quick: bool) -> Iterator[Figure]:
+def scores(quick: bool, kept: Kept) -> Iterator[Figure]:
+    """Each way to score layers: what comes of its plans at three sizes between uniform 4 and 8 bits."""
+    methods: tuple[Method, ...] = ("fisher", "trace", "output")
+    for method in methods:
+        key = f"scores by {method}, {'quick' if quick else 'whole'}"
+        yield from once(kept, key, functools.partial(scored, method, quick, kept))
+
+
+def scored(method: Method, quick: bool, kept: Kept) -> Iterator[Figure]:
+    task = easy_vqa(quick, kept)
+    layers = task.source.cut.layers
+    sizes, uniform = bytes_of(layers), uniform_plans(layers)
+    least, most = (total(sizes, uniform[choice]) for choice in ("w4a16", "w8a16"))
+    known = calibrate(task.model.network, layers, task.calibration, "single_label", QuantiseConfig(method=method))
+    with tempfile.TemporaryDirectory() as temporary:
+        judge = Judge(task, Path(temporary))
+        for share in (0.5,) if quick else (0.25, 0.5, 0.75):
+            room = least + (most - least) * share
+            found = judge(choose(known.scores, sizes, None, Budget(weight_bytes=room)))
+            name = f"scored by {method}, size {room / 1e3:.0f} kB"
+            yield Figure(name=f"{name}: accuracy", value=found.accuracy, unit="")
+            yield Figure(name=f"{name}: divergence", value=found.divergence, unit="nats")
+
+
+def predicted(quick: bool, kept: Kept) -> Iterator[Figure]:
     """Twenty plans drawn at random on the larger sandwich, at batch 1 and 16."""
-    model = large_sandwich()
-    source = Source(model)
     for size in (1,) if quick else (1, 16):
-        timed = large_batch(size)
-        layers = source.cut.layers
-        known = calibrate(model.network, layers, [large_batch(4)], "single_label", CONFIG)
-        with tempfile.TemporaryDirectory() as temporary:
-            times = layer_times(source, known, timed, CONFIG, ONE_CORE, Path(temporary))
-            errors = []
-            for seed in range(4 if quick else PREDICTED_PLANS):
-                random = np.random.default_rng(seed)
-                share = random.dirichlet(np.ones(len(CHOICES)))
-                plan = Plan(
-                    layers={
-                        name: layer.choices[int(random.choice(len(layer.choices), p=_renewed(share, layer.choices)))]
-                        for name, layer in layers.items()
-                    }
-                )
-                folder = export_plan(source, Path(temporary) / f"plan-{seed}", plan, known, CONFIG)
-                engine = open_engine(folder, ONE_CORE)
-                found = time_engine(engine, timed)
-                errors.append(times.total(plan) / found.median - 1)
-        worst = max(errors, key=abs)
-        yield Figure(
-            name=f"batch {size}: largest error of the predicted latency",
-            value=abs(worst),
-            unit="",
-            asked="<= 0.15",
-            low=min(errors),
-            high=max(errors),
-            seeds=len(errors),
-        )
+        key = f"predicted, batch {size}, {'quick' if quick else 'whole'}"
+        yield from once(kept, key, functools.partial(predicted_at, size, quick))
+
+
+def predicted_at(size: int, quick: bool) -> Iterator[Figure]:
+    model = large_sandwich()
+    source, timed = Source(model), large_batch(size)
+    layers = source.cut.layers
+    known = calibrate(model.network, layers, [large_batch(4)], "single_label", CONFIG)
+    with tempfile.TemporaryDirectory() as temporary:
+        times = layer_times(source, known, timed, CONFIG, ONE_CORE, Path(temporary))
+        errors = []
+        for seed in range(4 if quick else PREDICTED_PLANS):
+            random = np.random.default_rng(seed)
+            share = random.dirichlet(np.ones(len(CHOICES)))
+            plan = Plan(
+                layers={
+                    name: layer.choices[int(random.choice(len(layer.choices), p=_renewed(share, layer.choices)))]
+                    for name, layer in layers.items()
+                }
+            )
+            folder = export_plan(source, Path(temporary) / f"plan-{seed}", plan, known, CONFIG)
+            engine = open_engine(folder, ONE_CORE)
+            found = time_engine(engine, timed)
+            errors.append(times.total(plan) / found.median - 1)
+    worst = max(errors, key=abs)
+    yield Figure(
+        name=f"batch {size}: largest error of the predicted latency",
+        value=abs(worst),
+        unit="",
+        asked="<= 0.15",
+        low=min(errors),
+        high=max(errors),
+        seeds=len(errors),
+    )
 
 
 def _renewed(share: Any, choices: Sequence[Choice]) -> Any:
@@ -286,81 +325,31 @@ def _renewed(share: Any, choices: Sequence[Choice]) -> Any:
     return kept / kept.sum()
 
 
-def large_sandwich() -> Model:
-    tokenizer: Tokenizer = learn_tokenizer([f"word{number}" for number in range(4000)], 8000)
-    preparation = Preparation(
-        {
-            "photo": ImageModality(ImageConfig(column="photo", height=224, width=224)),
-            "words": TextModality(TextConfig(column="words", max_tokens=64), tokenizer),
-        },
-        Target(name="named", task="single_label", labels=tuple("abcdefghij")),
-    )
-    config = SandwichConfig(
-        width=256,
-        bridge=BridgeConfig(num_blocks=2),
-        encoders={
-            "photo": ImageEncoderConfig(
-                width=384, num_layers=12, num_heads=6, patch_size=16, pool=2, initializer_range=0.02
-            ),
-            "words": TextEncoderConfig(width=512, num_layers=4, num_heads=8, initializer_range=0.02),
-        },
-    )
-    torch.manual_seed(0)
-    signature = preparation.signature()
-    return Model(config.build(signature), preparation, Manifest(name="large", signature=signature, model={}))
-
-
-def large_batch(size: int, tokens: int = 32) -> Batch:
-    random = torch.Generator().manual_seed(size)
-    every_B, all_B = torch.arange(size), torch.ones(size).bool()
-    ids = torch.randint(5, 1000, (size, tokens), generator=random)
-    pixels = torch.randn(size, 3, 224, 224, generator=random)
-    return Batch(
-        {
-            "photo": MediaBatch({"pixels_UCHW": pixels}, every_B, all_B),
-            "words": MediaBatch({"ids_UT": ids, "mask_UT": torch.ones_like(ids).bool()}, every_B, all_B),
-        },
-        None,
-    )
-
-
-class Called(Engine):
-    """Graphs of a peer, fed as ours are."""
-
-    kind = "onnx"
-
-    def __init__(self, spec: Mapping[str, Any], call: runtime.Call) -> None:
-        self.spec, self.call = spec, call
-
-    def run(self, batch: Batch) -> dict[str, Tensor]:
-        found = runtime.run_parts(self.spec, self.call, *media_of(batch))
-        return {name: torch.from_numpy(value) for name, value in found.items()}
-
-    def precisions(self) -> dict[str, str]:
-        return {}
-
-
-def peers(quick: bool) -> Iterator[Figure]:
+def peers(quick: bool, kept: Kept) -> Iterator[Figure]:
     """Every engine on both models: times at batch 1 and 16 over eager fp32, and what was lost of easy-VQA."""
-    task = easy_vqa(quick)
+    how = "quick" if quick else "whole"
+    yield from once(kept, f"peers on easy-VQA, {how}", lambda: peers_on_easy_vqa(easy_vqa(quick, kept), quick))
+    yield from once(kept, f"peers on the larger one, {how}", lambda: peers_on_large(quick))
+
+
+def peers_on_easy_vqa(task: Task, quick: bool) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as temporary:
-        engines = everybody(task.source, task.known, batches_for_peers(task.test), Path(temporary))
+        engines = everybody(task.source, task.known, task.calibration, Path(temporary))
         exact = [engines["eager fp32"].run(batch)["output_BC"] for batch in task.test]
         for name, engine in engines.items():
             accuracy, apart = judged(exact, [engine.run(batch)["output_BC"] for batch in task.test], task.test)
             yield Figure(name=f"easy-VQA, {name}: accuracy", value=accuracy, unit="")
             yield Figure(name=f"easy-VQA, {name}: divergence", value=apart, unit="nats")
         yield from speeds("easy-VQA", engines, {1: task.one, 16: first(task.test[0], 16)}, quick)
+
+
+def peers_on_large(quick: bool) -> Iterator[Figure]:
     large = Source(large_sandwich())
     with tempfile.TemporaryDirectory() as temporary:
         calibration = [large_batch(4), large_batch(5)]
         known = calibrate(large.model.network, large.cut.layers, calibration, "single_label", CONFIG)
         engines = everybody(large, known, calibration, Path(temporary))
         yield from speeds("BERT-small and ViT-small", engines, {1: large_batch(1), 16: large_batch(16)}, quick)
-
-
-def batches_for_peers(test: Sequence[Batch]) -> list[Batch]:
-    return list(test[:4])
 
 
 def first(batch: Batch, count: int) -> Batch:
@@ -391,62 +380,7 @@ def everybody(source: Source, known: Calibrated, calibration: Sequence[Batch], s
     for choice, plan in uniform_plans(source.cut.layers).items():
         folder = export_plan(source, scratch / choice, plan, known, CONFIG)
         engines[f"ours {choice}"] = open_engine(folder, ONE_CORE)
-    engines["NNCF default int8"] = nncf_default(source, scratch / "openvino", calibration)
-    engines["ONNX Runtime dynamic int8"] = onnxruntime_dynamic(scratch / "onnx", scratch / "dynamic")
-    engines["torchao int8, compiled"] = torchao_int8(source)
-    return engines
-
-
-def nncf_default(source: Source, folder: Path, calibration: Sequence[Batch]) -> Engine:
-    import nncf
-    import openvino
-
-    spec = open_engine(folder, ONE_CORE).spec
-    asked: dict[str, list[runtime.Arrays]] = {}
-    plain = open_engine(folder, ONE_CORE)
-
-    def noting(name: str, given: runtime.Arrays) -> runtime.Arrays:
-        asked.setdefault(name, []).append(given)
-        return plain.call(name, given)
-
-    for batch in calibration:
-        runtime.run_parts(spec, noting, *media_of(batch))
-    core = openvino.Core()
-    requests: dict[str, Any] = {}
-    for name in runtime.part_names(spec):
-        graph = core.read_model(folder / "graphs" / f"{name}.xml")
-        if name in asked:
-            graph = nncf.quantize(graph, nncf.Dataset(asked[name]), model_type=nncf.ModelType.TRANSFORMER)
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1}
-        compiled = core.compile_model(graph, "CPU", settings)
-        requests[name] = compiled.create_infer_request()
-
-    def call(name: str, given: runtime.Arrays) -> runtime.Arrays:
-        found = requests[name].infer(given)
-        return {output: np.array(found[place]) for place, output in enumerate(runtime.outputs_of(spec, name))}
-
-    return Called(spec, call)
-
-
-def onnxruntime_dynamic(folder: Path, scratch: Path) -> Engine:
-    import shutil
-
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    shutil.copytree(folder, scratch)
-    for path in sorted((scratch / "graphs").glob("*.onnx")):
-        quantize_dynamic(str(folder / "graphs" / path.name), str(path), weight_type=QuantType.QInt8)
-    return open_engine(scratch, ONE_CORE)
-
-
-def torchao_int8(source: Source) -> Engine:
-    import copy
-
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    network = copy.deepcopy(source.model.network)
-    quantize_(network, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, _: isinstance(m, nn.Linear))
-    return Eager(network, compiled=True)
+    return engines | peers_of(source, calibration, scratch)
 
 
 class Whole(nn.Module):
@@ -467,11 +401,11 @@ class Whole(nn.Module):
         return answer
 
 
-def forms(quick: bool) -> Iterator[Figure]:
+def forms(quick: bool, kept: Kept) -> Iterator[Figure]:
     """One graph for each encoder and one for the roof, against one graph for all; and skipping against zeros."""
     import openvino
 
-    task = easy_vqa(True)
+    task = easy_vqa(True, kept)
     for name, source, timed in (
         ("easy-VQA", task.source, {1: task.one, 16: first(task.test[0], 16)}),
         ("BERT-small and ViT-small", Source(large_sandwich()), {1: large_batch(1), 16: large_batch(16)}),
@@ -538,8 +472,9 @@ def without(batch: Batch, name: str) -> Batch:
     return Batch({**batch.media, name: nothing}, None)
 
 
-PARTS: Final[dict[str, Callable[[bool], Iterator[Figure]]]] = {
+PARTS: Final[dict[str, Callable[[bool, Kept], Iterator[Figure]]]] = {
     "budgets": budgets,
+    "scores": scores,
     "predicted": predicted,
     "peers": peers,
     "forms": forms,

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from harness import Kept
 
+from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
 from dougong.compress.distil import DistilConfig, distil, judge_on
 from dougong.compress.importance import Importance, ImportanceConfig, measure_importance
@@ -25,6 +26,7 @@ from dougong.compress.prune import PruneConfig, pruned_shape
 from dougong.compress.search import model_of
 from dougong.compress.structure import Structure, structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
+from dougong.core.bundle import is_bundle
 from dougong.core.config import parse
 from dougong.core.figures import Figure
 from dougong.data.loader import Loader, LoaderConfig
@@ -33,7 +35,7 @@ from dougong.engine.batches import to_tensors
 from dougong.nn.batch import Batch
 from dougong.recipes.known import read_recipe
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.run import train_recipe
+from dougong.recipes.run import run_recipe
 from dougong.recipes.tables import Tables, open_tables
 
 SEEDS: Final = 3
@@ -61,15 +63,13 @@ class Measured(NamedTuple):
     accuracy: dict[str, float]
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    torch.set_num_threads(1)
-    kept = Kept("compress")
+def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
     found: list[Measured] = []
     for seed in range(1 if quick else SEEDS):
         key = f"student {seed} {'quick' if quick else 'whole'}"
         values = kept.get(key)
         if values is None:
-            values = one_seed(seed, quick=quick)._asdict()
+            values = one_seed(seed, kept, quick=quick)._asdict()
             kept.put(key, values)
         found.append(Measured(**values))
     count = len(found)
@@ -109,18 +109,34 @@ def recipe_of(seed: int, *, quick: bool) -> Recipe:
     return parse(Recipe, values, where="teacher")
 
 
-def one_seed(seed: int, *, quick: bool) -> Measured:
-    """A teacher and its students."""
+class Taught(NamedTuple):
+    """A teacher, and what it learnt from."""
+
+    recipe: Recipe
+    tables: Tables
+    teacher: Model
+
+
+def teacher_of(seed: int, kept: Kept, *, quick: bool) -> Taught:
+    """Trained once of the same sources."""
     recipe = recipe_of(seed, quick=quick)
     tables = open_tables(recipe.data, seed=seed)
+    folder = kept.folder / f"teacher-{seed}-{'quick' if quick else 'whole'}"
+    if not is_bundle(folder / "bundle"):
+        run_recipe(recipe, folder, resume=(folder / "run.yaml").exists(), quiet=True, tables=tables)
+    return Taught(recipe, tables, load_from(folder))
+
+
+def one_seed(seed: int, kept: Kept, *, quick: bool) -> Measured:
+    """A teacher and its students."""
+    recipe, tables, teacher = teacher_of(seed, kept, quick=quick)
+    whole = sum(p.numel() for p in teacher.network.parameters())
+    structure = structure_of(teacher.network)
+    importance = measured_importance(teacher, structure, tables, seed)
+    shape = quarter(teacher, structure, importance)
+    accuracy: dict[str, float] = {}
+    share = 1.0
     with tempfile.TemporaryDirectory() as folder:
-        teacher = train_recipe(recipe, Path(folder) / "teacher", quiet=True, tables=tables).model
-        whole = sum(p.numel() for p in teacher.network.parameters())
-        structure = structure_of(teacher.network)
-        importance = measured_importance(teacher, structure, tables, seed)
-        shape = quarter(teacher, structure, importance)
-        accuracy: dict[str, float] = {}
-        share = 1.0
         for way, (inherits, taught) in WAYS.items():
             student = student_of(teacher, shape, importance if inherits else None, seed)
             share = sum(p.numel() for p in student.network.parameters()) / whole
@@ -135,7 +151,7 @@ def one_seed(seed: int, *, quick: bool) -> Measured:
                 Path(folder) / way.replace(" ", "-").replace(",", ""),
             )
             accuracy[way] = judge_on(student.network, tables.test, student.preparation).metrics["accuracy"]
-        told = judge_on(teacher.network, tables.test, teacher.preparation).metrics["accuracy"]
+    told = judge_on(teacher.network, tables.test, teacher.preparation).metrics["accuracy"]
     return Measured(told, share, accuracy)
 
 

@@ -14,6 +14,7 @@ import pytest
 import dougong
 from dougong.bundle.model import Model
 from dougong.cli.main import main
+from dougong.compress.backends import OnnxBackend
 from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
 from dougong.compress.export import Source, answering_bytes, export, load_export, open_engine
 from dougong.compress.plan import Plan
@@ -81,6 +82,24 @@ def test_others_answer_alike(model: Model, source: Source, to: Any, rows: list[d
     alike(exported.predict(rows[:1]), model.predict(rows[:1]))
     alike(exported.predict(rows[:3], withhold=["photo"]), model.predict(rows[:3], withhold=["photo"]))
     _answers_without_dougong(tmp_path / to, model, tmp_path, blocked="openvino")
+
+
+@pytest.mark.slow
+def test_onnx_runtime_rounds_by_each_batch(model: Model, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    backend = OnnxBackend()
+    whole, rounded = (
+        backend.carry_out(model, bits, [], tmp_path / str(place)) for place, bits in enumerate(backend.options())
+    )
+    rounded.ship(tmp_path / "shipped", model.manifest)
+
+    found, want = load_export(tmp_path / "shipped").predict(rows), model.predict(rows)
+    assert rounded.num_bytes < 0.5 * whole.num_bytes
+    assert sum(one.answer == other.answer for one, other in zip(found, want, strict=True)) >= 0.9 * len(rows)
+    # Each batch's own range: a tenth of a probability is far more than 8 bits of a good range move.
+    close = [abs((one.confidence or 0) - (other.confidence or 0)) for one, other in zip(found, want, strict=True)]
+    assert sorted(close)[len(close) // 2] < 0.1
+    files = {path.name: path.read_bytes() for path in (tmp_path / "shipped" / "graphs").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "1" / "graphs").iterdir()}
 
 
 @pytest.mark.slow

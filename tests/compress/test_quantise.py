@@ -10,7 +10,7 @@ from dougong.compress.parts import cut
 from dougong.compress.plan import CHOICES, Plan, read_choice
 from dougong.compress.quantise import Budget, QuantiseConfig, bytes_of, calibrate, choose, round_layers
 from dougong.compress.recover import RecoverConfig, recover
-from dougong.compress.sensitivity import by_output, candidate, divergence, simulated
+from dougong.compress.sensitivity import DRAWS, _drawn, by_output, by_trace, candidate, divergence, simulated
 from dougong.core.errors import ConfigError
 from dougong.core.signature import ImageInput, Signature, Target, TextInput
 from dougong.model.sandwich import Sandwich, SandwichConfig
@@ -60,6 +60,39 @@ def test_one_pass_scores_layers_as_trying_each_does(network: Sandwich, batches: 
 
     for name in few:
         assert known.scores[name]["w4a16"] == pytest.approx(tried[name]["w4a16"], rel=1.0, abs=1e-6)
+
+
+def alone(batch: Batch, row: int) -> Batch:
+    """One record of a batch in which each has media of its own."""
+    media = {}
+    for name, one in batch.media.items():
+        values = {key: value[row : row + 1] for key, value in one.values.items()}
+        media[name] = MediaBatch(values, torch.zeros(1, dtype=torch.int64), torch.ones(1).bool())
+    return Batch(media, None)
+
+
+def test_the_trace_is_that_of_single_records_gradients(
+    network: Sandwich, batches: list[Batch], calibrated: Any
+) -> None:
+    layers, _ = calibrated
+    names = [next(n for n in layers if ("w8a8" in layers[n].choices) == linear) for linear in (True, False)]
+    rounded = {n: candidate("w8a16", round_layers(layers, Plan(layers={n: "w8a16"})).weights[n], None) for n in names}
+    single = [alone(batches[0], row) for row in range(3)]
+
+    found = by_trace(network, {n: {"w8a16": rounded[n]} for n in names}, single, "single_label", 0)
+
+    random = torch.Generator().manual_seed(0)
+    weights = [network.get_submodule(name).weight for name in names]
+    norms = [0.0, 0.0]
+    for batch in single:
+        for _ in range(DRAWS):
+            output_BC = network(batch).output_BC
+            gradients = torch.autograd.grad(output_BC, weights, _drawn(output_BC.detach(), "single_label", random))
+            norms = [norm + float(gradient.square().sum()) for norm, gradient in zip(norms, gradients, strict=True)]
+    for name, weight, norm in zip(names, weights, norms, strict=True):
+        moved = float((rounded[name].weight - weight.detach()).square().sum())
+        want = norm / (len(single) * DRAWS) / weight.numel() * moved / 2
+        assert found[name]["w8a16"] == pytest.approx(want, rel=1e-4)
 
 
 def test_fewer_bits_are_never_scored_better_as_a_whole(calibrated: Any) -> None:

@@ -21,11 +21,11 @@ from dougong.compress.picture import draw_points
 from dougong.compress.run import compress_bundle, read_ratio
 from dougong.compress.search import BudgetError, Outcome, SearchConfig
 from dougong.compress.student import StudentConfig
+from dougong.core.bundle import Manifest
 from dougong.core.config import override, parse
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import Event, StepDone
 from dougong.core.sizes import read_seconds
-from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 
 SMALL = (
@@ -61,6 +61,7 @@ def compressed(colour_run: Path, colour_table: Path, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("compress") / "out"
     settings = [argument for setting in SMALL for argument in ("--set", setting)]
     arguments = [str(colour_run), "--data", str(colour_table), "--size", "600kB", "--max-loss", "1"]
+    arguments += ["--engine", "eager"]
     assert main(["compress", *arguments, "--out", str(out), "--json", *settings]) == 0
     return out
 
@@ -150,6 +151,7 @@ def test_a_budget_that_cannot_be_met_ends_with_the_closest_points_and_what_binds
 ) -> None:
     settings = [argument for setting in SMALL for argument in ("--set", setting)]
     arguments = [str(colour_run), "--data", str(colour_table), "--size", "9kB", "--out", str(tmp_path / "out")]
+    arguments += ["--engine", "eager"]
 
     assert main(["compress", *arguments, "--json", *settings]) == 2
 
@@ -166,6 +168,15 @@ def test_a_budget_that_cannot_be_met_ends_with_the_closest_points_and_what_binds
     assert main(["compress", *arguments, "--resume", *settings]) == 2
     assert "none of which has learnt" in capsys.readouterr().out
     assert not (tmp_path / "out" / "bundle").exists()
+
+
+def test_a_latency_that_cannot_be_met_ends_so_too(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"latency: .* ms against 0.001 ms, of which \d+% is \w+'s") as caught:
+        compress_bundle(
+            colour_run, colour_table, Budget(latency_seconds=1e-6), tmp_path / "out", small("keeps=[1.0]", "turns=1")
+        )
+    closest = caught.value.outcome.closest
+    assert closest[0].latency_seconds == min(point.latency_seconds for point in caught.value.outcome.points)
 
 
 @pytest.mark.slow
@@ -200,29 +211,32 @@ class Halved:
     name = "halved"
 
     def __init__(self) -> None:
-        self.saved: list[Path] = []
+        self.saved: list[tuple[Path, Manifest]] = []
 
-    def options(self, network: Sandwich) -> Sequence[Mapping[str, str]]:
+    def options(self) -> Sequence[Mapping[str, str]]:
         return [{"all": "w16"}, {"all": "w8"}]
 
     def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
-        return _Rounded(self, model, 2 if bits["all"] == "w16" else 1)
+        return _Rounded(self, model, 1.25 if "half" in bits else 2 if bits["all"] == "w16" else 1)
+
+    def fill(self, model: Model, *_: Any) -> Mapping[str, str]:
+        return {"half": "w16", "other half": "w8"}
 
 
 class _Rounded:
-    def __init__(self, backend: Halved, model: Model, bytes_each: int) -> None:
-        self._backend, self._network, self._bytes = backend, model.network, bytes_each
+    def __init__(self, backend: Halved, model: Model, bytes_each: float) -> None:
+        self._backend, self.network, self._bytes = backend, model.network, bytes_each
 
     @property
     def num_bytes(self) -> int:
-        return self._bytes * sum(p.numel() for p in self._network.parameters())
+        return round(self._bytes * sum(p.numel() for p in self.network.parameters()))
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Any:
-        return self._network(batch)
+        return self.network(batch)
 
-    def save(self, folder: Path) -> None:
-        self._backend.saved.append(folder)
+    def ship(self, folder: Path, manifest: Manifest) -> None:
+        self._backend.saved.append((folder, manifest))
 
 
 @pytest.mark.slow
@@ -237,12 +251,88 @@ def test_other_engines_and_bits_are_further_dimensions(colour_run: Path, colour_
         backends=(Eager(), backend),
     )
 
+    found = {str(point.candidate.bits) for point in result.outcome.points if point.candidate.engine == "halved"}
+    assert found == {"{'all': 'w16'}", "{'all': 'w8'}", "{'half': 'w16', 'other half': 'w8'}"}
     chosen = result.outcome.chosen
     assert chosen is not None
-    assert (chosen.candidate.engine, chosen.candidate.bits) == ("halved", {"all": "w8"})
-    assert {point.candidate.engine for point in result.outcome.points} == {"eager", "halved"}
-    assert backend.saved == [tmp_path / "out" / "engine"]
-    assert "on halved in w8" in chosen.candidate.in_words()
+    assert chosen.candidate.engine == "halved"
+    assert chosen.candidate.bits != {"all": "w16"}  # which is too large
+    assert "on halved in " in chosen.candidate.in_words()
+    ((folder, manifest),) = backend.saved
+    assert folder == tmp_path / "out" / "bundle"
+    assert manifest.metrics["all"]["accuracy"] == result.judged["all"]["compressed"]
+
+
+@pytest.mark.slow
+def test_bits_and_engine_are_chosen_and_the_engines_files_are_the_bundle(
+    colour_run: Path, colour_table: Path, compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    drafted = json.loads((compressed / "compress.json").read_text())["points"]
+    most = round(1.5 * max(point["num_parameters"] for point in drafted))  # less than 16 bits each, more than 8
+    tiny = (*SMALL, "keeps=[1.0]", "tried=1", "ranked=1", "proxy_steps=0", "distil.train.steps=2", "try_share=1")
+    settings = [argument for setting in tiny for argument in ("--set", setting)]
+    out = tmp_path / "out"
+    budget = ["--size", f"{most}B", "--max-loss", "1", "--engine", "openvino"]
+
+    assert main(["compress", str(colour_run), "--data", str(colour_table), *budget, "--out", str(out), *settings]) == 0
+
+    found = json.loads((out / "compress.json").read_text())
+    assert found["chosen"]["candidate"]["engine"] == "openvino"
+    assert found["chosen"]["size_bytes"] <= most
+    mixed = [each["candidate"]["bits"] for each in found["points"] if len(set(each["candidate"]["bits"].values())) > 1]
+    assert mixed, "the solver's own bits were not tried"
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--data", str(colour_table), "--missing", "photo", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == {"all", "without photo"}
+    (tmp_path / "some.jsonl").write_text(json.dumps({"remark": "cold like the sea"}) + "\n")
+    assert main(["predict", str(out), str(tmp_path / "some.jsonl"), str(tmp_path / "answers.jsonl")]) == 0
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["answer"] in ("red", "green", "blue")
+    card = (out / "bundle" / "README.md").read_text()
+    assert f"| all | accuracy | {found['judged']['all']['compressed']:.4f} |" in card
+    assert dougong.load(out / "learnt").manifest.signature == dougong.load(colour_run / "bundle").manifest.signature
+
+
+@pytest.mark.slow
+def test_a_student_of_fewer_modalities_with_teachers_of_one_and_zeros(
+    colour_run: Path, colour_table: Path, tmp_path: Path
+) -> None:
+    dougong.fit(colour_table, target="colour", steps=4, out=tmp_path / "alone", quiet=True, modalities=["remark"])
+    told: list[str] = []
+    settings = (
+        "modalities=[remark, table]",
+        f"beside.remark={tmp_path / 'alone'}",
+        "sparse.kind=2:4",
+        "keeps=[1.0]",
+        "tried=1",
+        "try_share=1",
+    )
+    result = compress_bundle(
+        colour_run,
+        colour_table,
+        Budget(size_bytes=600_000, max_loss=1.0),
+        tmp_path / "out",
+        small(*settings),
+        say=told.append,
+    )
+
+    shipped = dougong.load(tmp_path / "out" / "bundle")
+    assert list(shipped.preparation.modalities) == ["remark", "table"]
+    assert set(result.judged) == {"all", "without remark", "without table"}
+    assert any("2:4: 50% of the weights are zero" in line for line in told)
+    for module in shipped.network.modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 4 == 0:
+            four_OG4 = module.weight.unflatten(1, (-1, 4))
+            assert ((four_OG4 != 0).sum(dim=-1) <= 2).all()
+
+
+def test_what_leaves_modalities_out_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="modalities says what the student is shown, and so does"):
+        small("modalities=[remark]", "distil.withhold=0.1")
+    with pytest.raises(ConfigError, match=r"beside.photo teaches a modality that the student does not read"):
+        small("modalities=[remark]", "beside.photo=runs/photo")
+    assert small("sparse.kind=2:4").sparse is not None  # which YAML reads as a number of base 60
 
 
 def test_the_front_and_the_picture_follow_from_the_points() -> None:
@@ -285,6 +375,10 @@ def test_times_and_ratios_are_read_as_people_write_them() -> None:
     [
         (["nowhere", "--data", "a.csv", "--size", "8MB"], "nowhere"),
         (["nowhere", "--data", "a.csv"], "no budget is given. Use --size 8MB, --latency 5ms or --speedup 10x."),
+        (
+            ["nowhere", "--data", "a.csv", "--size", "8MB", "--engine", "warp"],
+            "--engine 'warp' is none. Use one of auto, eager, openvino, onnx.",
+        ),
         (["nowhere", "--data", "a.csv", "--size", "small"], "'small' is no number of bytes"),
         (["nowhere", "--data", "a.csv", "--latency", "5"], "--latency '5' is no time"),
         (["nowhere", "--data", "a.csv", "--speedup", "x"], "--speedup 'x' is no ratio"),

@@ -314,7 +314,19 @@ def evaluate(
         raise ConfigError("--baseline says nothing without --corrupt all. Add that, or leave it out.")
     if not graded and "all" in (corrupt or ()):
         raise ConfigError("--corrupt all goes through every modality by itself. Leave the other ones out.")
-    figures = judge(model, data, missing or (), [] if graded else [parse_corruption(text) for text in corrupt or ()])
+    corruptions = [] if graded else [parse_corruption(text) for text in corrupt or ()]
+    exported = _export_in(model)
+    if exported is not None:
+        from dougong.compress.export import judge_export
+
+        if graded or contribution:
+            raise ConfigError(
+                f"{'--corrupt all' if graded else '--contribution'} asks a bundle's own network, and {model} holds an "
+                "export. Give the bundle that it was exported from."
+            )
+        figures = judge_export(exported, data, missing or (), corruptions)
+    else:
+        figures = judge(model, data, missing or (), corruptions)
     curves = sweep(model, data, missing or (), baseline=baseline, announce=None if as_json else _tell) if graded else []
     counted = judge_contribution(model, data) if contribution else None
     if as_json:
@@ -327,6 +339,14 @@ def evaluate(
         print_robustness(curves)
     if counted is not None:
         print_contribution(counted)
+
+
+def _export_in(model: Path) -> Path | None:
+    """The export that a folder is, or has in the place of a run's bundle."""
+    from dougong.core.bundle import bundle_in, is_bundle, kind_of
+
+    folder = bundle_in(model)
+    return folder if is_bundle(folder) and kind_of(folder) == "export" else None
 
 
 def _tell(what: str, done: int, total: int) -> None:
@@ -346,14 +366,14 @@ def predict(
 ) -> None:
     """Answer every record of a table; a record that cannot be read gets its reason."""
     from dougong.bundle.files import predict_file
-    from dougong.core.bundle import is_bundle, kind_of
 
     if task is None:
         asked: Any = model  # what it holds is loaded by torch
-        if is_bundle(model) and kind_of(model) == "export":
+        exported = _export_in(model)
+        if exported is not None:
             from dougong.compress.export import load_export
 
-            asked = load_export(model)
+            asked = load_export(exported)
         summary = predict_file(asked, records, answers, withhold or ())
     else:
         from dougong.continual.taught import Answer, open_taught
@@ -391,7 +411,7 @@ def export(
     data: Annotated[Path | None, Option(help="A table of records to calibrate with and to measure on.")] = None,
     records: Annotated[int, Option(min=2, help="How many of them at most: half for each.")] = 256,
     method: Annotated[
-        str, Option(help="How layers are scored: fisher (one pass) or output (one for each).")
+        str, Option(help="How layers are scored: fisher or trace (one pass), or output (one for each).")
     ] = "fisher",
     recover: Annotated[
         int | None, Option(min=1, help="With --bits: steps of teaching the rounded model to answer as before.")
@@ -483,6 +503,9 @@ def compress(
     max_loss: Annotated[float, Option(help="Of the task's figure, on records that nothing is learnt from.")] = 0.01,
     judge: Annotated[Path | None, Option(help="A table to judge on at the end. Default: some of --data.")] = None,
     out: Annotated[Path | None, Option(help="Where to write. Default: runs/NAME-compressed.")] = None,
+    engine: Annotated[
+        str, Option(help="What may carry it out: eager (torch), openvino, onnx, or auto: all that are installed.")
+    ] = "auto",
     time_limit: Annotated[str | None, Option(help="Like 10min: less is tried where time is short.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the search in that folder.")] = False,
     settings: Annotated[
@@ -492,6 +515,7 @@ def compress(
 ) -> None:
     """Make a bundle smaller and faster, to a budget, and prove what it lost."""
     from dougong.cli.show import print_compression
+    from dougong.compress.backends import backends_named
     from dougong.compress.candidate import Budget
     from dougong.compress.run import compress_bundle, read_ratio
     from dougong.compress.search import BudgetError, SearchConfig
@@ -524,6 +548,7 @@ def compress(
             time_limit=seconds,
             say=(lambda line: None) if as_json else _say,
             listeners=() if as_json else (Progress(),),
+            backends=backends_named(engine),
         )
     except BudgetError:
         found = (folder / "compress.json").read_text(encoding="utf-8")

@@ -106,6 +106,12 @@ def print_compression(found: dict[str, Any], folder: Path) -> None:
             judged.add_row(condition, *(f"{value:.4f}" for value in values), f"{figures['loss']:+.4f}", between)
         console.print(judged)
         console.print(f"bundle {folder / 'bundle'}", markup=False, highlight=False)
+        if found["learnt"] is not None:
+            console.print(
+                f"before its bits were chosen, for dougong serve and dougong.load: {found['learnt']}",
+                markup=False,
+                highlight=False,
+            )
     for bind in found["binds"]:
         console.print(f"not met: {bind}", markup=False, highlight=False)
     console.print(f"picture {folder / 'points.svg'}", markup=False, highlight=False)

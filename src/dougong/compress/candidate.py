@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -20,12 +21,16 @@ from pydantic import Field, model_validator
 
 from dougong.bundle.model import Model
 from dougong.compress.student import StudentConfig
+from dougong.core.bundle import Manifest
 from dougong.core.config import Config
+from dougong.core.errors import ConfigError
 from dougong.core.sizes import bytes_as_text
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 
 EAGER = "eager"
+ALL = "all"
+"""In place of layers' names: the same bits for every one."""
 
 
 class Candidate(Config):
@@ -37,7 +42,7 @@ class Candidate(Config):
 
     engine: str = EAGER
     bits: dict[str, str] = {}
-    """By layer, in the words of the engine; empty: as trained."""
+    """By layer, in the words of the engine, or for ALL alike; empty: as trained."""
 
     @property
     def is_teacher(self) -> bool:
@@ -73,8 +78,9 @@ class Candidate(Config):
         if self.keep < 1:
             parts.append(f"pruned to {self.keep:g}")
         if self.engine != EAGER or self.bits:
-            kinds = sorted(set(self.bits.values()))
-            parts.append(f"on {self.engine}{' in ' + ', '.join(kinds) if kinds else ''}")
+            counts = Counter(self.bits.values())
+            told = [kind if set(self.bits) == {ALL} else f"{counts[kind]} x {kind}" for kind in sorted(counts)]
+            parts.append(f"on {self.engine}{' in ' + ' and '.join(told) if told else ''}")
         return ", ".join(parts) or "the teacher's shape"
 
 
@@ -168,12 +174,17 @@ class Runner(Protocol):
         """What its weights take on the disk."""
         ...
 
+    @property
+    def network(self) -> Any:
+        """The same where a network is expected (bundle/model.py)."""
+        ...
+
     def __call__(self, batch: Batch) -> Any:
         """An output with `output_BC`."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Put beside the bundle what it needs besides; nothing where the bundle is all."""
+    def ship(self, folder: Path, manifest: Manifest) -> None:
+        """Write the bundle that is delivered, of which the manifest tells; an older one there is replaced."""
         ...
 
 
@@ -183,31 +194,47 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def options(self, network: Sandwich) -> Sequence[Mapping[str, str]]:
-        """Bits by layer that are worth trying for a network of this shape; an empty mapping for as trained."""
+    def options(self) -> Sequence[Mapping[str, str]]:
+        """Bits that are worth trying, those that lose least first; an empty mapping for as trained."""
         ...
 
     def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
-        """Make it ready to be asked; `folder` is empty, and its to use."""
+        """Make it ready to be asked; `folder` is not there yet, and its to use."""
+        ...
+
+    def fill(
+        self,
+        model: Model,
+        calibration: Sequence[Batch],
+        timed: Batch,
+        most_bytes: float | None,
+        most_seconds: float | None,
+    ) -> Mapping[str, str]:
+        """Bits by layer that lose least within this room, of a model that has learnt.
+
+        Raises:
+            ConfigError: there are none.
+        """
         ...
 
 
 class EagerRunner:
     """The network itself."""
 
-    def __init__(self, network: Sandwich) -> None:
-        self._network = network.eval()
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.network = model.network.eval()
 
     @property
     def num_bytes(self) -> int:
-        return weights_bytes(self._network)
+        return weights_bytes(self.network)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Any:
-        return self._network(batch)
+        return self.network(batch)
 
-    def save(self, folder: Path) -> None:
-        """The bundle is all."""
+    def ship(self, folder: Path, manifest: Manifest) -> None:
+        Model(self.network, self._model.preparation, manifest).save(folder)
 
 
 class Eager:
@@ -215,11 +242,21 @@ class Eager:
 
     name = EAGER
 
-    def options(self, network: Sandwich) -> Sequence[Mapping[str, str]]:
+    def options(self) -> Sequence[Mapping[str, str]]:
         return [{}]
 
     def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
-        return EagerRunner(model.network)
+        return EagerRunner(model)
+
+    def fill(
+        self,
+        model: Model,
+        calibration: Sequence[Batch],
+        timed: Batch,
+        most_bytes: float | None,
+        most_seconds: float | None,
+    ) -> Mapping[str, str]:
+        raise ConfigError("torch computes all layers in fp32. Use --engine openvino for fewer bits.")
 
 
 def weights_bytes(network: Sandwich) -> int:

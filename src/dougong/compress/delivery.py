@@ -1,6 +1,7 @@
 """From a bundle to an export that keeps to a budget: what `dougong export` does.
 
-Here        ExportRequest, `deliver`, Delivered; `records_of` (batches of a table, for calibrating and for judging).
+Here        ExportRequest, `deliver`, Delivered; `records_of` (batches of a table, for calibrating and for judging);
+            `plan_within` (the bits that use a budget up, as measured).
 Elsewhere   its steps: cutting and writing (export.py), scores and bits (quantise.py), times (latency.py).
 Promise     what is told of the export was measured with the export, on records that had no part in choosing its bits;
             an export that is over its budget is not left behind.
@@ -12,7 +13,7 @@ import functools
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -190,7 +191,17 @@ def deliver(
         assert known is not None
         assert timed is not None
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=_parent(folder)) as temporary:
-            plan = _plan_within(made, known, timed, request, Path(temporary), announce)
+            plan = plan_within(
+                made,
+                known,
+                timed,
+                Path(temporary),
+                most_bytes=request.most_bytes,
+                most_seconds=request.most_seconds,
+                quantise=request.quantise,
+                engine=request.engine,
+                announce=announce,
+            )
     elif request.plan is not None:
         plan = request.plan
     else:
@@ -254,43 +265,53 @@ def export_plan(made: Source, folder: Path, plan: Plan, known: Calibrated | None
     return export(made, folder, "openvino", round_layers(made.cut.layers, plan, seen, correct=config.error_correction))
 
 
-def _plan_within(
+def plan_within(
     made: Source,
     known: Calibrated,
     timed: Batch,
-    request: ExportRequest,
     scratch: Path,
-    announce: Announce | None,
+    *,
+    most_bytes: float | None = None,
+    most_seconds: float | None = None,
+    quantise: QuantiseConfig = QuantiseConfig(),  # noqa: B008, frozen
+    engine: EngineConfig = EngineConfig(),  # noqa: B008, frozen
+    announce: Announce | None = None,
+    counted: Callable[[Path], int] | None = None,
 ) -> Plan:
-    """The plan with the least score whose export keeps to the budget, as measured."""
+    """The plan with the least score whose export keeps to the budget, as measured; `scratch` is its to use. `counted`
+    says which bytes of an export count; None: all of its graphs.
+
+    Raises:
+        ConfigError: no choice of bits keeps to it, or none that was found in so many tries.
+    """
     layers = made.cut.layers
-    costs = bytes_of(layers)
+    costs, counted = bytes_of(layers), counted or graph_bytes
     uniform = uniform_plans(layers)
-    base = export_plan(made, scratch / "base", uniform["w16a16"], known, request.quantise)
-    fixed = graph_bytes(base) - sum(costs[name]["w16a16"] for name in layers)
-    most = None if request.most_bytes is None else request.most_bytes - fixed
+    base = export_plan(made, scratch / "base", uniform["w16a16"], known, quantise)
+    fixed = counted(base) - sum(costs[name]["w16a16"] for name in layers)
+    most = None if most_bytes is None else most_bytes - fixed
     if most is not None and most <= 0:
         raise ConfigError(
             f"the size binds: what no choice of bits changes takes {bytes_as_text(fixed)} alone, and "
-            f"{bytes_as_text(cast(float, request.most_bytes))} were asked for. Ask for more, or prune the model first."
+            f"{bytes_as_text(cast(float, most_bytes))} were asked for. Ask for more, or prune the model first."
         )
     times = None
-    if request.most_seconds is not None:
-        times = layer_times(made, known, timed, request.quantise, request.engine, scratch, announce)
-    allowed = request.most_seconds
+    if most_seconds is not None:
+        times = layer_times(made, known, timed, quantise, engine, scratch, announce)
+    allowed = most_seconds
     for number in range(ROUNDS):
         seconds = None if times is None or allowed is None else allowed - times.rest
         plan = choose(known.scores, costs, None if times is None else times.seconds, Budget(most, seconds))
-        tried = export_plan(made, scratch / f"tried-{number}", plan, known, request.quantise)
-        over_bytes = 0.0 if request.most_bytes is None else graph_bytes(tried) / request.most_bytes
+        tried = export_plan(made, scratch / f"tried-{number}", plan, known, quantise)
+        over_bytes = 0.0 if most_bytes is None else counted(tried) / most_bytes
         over_time = 0.0
-        if request.most_seconds is not None:
-            over_time = time_engine(open_engine(tried, request.engine), timed).median / request.most_seconds
+        if most_seconds is not None:
+            over_time = time_engine(open_engine(tried, engine), timed).median / most_seconds
         if over_bytes <= 1.0 and over_time <= 1.0:
             return plan
         # Predicted too low: aim as much lower.
         if most is not None and over_bytes > 1.0:
-            most -= graph_bytes(tried) - cast(float, request.most_bytes)
+            most -= counted(tried) - cast(float, most_bytes)
         if allowed is not None and over_time > 1.0:
             allowed /= over_time * 1.02
     raise ConfigError(
@@ -345,6 +366,12 @@ def time_engine(engine: Engine, batch: Batch) -> Timed:
 def graph_bytes(folder: Path) -> int:
     """Of an export's graphs."""
     return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir())
+
+
+def number_bytes(folder: Path) -> int:
+    """Of an export's weights and scales, where they have files of their own: what says how to compute takes as much for
+    a small model as for a large one."""
+    return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.suffix != ".xml")
 
 
 def _told(

@@ -1,6 +1,7 @@
 """A student learns from its teacher, and from labels where there are any.
 
-Here        DistilConfig; Lessons, the losses of one student and its teachers; `distil`, which trains it.
+Here        DistilConfig; Lessons, the losses of one student and its teachers; `distil`, which trains it;
+            `teacher_beside`, a further teacher of one modality.
 Elsewhere   the losses themselves (objectives/); making a student (student.py); the loop (engine/trainer.py).
 Promise     teacher and student may have any shape: what cannot be held against each other is left out, and said.
             Teachers see all that a record has, also what is hidden from the student; nothing of theirs changes. A run
@@ -434,7 +435,7 @@ def distil(
             f"answer_weight is 0, and {records.path.name} has no column {target.name!r}: nothing says what is right. "
             "Give it a weight, or a table with the target."
         )
-    teachers = tuple(_beside(name, model, teacher) for name, model in (beside or {}).items())
+    teachers = tuple(teacher_beside(name, model, teacher) for name, model in (beside or {}).items())
     everything = Teacher(teacher.network, tuple(teacher.preparation.modalities))
     lessons = Lessons(student, everything, teachers, config, target.task)
     for line in lessons.left_out:
@@ -508,8 +509,12 @@ def _with_metric(found: Evaluation, name: str, value: float) -> Evaluation:
     return found
 
 
-def _beside(name: str, model: Model, teacher: Model) -> Teacher:
-    """A teacher of one modality, which must read it as the main one does."""
+def teacher_beside(name: str, model: Model, teacher: Model) -> Teacher:
+    """A teacher of one modality, which must read it as the main one does.
+
+    Raises:
+        ConfigError: it reads something else, or answers another question.
+    """
     own, main = model.preparation.signature(), teacher.preparation.signature()
     if name not in main.inputs or own.inputs.get(name) != main.inputs[name]:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """A bundle as graphs that run without Dougong.
 
 Here        Source, `export` (ONNX, OpenVINO or torch.export, at a plan's bits), `load_export` (the same as a model to
-            ask), `fastest_kind`, `answering_bytes`.
+            ask), `judge_export`, `fastest_kind`, `answering_bytes`.
 Elsewhere   where a model is cut into graphs (parts.py); answering with them anywhere (runtime.py); bits (quantise.py).
 Promise     the folder is a bundle: sums, signature, preparation, whole or absent. It answers as its source does, within
             what its number formats round; two exports of one bundle are the same to the byte; nothing in it is a
@@ -11,12 +11,14 @@ Promise     the folder is a bundle: sums, signature, preparation, whole or absen
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -36,6 +38,7 @@ from dougong.core.bundle import Manifest, read_bundle, write_bundle
 from dougong.core.errors import BundleError, ConfigError
 from dougong.core.files import write_atomic, write_json
 from dougong.core.sizes import bytes_as_text
+from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.preparation import Preparation
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
@@ -45,6 +48,8 @@ RUNTIME: Final = "run.py"
 GRAPHS: Final = "graphs"
 To = Literal["openvino", "onnx", "torch"]
 OPSET: Final = 20
+DYNAMIC: Final = "dynamic-w8a8"
+"""What export.json says of layers whose inputs are rounded by each batch's own range."""
 MEMORY_STEP: Final = 32 * 2**20
 
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
@@ -78,14 +83,27 @@ class Source:
             self._graphs[name] = to_graph(self.cut.parts[name])
         return self._graphs[name].clone()
 
+    def told(self, manifest: Manifest) -> Source:
+        """The same, of which the manifest tells something else; what was converted is shared."""
+        other = copy.copy(self)
+        other.model = Model(self.model.network, self.model.preparation, manifest)
+        return other
+
 
 def export(
-    source: Source, folder: Path, to: To, quantised: Quantised | None = None, memory_bytes: int | None = None
+    source: Source,
+    folder: Path,
+    to: To,
+    quantised: Quantised | None = None,
+    memory_bytes: int | None = None,
+    *,
+    dynamic: bool = False,
 ) -> Path:
     """Write the export; an older one at that place is replaced at once and whole.
 
     Without `quantised`, weights keep the bits that the bundle has. Bits are chosen for OpenVINO alone, whose kernels
-    carry out each of them. `memory_bytes` is what its card says that answering takes.
+    carry out each of them; with `dynamic`, ONNX Runtime rounds weights to 8 bits, and what layers are given by each
+    batch's own range. `memory_bytes` is what its card says that answering takes.
 
     Raises:
         ConfigError: the library is not installed, bits are asked of another than OpenVINO, or an input has no graph.
@@ -95,6 +113,8 @@ def export(
         needed(module, "compress")
     if quantised is not None and to != "openvino":
         raise ConfigError(f"bits are chosen for openvino alone, and {to} was asked for. Use --to openvino.")
+    if dynamic and to != "onnx":
+        raise ConfigError(f"inputs are rounded by each batch's range for onnx alone, and {to} was asked for.")
     model, made = source.model, source.cut
     spec: dict[str, Any] = {
         "format": "dougong-export",
@@ -102,7 +122,11 @@ def export(
         "to": to,
         **made.spec,
         "layers": {
-            name: "as it was" if quantised is None else quantised.plan.layers.get(name, CHOICES[0])
+            name: DYNAMIC
+            if dynamic
+            else "as it was"
+            if quantised is None
+            else quantised.plan.layers.get(name, CHOICES[0])
             for name in made.layers
         },
         "target": model.preparation.target.model_dump(mode="json"),
@@ -112,12 +136,15 @@ def export(
         signature=model.manifest.signature,
         model={"kind": KIND, "to": to, "layers": spec["layers"]},
         provenance={**model.manifest.provenance, "exported_from": _origin(model.manifest)},
+        metrics=model.manifest.metrics,
     )
     with write_bundle(folder, manifest) as building:
         model.preparation.save(building)
         (building / GRAPHS).mkdir()
         write = {"openvino": _write_openvino, "onnx": _write_onnx, "torch": _write_torch}[to]
         write(source, building / GRAPHS, quantised)
+        if dynamic:
+            _round_by_batch(building / GRAPHS)
         write_json(building / runtime.EXPORT, spec)
         write_atomic(building / RUNTIME, Path(runtime.__file__).read_text(encoding="utf-8"))
         size = sum(path.stat().st_size for path in (building / GRAPHS).iterdir())
@@ -144,6 +171,16 @@ def _write_openvino(source: Source, folder: Path, quantised: Quantised | None) -
 def _write_onnx(source: Source, folder: Path, quantised: Quantised | None) -> None:
     for name in source.cut.parts:
         write_atomic(folder / f"{name}.onnx", _as_onnx(source.cut.parts[name], source.program(name)))
+
+
+def _round_by_batch(folder: Path) -> None:
+    quantization = needed("onnxruntime.quantization", "compress")
+    for path in sorted(folder.iterdir()):
+        rounded = path.with_suffix(".rounded")
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            quantization.quantize_dynamic(str(path), str(rounded), weight_type=quantization.QuantType.QInt8)
+        rounded.replace(path)
 
 
 def _write_torch(source: Source, folder: Path, quantised: Quantised | None) -> None:
@@ -229,6 +266,44 @@ def load_export(folder: Path, config: EngineConfig | None = None, *, trusted: bo
     return Model(cast(Sandwich, network), Preparation.load(folder), manifest)
 
 
+def judge_export(
+    folder: Path,
+    table: Path | None,
+    missing: Sequence[str] = (),
+    corrupt: Sequence[Corruption] = (),
+    config: EngineConfig | None = None,
+) -> dict[str, Any]:
+    """An export's figures by condition: all modalities, without `missing`, and each of these spoilt by `corrupt`.
+
+    Raises:
+        ConfigError: there is no table, or `missing` or `corrupt` names what is not there.
+    """
+    if table is None:
+        raise ConfigError(f"{folder} is an export, which keeps no records. Name a table to judge on, with --data.")
+    model = load_export(folder, config)
+    names = tuple(model.preparation.modalities)
+    strange = [name for name in missing if name not in names]
+    if strange:
+        raise ConfigError(f"--missing {strange[0]!r} is no modality of this model. Use some of {', '.join(names)}.")
+    check_corruptions(corrupt, model.preparation.modalities)
+    kept = {"all": names}
+    if missing:
+        kept[f"without {', '.join(missing)}"] = tuple(name for name in names if name not in missing)
+    how = ", ".join(map(str, corrupt))
+    found: dict[str, Any] = {}
+    for condition, keep in kept.items():
+        for spoilt in ((), corrupt) if corrupt else ((),):
+            judged = model.evaluate(table, keep=keep, corruptions=spoilt)
+            name = condition if not spoilt else how if condition == "all" else f"{condition}, {how}"
+            found[name] = {
+                "metrics": judged.metrics,
+                "num_records": judged.num_records,
+                "set_aside": len(judged.bad),
+                "gate": judged.gate,
+            }
+    return found
+
+
 def open_engine(folder: Path, config: EngineConfig | None = None, *, profile: bool = False) -> GraphEngine:
     """The engine that an export was made for."""
     to = _made_for(folder)
@@ -283,6 +358,10 @@ def _card(manifest: Manifest, to: str, size: int, quantised: Quantised | None, m
     ]
     if memory_bytes is not None:
         lines += [f"Answering takes up to {bytes_as_text(memory_bytes)} of memory, libraries included.", ""]
+    if manifest.metrics:
+        lines += ["## Measured", "", "| condition | figure | value |", "|---|---|---|"]
+        lines += [f"| {c} | {name} | {value:.4f} |" for c, of in manifest.metrics.items() for name, value in of.items()]
+        lines.append("")
     if quantised is not None:
         lines += ["## Bits of the layers", "", "| weights and activations | layers |", "|---|---|"]
         lines += [f"| {choice} | {count} |" for choice, count in quantised.plan.counts().items()]

@@ -267,6 +267,11 @@ class SparseConfig(Config):
     share: float = 0.5
     """Of the weights of each layer that become zero; of kind 2:4 always half."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _as_written(cls, kind: object) -> object:
+        return "2:4" if kind == 124 else kind  # YAML takes 2:4 for 2 x 60 + 4
+
     @field_validator("share")
     @classmethod
     def _a_share(cls, share: float) -> float:

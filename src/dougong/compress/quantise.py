@@ -10,9 +10,10 @@ Promise     the plan found is the best that its scores know within the budget, n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from dougong.compress.bits import Range, Rounded, to_eight, to_four
@@ -26,8 +27,10 @@ from dougong.compress.sensitivity import (
     Seen,
     by_fisher,
     by_output,
+    by_trace,
     candidate,
     observe,
+    rows_of,
 )
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
@@ -36,6 +39,7 @@ from dougong.core.sizes import bytes_as_text
 from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 
+SCORED_AT_ONCE: Final = 8
 Costs = dict[str, dict[Choice, float]]
 Announce = Callable[[str, int, int], None]
 
@@ -44,7 +48,8 @@ class QuantiseConfig(Config):
     """How bits are chosen, and how weights are rounded to them."""
 
     method: Method = "fisher"
-    """fisher: one pass scores all layers. output: one pass for each layer and choice; slower, a little surer."""
+    """fisher: one pass scores all layers. trace: likewise, by how much weights and inputs move and not where to, as
+    HAWQ does. output: one pass for each layer and choice; slower, a little surer."""
 
     error_correction: bool = True
     """At 4 bits, let the weights that are still to be rounded make good what rounding did (GPTQ)."""
@@ -97,8 +102,14 @@ def calibrate(
     seen = observe(network, linear, batches)
     say("scores of choices", 1, 2)
     candidates = {name: _candidates(layer, seen.get(name)) for name, layer in layers.items()}
+    # All layers' outputs at all choices are held at once: of few records at a time.
+    few = SCORED_AT_ONCE
+    starts = [(batch, start) for batch in batches for start in range(0, batch.num_records, few)]
+    batches = [rows_of(batch, torch.arange(start, min(start + few, batch.num_records))) for batch, start in starts]
     if config.method == "fisher":
         scores = by_fisher(network, candidates, batches, task, config.seed)
+    elif config.method == "trace":
+        scores = by_trace(network, candidates, batches, task, config.seed)
     else:
         scores = by_output(network, candidates, batches, task)
     say("scores of choices", 2, 2)

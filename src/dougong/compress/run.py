@@ -18,12 +18,12 @@ import numpy as np
 
 from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
-from dougong.compress.candidate import Backend, Budget, Eager, Point
+from dougong.compress.candidate import EAGER, Backend, Budget, Eager, Point
 from dougong.compress.distil import agreement, judge_on
 from dougong.compress.picture import as_rows, draw_points
 from dougong.compress.records import Records, split_records
 from dougong.compress.search import BudgetError, Outcome, Say, Search, SearchConfig
-from dougong.core.bundle import bundle_in, is_bundle, kind_of
+from dougong.core.bundle import Manifest, bundle_in, is_bundle, kind_of
 from dougong.core.errors import BundleError, ConfigError, RunError
 from dougong.core.events import Listener
 from dougong.core.files import write_atomic, write_json
@@ -56,6 +56,7 @@ class Result(NamedTuple):
         chosen = self.outcome.chosen
         return {
             "bundle": None if chosen is None else str(self.folder / "bundle"),
+            "learnt": None if chosen is None or chosen.candidate.engine == EAGER else str(self.folder / "learnt"),
             "metric": self.metric,
             "teacher": as_rows([self.outcome.teacher])[0],
             "chosen": None if chosen is None else as_rows([chosen])[0],
@@ -84,6 +85,9 @@ def compress_bundle(
     backends: Sequence[Backend] = (Eager(),),
 ) -> Result:
     """Compress, and leave in `out`: bundle/, compress.json, points.svg, and the search itself in search/.
+
+    Where another engine than torch was chosen, bundle/ is an export for it (export.py), and learnt/ a bundle of the
+    weights before they were rounded.
 
     Records of `data` are learnt from, and chosen by; some are held out to judge on, where `judge` gives no others.
 
@@ -123,11 +127,15 @@ def compress_bundle(
         _write(Result(out, error.outcome, metric, {}, records.notes, time.perf_counter() - started))
         raise
     assert outcome.chosen is not None
-    model = search.network_of(outcome.chosen)
+    runner = search.runner_of(outcome.chosen)
+    learnt = search.network_of(outcome.chosen)
+    shipped = Model(runner.network, learnt.preparation, learnt.manifest)
     say(f"judging on {records.judge.num_rows} records")
-    judged = judge_both(teacher, model, records)
-    _save(model, teacher, outcome.chosen, judged, metric, records, out)
-    search.runner_of(outcome.chosen, out / "search" / "chosen").save(out / "engine")
+    judged = judge_both(teacher, shipped, records)
+    manifest = _told(learnt, teacher, outcome.chosen, judged, metric, records)
+    runner.ship(out / "bundle", manifest)
+    if outcome.chosen.candidate.engine != EAGER:
+        learnt.save(out / "learnt")
     result = Result(out, outcome, metric, judged, records.notes, time.perf_counter() - started)
     _write(result)
     return result
@@ -173,15 +181,10 @@ def _interval(before: Evaluation, after: Evaluation) -> dict[str, float]:
     return {"low": float(lost_B.mean()) - error, "high": float(lost_B.mean()) + error}
 
 
-def _save(
-    model: Model,
-    teacher: Model,
-    chosen: Point,
-    judged: dict[str, dict[str, float]],
-    metric: str,
-    records: Records,
-    out: Path,
-) -> None:
+def _told(
+    model: Model, teacher: Model, chosen: Point, judged: dict[str, dict[str, float]], metric: str, records: Records
+) -> Manifest:
+    """What the bundle says of itself."""
     told = {
         "from": teacher.manifest.name,
         "how": chosen.candidate.in_words(),
@@ -189,13 +192,12 @@ def _save(
         "learnt from": f"{records.learn.path.name}, {records.learn.num_rows} records, for {chosen.steps} steps",
         "judged on": f"{records.judge.path.name}, {records.judge.num_rows} records",
     }
-    manifest = model.manifest.model_copy(
+    return model.manifest.model_copy(
         update={
             "provenance": {**model.manifest.provenance, "compressed": told},
             "metrics": {name: {metric: figures["compressed"]} for name, figures in judged.items()},
         }
     )
-    Model(model.network, model.preparation, manifest).save(out / "bundle")
 
 
 def _write(result: Result) -> None:

@@ -1,7 +1,7 @@
 """What rounding a layer does to the answers, before anything is rounded for good.
 
-Here        `observe` (inputs of layers on calibration records), `by_fisher` (one pass for all layers and choices) and
-            `by_output` (one pass for each): scores of every choice of every layer.
+Here        `observe` (inputs of layers on calibration records); scores of every choice of every layer, by one pass for
+            all (`by_fisher`, `by_trace`) or one for each (`by_output`); `rows_of`, some of a batch's records.
 Elsewhere   choosing by them (quantise.py).
 Promise     a score is an estimate of the same thing whatever the method: the mean KL divergence per record, in nats,
             of the answer from that of the unrounded model. Labels are not looked at.
@@ -23,12 +23,21 @@ from dougong.compress.bits import Range, Rounded, fit_range
 from dougong.compress.plan import Choice
 from dougong.core.signature import Task
 from dougong.model.sandwich import Sandwich
-from dougong.nn.batch import Batch
+from dougong.nn.batch import Batch, only_media
 
-Method = Literal["fisher", "output"]
+Method = Literal["fisher", "trace", "output"]
 ROWS_KEPT: Final = 1024
 DRAWS: Final = 4
 Scores = dict[str, dict[Choice, float]]
+
+
+def rows_of(batch: Batch, row_B: Tensor) -> Batch:
+    """Some of a batch's records, with the media of theirs alone; without targets."""
+    media = {
+        name: only_media(one._replace(index_B=one.index_B[row_B], present_B=one.present_B[row_B], there_B=None))
+        for name, one in batch.media.items()
+    }
+    return Batch(media, None)
 
 
 class Seen(NamedTuple):
@@ -129,6 +138,69 @@ def by_fisher(network: Sandwich, candidates: Candidates, batches: Sequence[Batch
         name: {choice: float(total) / (DRAWS * max(1, num_records)) for choice, total in of_layer.items()}
         for name, of_layer in sums.items()
     }
+
+
+def by_trace(network: Sandwich, candidates: Candidates, batches: Sequence[Batch], task: Task, seed: int) -> Scores:
+    """The mean curvature of a layer's weights, times the square of what each choice does to them; of inputs likewise.
+
+    As HAWQ-V2 has it (Dong et al. 2020, arXiv:1911.03852), but for the curvature: not of the loss of true labels, found
+    by Hutchinson's probes through second derivatives, but of the divergence itself, whose Hessian is the Fisher matrix;
+    each draw of labels is one probe of its trace. It does not know in which direction an error goes.
+    """
+    weights, inputs = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0)
+    given_sizes = dict.fromkeys(candidates, 0)
+    moved: dict[str, dict[Choice, float]] = {
+        name: dict.fromkeys(of_layer, 0.0) for name, of_layer in candidates.items()
+    }
+    random = torch.Generator().manual_seed(seed)
+    num_records = 0
+    for batch in batches:
+        met, output_BC = _met(network, list(candidates), batch)
+        for name, (given, _) in met.items():
+            given_sizes[name] += given.numel()
+            for choice, candidate in candidates[name].items():
+                if candidate.range is not None:
+                    moved[name][choice] += float((candidate.range.rounded(given) - given).square().sum())
+        for draw in range(DRAWS):
+            gradients = torch.autograd.grad(
+                output_BC,
+                [made for _, made in met.values()],
+                grad_outputs=_drawn(output_BC.detach(), task, random),
+                retain_graph=draw < DRAWS - 1,
+                allow_unused=True,
+            )
+            for (name, (given, _)), gradient in zip(met.items(), gradients, strict=True):
+                if gradient is not None:
+                    module = network.get_submodule(name)
+                    weights[name] += _weight_norms(module, given, gradient)
+                    if isinstance(module, nn.Linear):
+                        inputs[name] += float((gradient @ module.weight.detach()).square().sum())
+        num_records += batch.num_records
+    scores: Scores = {}
+    for name, of_layer in candidates.items():
+        weight: Any = network.get_submodule(name).weight
+        scores[name] = {}
+        for choice, candidate in of_layer.items():
+            changed = 0.0 if candidate.weight is None else float((candidate.weight - weight.detach()).square().sum())
+            # Of a sum over records, its mean; the sizes of inputs are summed over records as their traces are.
+            of_weights = weights[name] / weight.numel() * changed
+            of_inputs = inputs[name] / max(1, given_sizes[name]) * moved[name][choice]
+            scores[name][choice] = (of_weights + of_inputs) / (2 * DRAWS * max(1, num_records))
+    return scores
+
+
+def _weight_norms(module: nn.Module, given: Tensor, gradient: Tensor) -> float:
+    """The sum over media or records of the squared norm of their gradient by the layer's weights, without making it."""
+    gradient_NTO = gradient.flatten(1, -2) if gradient.dim() > 2 else gradient[:, None]
+    if isinstance(module, nn.Embedding):
+        id_NT = given.flatten(1) if given.dim() > 1 else given[:, None]
+        if module.padding_idx is not None:  # whose row never learns
+            gradient_NTO = gradient_NTO.masked_fill((id_NT == module.padding_idx)[..., None], 0.0)
+        alike_NTT = (id_NT[:, :, None] == id_NT[:, None, :]).to(gradient.dtype)
+    else:
+        given_NTD = given.flatten(1, -2) if given.dim() > 2 else given[:, None]
+        alike_NTT = given_NTD @ given_NTD.mT
+    return float(((gradient_NTO @ gradient_NTO.mT) * alike_NTT).sum())
 
 
 def _met(network: Sandwich, names: Sequence[str], batch: Batch) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:

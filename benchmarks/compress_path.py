@@ -1,0 +1,253 @@
+"""The whole path from a teacher in eager fp32 to what is shipped, each step alone and all together.
+
+Here        the ways (engine, bits, student, all of them; three other quantisers of the teacher); their times at batch 1
+            and 16; accuracy; accuracy with each modality missing and with media spoilt.
+Elsewhere   teachers and their records (students.py); the other quantisers (peers.py); the larger model (large.py).
+Promise     every way answers the same test records and batches, in one thread, and computes as it says: nothing is
+            simulated. Times are taken in turn, in an order drawn anew. The student of this part also learns with
+            modalities withheld, from its teacher's answers to the same, so that it is as robust; its best weights are
+            chosen by records held out of training. Intervals of accuracies are from the lowest seed to the highest.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+from harness import Kept
+from large import large_batch, large_sandwich
+from paired import quartiles, ratio
+from parts import once
+from peers import ONE_CORE, peers_of
+from students import SEEDS, lessons, mean, measured_importance, quarter, student_of, teacher_of
+
+from dougong.bundle.model import Model
+from dougong.compress.clock import interleaved
+from dougong.compress.delivery import uniform_plans
+from dougong.compress.distil import distil
+from dougong.compress.engines.engine import Eager, Engine, EngineNetwork
+from dougong.compress.export import Source, export, open_engine
+from dougong.compress.importance import ImportanceConfig, measure_importance
+from dougong.compress.quantise import round_layers
+from dougong.compress.search import model_of
+from dougong.compress.sensitivity import observe
+from dougong.compress.structure import structure_of
+from dougong.compress.student import StudentConfig, build_student, inherit, shape_of
+from dougong.core.figures import Figure
+from dougong.data.corruption import Corruption
+from dougong.data.loader import Loader, LoaderConfig
+from dougong.data.split import sample_table
+from dougong.data.table import Table
+from dougong.engine.batches import to_tensors
+from dougong.model.sandwich import Sandwich
+from dougong.nn.batch import Batch, only_media
+
+WITHHOLD: Final = 0.1
+SPOILT: Final = 0.5
+TEST_RECORDS: Final = 2000
+CALIBRATION_RECORDS: Final = 256
+BASE: Final = "eager fp32"
+WHOLE: Final = "student, engine and int8"
+PEERS: Final = ("NNCF default int8", "ONNX Runtime dynamic int8", "torchao int8, compiled")
+
+
+def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
+    how = "quick" if quick else "whole"
+    found: list[dict[str, Any]] = []
+    for seed in range(1 if quick else SEEDS):
+        key = f"path {seed}, {how}"
+        values = kept.get(key)
+        if values is None:
+            values = one_seed(seed, kept, quick)
+            kept.put(key, values)
+        found.append(values)
+    yield from accuracies(found)
+    yield from once(kept, f"path, times on easy-VQA, {how}", lambda: times_of(kept, quick))
+    yield from once(kept, f"path, times of the larger one, {how}", lambda: times_of_large(quick))
+
+
+def accuracies(found: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    teacher = mean(each["accuracy"][BASE] for each in found)
+    for way in found[0]["accuracy"]:
+        values = [each["accuracy"][way] for each in found]
+        yield Figure(
+            name=f"accuracy, {way}",
+            value=mean(values),
+            unit="",
+            low=min(values),
+            high=max(values),
+            seeds=len(values),
+            baseline=teacher,
+        )
+    lost = [each["accuracy"][BASE] - each["accuracy"][WHOLE] for each in found]
+    yield Figure(
+        name="accuracy lost by all together",
+        value=mean(lost),
+        unit="",
+        asked="<= 0.01",
+        low=min(lost),
+        high=max(lost),
+        seeds=len(lost),
+    )
+    for condition in found[0]["robust"]:
+        before = [each["robust"][condition][0] for each in found]
+        after = [each["robust"][condition][1] for each in found]
+        worse = [one - other for one, other in zip(before, after, strict=True)]
+        yield Figure(
+            name=f"accuracy, {condition}: all together",
+            value=mean(after),
+            unit="",
+            seeds=len(after),
+            baseline=mean(before),
+        )
+        yield Figure(
+            name=f"lost, {condition}",
+            value=mean(worse),
+            unit="",
+            asked="<= 0.02",
+            low=min(worse),
+            high=max(worse),
+            seeds=len(worse),
+        )
+
+
+def one_seed(seed: int, kept: Kept, quick: bool) -> dict[str, Any]:
+    """What every way answers of one teacher's test records, and how robust the first and the last are."""
+    taught = teacher_of(seed, kept, quick=quick)
+    teacher, student = taught.teacher, student_for(seed, kept, quick)
+    records = sample_table(taught.tables.test, 200 if quick else TEST_RECORDS, seed=seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        calibration = batches(teacher, taught.tables.train, 32, CALIBRATION_RECORDS)
+        engines = ways(teacher, student, calibration, Path(temporary))
+        asked = {way: answering(teacher, engine) for way, engine in engines.items()}
+        accuracy = {way: model.evaluate(records).metrics["accuracy"] for way, model in asked.items()}
+        robust = {}
+        for condition, (keep, spoilt) in conditions(list(teacher.preparation.modalities)).items():
+            robust[condition] = [
+                asked[way].evaluate(records, keep=keep, corruptions=spoilt).metrics["accuracy"] for way in (BASE, WHOLE)
+            ]
+    return {"accuracy": accuracy, "robust": robust}
+
+
+def conditions(names: Sequence[str]) -> dict[str, tuple[list[str], list[Corruption]]]:
+    found: dict[str, tuple[list[str], list[Corruption]]] = {
+        f"without {name}": ([other for other in names if other != name], []) for name in names
+    }
+    for name in names:
+        found[f"{name} spoilt by half"] = (list(names), [Corruption(modality=name, level=SPOILT)])
+    found["all spoilt by half"] = (list(names), [Corruption(modality=name, level=SPOILT) for name in names])
+    return found
+
+
+def answering(model: Model, engine: Engine) -> Model:
+    """An engine with what feeds it."""
+    network = EngineNetwork(engine, list(model.preparation.modalities))
+    return Model(cast(Sandwich, network), model.preparation, model.manifest)
+
+
+def student_for(seed: int, kept: Kept, quick: bool) -> Model:
+    """The teacher's student of a quarter of its parameters, taught once of the same sources."""
+    recipe, tables, teacher = teacher_of(seed, kept, quick=quick)
+    structure = structure_of(teacher.network)
+    importance = measured_importance(teacher, structure, tables, seed)
+    student = student_of(teacher, quarter(teacher, structure, importance), importance, seed)
+    config = lessons(recipe, seed, taught=True, quick=quick).model_copy(update={"withhold": WITHHOLD})
+    folder = kept.folder / f"student-{seed}-{'quick' if quick else 'whole'}"
+    # Where it was taught before, it ends at once with its best weights.
+    distil(
+        student.network,
+        student.preparation,
+        teacher,
+        tables.train,
+        tables.validation,
+        config,
+        folder,
+        resume=folder.exists(),
+    )
+    return student
+
+
+def ways(teacher: Model, student: Model, calibration: Sequence[Batch], scratch: Path) -> dict[str, Engine]:
+    """Each step alone, all together, and the other quantisers of the teacher."""
+    source, small = Source(teacher), Source(student)
+    return {
+        BASE: Eager(teacher.network),
+        "engine alone": open_engine(export(source, scratch / "teacher", "openvino"), ONE_CORE),
+        "engine and int8": int8(source, calibration, scratch / "teacher-int8"),
+        "student alone": Eager(student.network),
+        "student and engine": open_engine(export(small, scratch / "student", "openvino"), ONE_CORE),
+        WHOLE: int8(small, calibration, scratch / "student-int8"),
+        **peers_of(source, calibration, scratch),
+    }
+
+
+def int8(source: Source, calibration: Sequence[Batch], folder: Path) -> Engine:
+    """Weights and inputs of all layers in 8 bits."""
+    layers = source.cut.layers
+    linear = [name for name, layer in layers.items() if "w8a8" in layer.choices]
+    seen = observe(source.model.network, linear, calibration)
+    quantised = round_layers(layers, uniform_plans(layers)["w8a8"], seen)
+    return open_engine(export(source, folder, "openvino", quantised), ONE_CORE)
+
+
+def batches(model: Model, table: Table, size: int, most: int) -> list[Batch]:
+    some = sample_table(table, most, seed=0)
+    loader = Loader(some, model.preparation, LoaderConfig(batch_size=size, workers=0))
+    return [to_tensors(arrays) for arrays in loader.one_pass() if len(arrays.row_B) == size]
+
+
+def times_of(kept: Kept, quick: bool) -> Iterator[Figure]:
+    taught = teacher_of(0, kept, quick=quick)
+    with tempfile.TemporaryDirectory() as temporary:
+        calibration = batches(taught.teacher, taught.tables.train, 32, CALIBRATION_RECORDS)
+        engines = ways(taught.teacher, student_for(0, kept, quick), calibration, Path(temporary))
+        timed = {size: without_target(batches(taught.teacher, taught.tables.test, size, size)[0]) for size in (1, 16)}
+        yield from times("easy-VQA", engines, timed, quick)
+
+
+def without_target(batch: Batch) -> Batch:
+    return Batch({name: only_media(media) for name, media in batch.media.items()}, None)
+
+
+def times_of_large(quick: bool) -> Iterator[Figure]:
+    """BERT-small and ViT-small; the student has half of every width."""
+    teacher = large_sandwich()
+    calibration = [large_batch(4), large_batch(5)]
+    structure = structure_of(teacher.network)
+    importance = measure_importance(
+        teacher.network, structure, calibration, teacher.preparation.target, ImportanceConfig(criterion="magnitude")
+    )
+    shape = shape_of(StudentConfig(width=0.5), structure, importance)
+    network, _ = build_student(teacher.network, teacher.manifest.signature, shape)
+    inherit(teacher.network, network, shape, importance)
+    student = model_of(network, teacher)
+    share = sum(p.numel() for p in network.parameters()) / sum(p.numel() for p in teacher.network.parameters())
+    yield Figure(name="BERT-small and ViT-small: student's share of the parameters", value=share, unit="")
+    with tempfile.TemporaryDirectory() as temporary:
+        engines = ways(teacher, student, calibration, Path(temporary))
+        yield from times("BERT-small and ViT-small", engines, {1: large_batch(1), 16: large_batch(16)}, quick)
+
+
+def times(name: str, engines: Mapping[str, Engine], timed: Mapping[int, Batch], quick: bool) -> Iterator[Figure]:
+    """Seconds of a batch: at 1 its latency, at 16 what bounds the throughput."""
+    for size, batch in timed.items():
+        calls: dict[str, Callable[[], object]] = {
+            way: functools.partial(engine.run, batch) for way, engine in engines.items()
+        }
+        found = interleaved(calls, turns=7 if quick else 31)
+        base = found[BASE]
+        fastest = min(PEERS, key=lambda peer: found[peer].median)
+        for way, timing in found.items():
+            yield quartiles(f"{name}, batch {size}, {way}", timing.seconds, base.median * 1000)
+            asked = ">= 10" if way == WHOLE else None
+            yield ratio(f"{name}, batch {size}: {BASE} over {way}", base.seconds, timing.seconds, asked)
+        best = ratio(
+            f"{name}, batch {size}: best of the others ({fastest}) over all together",
+            found[fastest].seconds,
+            found[WHOLE].seconds,
+            ">= 1",
+        )
+        yield best

@@ -1,0 +1,194 @@
+"""Engines of exported graphs, as a search asks them.
+
+Here        OpenVinoBackend, OnnxBackend; `backends_named`, for what people write.
+Elsewhere   what the search wants of a back end, and torch itself (candidate.py); exports (export.py); bits by layer
+            (quantise.py, delivery.py).
+Promise     a candidate is timed and judged as the very graphs that would be shipped; graphs of a model are converted
+            once, however many bits are tried of it, so its weights must stay as they are from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from dougong.bundle.model import Model
+from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
+from dougong.compress.delivery import number_bytes, plan_within
+from dougong.compress.engines.engine import EngineConfig, EngineNetwork
+from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
+from dougong.compress.needs import needed
+from dougong.compress.plan import Choice, Plan, read_choice
+from dougong.compress.quantise import QuantiseConfig, Quantised, calibrate, round_layers
+from dougong.compress.sensitivity import Seen, observe
+from dougong.core.bundle import Manifest
+from dougong.core.errors import ConfigError
+from dougong.model.sandwich import SandwichOutput
+from dougong.nn.batch import Batch
+
+OPENVINO: Final = "openvino"
+AUTO: Final = "auto"
+ONNX: Final = "onnx"
+ENGINES: Final = (AUTO, EAGER, OPENVINO, ONNX)
+CALIBRATION_BATCHES: Final = 4
+ROOM: Final = 0.97
+"""Of a time, what a plan is made for: it is measured again before it is shipped."""
+
+
+class GraphRunner:
+    """An export that is open."""
+
+    def __init__(
+        self,
+        source: Source,
+        to: To,
+        folder: Path,
+        engine: EngineConfig,
+        quantised: Quantised | None = None,
+        *,
+        dynamic: bool = False,
+    ) -> None:
+        self._source, self._to, self._quantised, self._dynamic = source, to, quantised, dynamic
+        self.ship(folder, source.model.manifest)
+        self.engine = open_engine(folder, engine)
+        self.network = EngineNetwork(self.engine, list(source.model.manifest.signature.inputs))
+        self.num_bytes = number_bytes(folder)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> SandwichOutput:
+        return cast(SandwichOutput, self.network(batch))
+
+    def ship(self, folder: Path, manifest: Manifest) -> None:
+        export(self._source.told(manifest), folder, self._to, self._quantised, dynamic=self._dynamic)
+
+
+class _Prepared:
+    """What several candidates of one model share."""
+
+    def __init__(self, model: Model, calibration: Sequence[Batch]) -> None:
+        self.model, self.source = model, Source(model)
+        self._calibration = calibration
+
+    @functools.cached_property
+    def seen(self) -> dict[str, Seen]:
+        """What its layers are given; looked at where bits need it alone."""
+        linear = [name for name, layer in self.source.cut.layers.items() if "w8a8" in layer.choices]
+        return observe(self.model.network.eval(), linear, self._calibration)
+
+
+class OpenVinoBackend:
+    """OpenVINO's kernels, with the bits of each layer."""
+
+    name = OPENVINO
+
+    def __init__(self, engine: EngineConfig | None = None, quantise: QuantiseConfig | None = None) -> None:
+        """`engine`: None gives it as many threads as torch has, so that both are timed alike."""
+        needed("openvino", "compress")
+        self._engine = engine or EngineConfig(threads=torch.get_num_threads())
+        self._quantise = quantise or QuantiseConfig()
+        self._last: _Prepared | None = None
+
+    def options(self) -> Sequence[Mapping[str, str]]:
+        return [{}, *({ALL: choice} for choice in ("w16a16", "w8a16", "w8a8", "w4a16"))]
+
+    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+        prepared = self._prepared(model, calibration)
+        layers = prepared.source.cut.layers
+        quantised = None
+        if bits:
+            plan = _plan(bits, {name: layer.choices for name, layer in layers.items()})
+            needs = any(choice in ("w8a8", "w4a16") for choice in plan.layers.values())
+            seen = prepared.seen if needs else None
+            quantised = round_layers(layers, plan, seen, correct=self._quantise.error_correction)
+        return GraphRunner(prepared.source, "openvino", folder, self._engine, quantised)
+
+    def fill(
+        self,
+        model: Model,
+        calibration: Sequence[Batch],
+        timed: Batch,
+        most_bytes: float | None,
+        most_seconds: float | None,
+    ) -> Mapping[str, str]:
+        source = self._prepared(model, calibration).source
+        task = model.preparation.target.task
+        known = calibrate(model.network, source.cut.layers, calibration[:CALIBRATION_BATCHES], task, self._quantise)
+        with tempfile.TemporaryDirectory() as temporary:
+            plan = plan_within(
+                source,
+                known,
+                timed,
+                Path(temporary),
+                most_bytes=most_bytes,
+                most_seconds=None if most_seconds is None else ROOM * most_seconds,
+                quantise=self._quantise,
+                engine=self._engine,
+                counted=number_bytes,
+            )
+        return dict(plan.layers)
+
+    def _prepared(self, model: Model, calibration: Sequence[Batch]) -> _Prepared:
+        if self._last is None or self._last.model is not model:
+            self._last = _Prepared(model, calibration[:CALIBRATION_BATCHES])
+        return self._last
+
+
+class OnnxBackend:
+    """ONNX Runtime: as it is, or all of it in 8 bits."""
+
+    name = ONNX
+
+    def __init__(self, engine: EngineConfig | None = None) -> None:
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            needed(module, "compress")
+        self._engine = engine or EngineConfig(threads=torch.get_num_threads())
+        self._last: Source | None = None
+
+    def options(self) -> Sequence[Mapping[str, str]]:
+        return [{}, {ALL: DYNAMIC}]
+
+    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+        if self._last is None or self._last.model is not model:
+            self._last = Source(model)
+        return GraphRunner(self._last, "onnx", folder, self._engine, dynamic=bool(bits))
+
+    def fill(
+        self,
+        model: Model,
+        calibration: Sequence[Batch],
+        timed: Batch,
+        most_bytes: float | None,
+        most_seconds: float | None,
+    ) -> Mapping[str, str]:
+        raise ConfigError("ONNX Runtime rounds all layers alike. Use --engine openvino for bits by layer.")
+
+
+def _plan(bits: Mapping[str, str], choices: Mapping[str, Sequence[Choice]]) -> Plan:
+    if set(bits) == {ALL}:
+        return Plan.uniform(read_choice(bits[ALL]), choices)
+    return Plan(layers={name: read_choice(choice) for name, choice in bits.items()})
+
+
+def backends_named(name: str) -> tuple[Backend, ...]:
+    """What `--engine` says; auto is all that are installed.
+
+    Raises:
+        ConfigError: it is none, or its library is not installed.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"--engine {name!r} is none. Use one of {', '.join(ENGINES)}.")
+    found: list[Any] = [Eager()] if name in (AUTO, EAGER) else []
+    for engine, make in {OPENVINO: OpenVinoBackend, ONNX: OnnxBackend}.items():
+        if name not in (AUTO, engine):
+            continue
+        try:
+            found.append(make())
+        except ConfigError:
+            if name != AUTO:
+                raise
+    return tuple(found)

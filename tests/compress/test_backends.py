@@ -1,0 +1,101 @@
+"""Holds backends.py to its promises, on a model of words and pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from dougong.bundle.model import Model
+from dougong.compress.backends import OnnxBackend, OpenVinoBackend, backends_named
+from dougong.compress.candidate import ALL, Runner
+from dougong.compress.engines.engine import EngineConfig
+from dougong.compress.export import load_export
+from dougong.compress.sensitivity import divergence
+from dougong.core.bundle import Manifest
+from dougong.core.errors import ConfigError
+from dougong.core.signature import Target, TextInput
+from dougong.data.modality.image import ImageConfig, ImageModality
+from dougong.data.modality.text import TextConfig, TextModality, learn_tokenizer
+from dougong.data.preparation import Preparation
+from dougong.model.sandwich import SandwichConfig
+from dougong.nn.batch import Batch, MediaBatch
+
+pytest.importorskip("openvino")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    tokenizer: Tokenizer = learn_tokenizer([f"word{number}" for number in range(50)], 200)
+    preparation = Preparation(
+        {
+            "words": TextModality(TextConfig(column="words", max_tokens=8), tokenizer),
+            "photo": ImageModality(ImageConfig(column="photo", height=16, width=16)),
+        },
+        Target(name="answer", task="single_label", labels=("a", "b", "c")),
+    )
+    torch.manual_seed(0)
+    signature = preparation.signature()
+    network = SandwichConfig(width=32).build(signature)
+    return Model(network, preparation, Manifest(name="small", signature=signature, model={}))
+
+
+@pytest.fixture(scope="module")
+def batches(model: Model) -> list[Batch]:
+    random = torch.Generator().manual_seed(1)
+    taken = model.preparation.signature().inputs["words"]
+    assert isinstance(taken, TextInput)
+    made = []
+    for _ in range(2):
+        every_B, all_B = torch.arange(16), torch.ones(16).bool()
+        ids_UT = torch.randint(0, taken.vocabulary_size, (16, 6), generator=random)
+        words = MediaBatch({"ids_UT": ids_UT, "mask_UT": torch.ones_like(ids_UT).bool()}, every_B, all_B)
+        photo = MediaBatch({"pixels_UCHW": torch.randn(16, 3, 16, 16, generator=random)}, every_B, all_B)
+        made.append(Batch({"words": words, "photo": photo}, None))
+    return made
+
+
+def apart(model: Model, runner: Runner, batches: Sequence[Batch]) -> float:
+    """In nats a record."""
+    with torch.inference_mode():
+        found = [divergence(model.network(b).output_BC, runner(b).output_BC, "single_label") for b in batches]
+    return float(torch.cat(found).mean())
+
+
+def test_bits_by_layer_use_a_budget_up_and_are_shipped_as_they_ran(
+    model: Model, batches: list[Batch], tmp_path: Path
+) -> None:
+    backend = OpenVinoBackend(EngineConfig(threads=1))
+    uniform = {
+        name: backend.carry_out(model, {ALL: name} if name else {}, batches, tmp_path / f"all-{name}")
+        for name in ("", "w8a16", "w4a16")
+    }
+    sizes = {name: runner.num_bytes for name, runner in uniform.items()}
+    most = (sizes["w8a16"] + sizes["w4a16"]) / 2
+
+    bits = backend.fill(model, batches, batches[0], most, None)
+    mixed = backend.carry_out(model, bits, batches, tmp_path / "mixed")
+
+    assert sizes["w4a16"] < mixed.num_bytes <= most < sizes["w8a16"] < 0.5 * sizes[""]
+    assert len(set(bits.values())) > 1
+    assert apart(model, uniform[""], batches) < 1e-8
+    assert apart(model, mixed, batches) < 0.8 * apart(model, uniform["w4a16"], batches)
+    manifest = model.manifest.model_copy(update={"metrics": {"all": {"accuracy": 0.5}}})
+    mixed.ship(tmp_path / "shipped", manifest)
+    shipped = load_export(tmp_path / "shipped", EngineConfig(threads=1))
+    assert shipped.manifest.metrics == manifest.metrics
+    assert "| all | accuracy | 0.5000 |" in (tmp_path / "shipped" / "README.md").read_text()
+    with torch.inference_mode():
+        torch.testing.assert_close(shipped.network(batches[0]).output_BC, mixed(batches[0]).output_BC, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="the size binds"):
+        backend.fill(model, batches, batches[0], 0.5 * sizes["w4a16"], None)
+
+
+def test_engines_are_named() -> None:
+    assert [backend.name for backend in backends_named("auto")][:2] == ["eager", "openvino"]
+    assert [backend.name for backend in backends_named("openvino")] == ["openvino"]
+    with pytest.raises(ConfigError, match="--engine 'warp' is none. Use one of auto, eager, openvino, onnx"):
+        backends_named("warp")
+    with pytest.raises(ConfigError, match="rounds all layers alike. Use --engine openvino"):
+        OnnxBackend().fill(None, [], None, 1.0, None)  # type: ignore[arg-type]  # refused before it looks
