@@ -1,7 +1,7 @@
 """A run's training records, for whoever diagnoses it.
 
 Here        `examine_run`.
-Elsewhere   the scorer (watch/diagnose/examine.py); the command (main.py).
+Elsewhere   the scorer (watch/diagnose/examine.py); the command (inside.py).
 Promise     only the first records are read, in the table's own order, and none is trained on.
 """
 

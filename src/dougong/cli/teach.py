@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from dougong.cli.options import Json
 from dougong.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dougong.continual.suite.gate import Verdict
     from dougong.data.table import Table
 
-Json = Annotated[bool, Option("--json", help="Print for programs.")]
 Where = Annotated[Path, Option("--registry", help="The registry's folder.")]
 Server = Annotated[
     str | None, Option("--server", envvar="DOUGONG_MLFLOW", help="URL of an MLflow server that keeps the entries.")
