@@ -574,7 +574,7 @@ def test_nothing_grows_with_the_number_of_steps(tmp_path: Path) -> None:
     marks: dict[int, tuple[int, int]] = {}
 
     def hear(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step in (100, 250):
+        if isinstance(event, StepDone) and event.step in (100, 250, 400):
             gc.collect()
             # By type: asking some of torch's objects for their class warns.
             tensors = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
@@ -584,13 +584,13 @@ def test_nothing_grows_with_the_number_of_steps(tmp_path: Path) -> None:
     every = {"evaluate_every": 25, "checkpoint_every": 25, "watch": nosy_watch(model)}
     tracemalloc.start()
     try:
-        train_tiny(tmp_path, model=model, hear=hear, steps=251, ema=0.9, loader=TinyLoader(bad={3}), **every)
+        train_tiny(tmp_path, model=model, hear=hear, steps=401, ema=0.9, loader=TinyLoader(bad={3}), **every)
     finally:
         tracemalloc.stop()
 
-    # An event that is kept costs more than 500 bytes. The first saves leave some in the caches of other libraries.
-    assert marks[250][0] - marks[100][0] < 150 * 250
-    assert marks[250][1] == marks[100][1]
+    # An event that is kept costs more than 500 bytes. What other libraries put into caches comes once, and may come late.
+    assert min(marks[250][0] - marks[100][0], marks[400][0] - marks[250][0]) < 150 * 250
+    assert marks[400][1] == marks[250][1] == marks[100][1]
 
 
 # Settings --------------------------------------------------------------------------------------------------------
