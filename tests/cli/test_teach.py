@@ -94,6 +94,7 @@ def test_mistakes_are_told_in_one_line(
     assert "is no reason" in refused(capsys, "registry", "promote", "x", "--override", "because", "--registry", nowhere)
 
 
+@pytest.mark.slow
 def test_a_version_goes_through_the_gate_into_production(
     colour_run: Path, records: Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def apart(model: Model, runner: Runner, batches: Sequence[Batch]) -> float:
     return float(torch.cat(found).mean())
 
 
+@pytest.mark.slow
 def test_bits_by_layer_use_a_budget_up_and_are_shipped_as_they_ran(
     model: Model, batches: list[Batch], tmp_path: Path
 ) -> None:

@@ -588,7 +588,7 @@ def test_nothing_grows_with_the_number_of_steps(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
 
-    # An event that is kept costs more than 500 bytes. What other libraries put into caches comes once, and may come late.
+    # An event that is kept costs more than 500 bytes. What other libraries put into caches comes once, perhaps late.
     assert min(marks[250][0] - marks[100][0], marks[400][0] - marks[250][0]) < 150 * 250
     assert marks[400][1] == marks[250][1] == marks[100][1]
 

@@ -200,7 +200,7 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("place", [0, 3, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2, 4))])
+@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2, 3, 4))])
 def test_a_recipe_on_any_layout_is_as_in_one_process_and_goes_on_at_any_other(
     place: int, colour_table: Path, tmp_path: Path
 ) -> None:

@@ -55,10 +55,10 @@ def planned(recipe: Recipe) -> Planned:
         {"activations": "5MiB"},
         {"offload": "disk"},
         {"saved": "disk"},
-        {"recompute": "blocks", "every": 2, "saved": "disk"},
-        {"offload": "disk", "saved": "disk"},
+        pytest.param({"recompute": "blocks", "every": 2, "saved": "disk"}, marks=pytest.mark.slow),
+        pytest.param({"offload": "disk", "saved": "disk"}, marks=pytest.mark.slow),
         {"offload": "disk", "recompute": "blocks", "saved": "disk"},
-        {"offload": "disk", "recompute": "cheap"},
+        pytest.param({"offload": "disk", "recompute": "cheap"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path, memory: dict[str, Any]) -> None:

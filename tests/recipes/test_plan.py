@@ -120,6 +120,7 @@ def test_seventy_billion_parameters_on_one_card_are_told_what_they_need(
     assert "known by its sizes alone and has no settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_micro_batches_and_precision_vary_with_the_same_records_a_step(colour_table: Path) -> None:
     recipe, cluster = recipe_for(colour_table, batch_size=12), read_cluster("a100-80g", 4)
     table = plan_recipe(recipe, cluster, vary=read_varied(["micro-batches", "precision"]), most=300)

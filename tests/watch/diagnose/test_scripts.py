@@ -86,6 +86,7 @@ def test_a_recipe_whose_weight_decay_lost_its_point(tmp_path: Path, capsys: pyte
     assert "Weight decay is stronger than learning: optimizer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_remedy_is_tried_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     rows = [
