@@ -286,9 +286,10 @@ def plan_within(
     """
     layers = made.cut.layers
     costs, counted = bytes_of(layers), counted or graph_bytes
-    uniform = uniform_plans(layers)
-    base = export_plan(made, scratch / "base", uniform["w16a16"], known, quantise)
-    fixed = counted(base) - sum(costs[name]["w16a16"] for name in layers)
+    # What no choice changes, as the smallest export has it: graphs of 16 bits keep some numbers in more.
+    fewest = Plan(layers={name: min(each, key=each.__getitem__) for name, each in costs.items()})
+    base = export_plan(made, scratch / "base", fewest, known, quantise)
+    fixed = counted(base) - sum(min(each.values()) for each in costs.values())
     most = None if most_bytes is None else most_bytes - fixed
     if most is not None and most <= 0:
         raise ConfigError(
