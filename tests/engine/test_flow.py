@@ -12,6 +12,7 @@ from torch.nn import functional
 from dougong.core.events import read_events
 from dougong.data.position import WHOLE
 from dougong.engine.flow import FlowConfig, FlowMeasured, FlowMeter
+from dougong.engine.listening import Listening
 from dougong.engine.trainer import TrainConfig, train
 
 
@@ -152,6 +153,25 @@ def test_a_run_announces_what_was_measured_and_learns_the_same(tmp_path: Path) -
     measured = [event["step"] for event in events if event["kind"] == "FlowMeasured"]
     assert losses[0] == losses[1]
     assert measured == [1, 2, 3, 4, 6, 8]
+
+
+def test_a_run_also_asks_its_first_records_and_compares_gradients(tmp_path: Path) -> None:
+    config = TrainConfig(steps=26, precision="fp32", flow=FlowConfig())
+    train(TinyModel(), tiny_loss, TinyLoader(), config, folder=tmp_path)
+    asked = [
+        (event["kind"], event["step"])
+        for event in read_events(tmp_path / "events.jsonl")
+        if event["kind"] in ("Examined", "NoiseMeasured")
+    ]
+    assert asked == [("NoiseMeasured", 16), ("Examined", 24)]
+
+
+def test_a_training_that_goes_on_is_not_asked_about_its_first_records() -> None:
+    model = Plain()
+    listening = Listening(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=100)
+    assert not listening.examining
+    listening.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class Placed(nn.Module):

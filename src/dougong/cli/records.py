@@ -1,7 +1,7 @@
 """A run's training records, for whoever diagnoses it.
 
 Here        `examine_run`.
-Elsewhere   the scorer (watch/diagnose/examine.py); the command (inside.py).
+Elsewhere   the scorer (engine/examine.py); the command (inside.py).
 Promise     only the first records are read, in the table's own order, and none is trained on.
 """
 
@@ -14,12 +14,12 @@ from dougong.bundle.files import load_from
 from dougong.core.errors import ConfigError
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.engine.batches import to_tensors
+from dougong.engine.examine import Examined, examine
 from dougong.nn.batch import Batch
 from dougong.recipes.build import open_records
 from dougong.recipes.known import read_any_recipe
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.settle import SETTINGS
-from dougong.watch.diagnose.examine import Examined, examine
 
 AT_ONCE = 24
 """Records of a batch: neighbours are looked for within one."""

@@ -58,9 +58,10 @@ from dougong.engine.checkpoint import (
 )
 from dougong.engine.contribution import Probe
 from dougong.engine.diagnosis import agree, diagnose
-from dougong.engine.flow import FlowConfig, FlowMeter
+from dougong.engine.flow import FlowConfig
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
+from dougong.engine.listening import Listening
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.heartbeat import following
 from dougong.engine.parallel.layout import Layout
@@ -407,7 +408,7 @@ class _Run:
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
-        self.flow = None if config.flow is None else FlowMeter(model, optimizer, config.flow, steps=self.step)
+        self.listening = None if config.flow is None else Listening(model, optimizer, config.flow, steps=self.step)
         self.intake = Intake(
             loader,
             self.tally,
@@ -456,8 +457,8 @@ class _Run:
             self._announce_saved(self.saver.close())
             raise
         finally:
-            if self.flow is not None:
-                self.flow.close()
+            if self.listening is not None:
+                self.listening.close()
             if self.adaptive is not None:
                 self.adaptive.remove()
             optimizer = self.parts.optimizer
@@ -561,8 +562,8 @@ class _Run:
                 wait_seconds=waited,
             )
         )
-        if self.flow is not None and (measured := self.flow.step(report.loss)) is not None:
-            self.announce(measured)
+        for heard in () if self.listening is None else self.listening.step(report.loss)[1]:
+            self.announce(heard)
         self._announce_switches()
         if self.ranks.world > 1 and (self.step == TIMED_STEP or self._evaluation_due(epoch)):
             told = self.ranks.tell([list(spent) for spent in self.layout.clock.spent])

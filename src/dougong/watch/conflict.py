@@ -2,7 +2,7 @@
 
 Here        `conflicts` (gradients of several losses of the same parameters, compared), Conflicts; `of_modalities`, the
             same of a model's modalities, each alone.
-Elsewhere   how much of a step's gradient is chance (watch/diagnose/noise.py); steps that balance such gradients in
+Elsewhere   how much of a step's gradient is chance (engine/noise.py); steps that balance such gradients in
             training (objectives/); measuring a step (engine/flow.py).
 Promise     nothing is changed: no gradient that was there, and no weight. The angle to a gradient that is 0 is None,
             never a number.

@@ -80,7 +80,7 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
 
 
 def _pairs(reader: Reader) -> dict[str, Any] | None:
-    """What the first records said by themselves (diagnose/examine.py)."""
+    """What the first records said by themselves (engine/examine.py)."""
     told = next((event for event in reader.others if event["kind"] == "Examined"), None)
     if told is None or not told["pairs"]:
         return None

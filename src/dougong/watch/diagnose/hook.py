@@ -1,7 +1,7 @@
 """Watching any PyTorch training, in three lines.
 
 Here        `watch`, Watched: for a loop of one's own; `callback`, for transformers.Trainer.
-Elsewhere   measuring (engine/flow.py); judging (rules.py). Runs of our own recipes have train.flow for it.
+Elsewhere   measuring (engine/listening.py); judging (rules.py). Runs of our own recipes have train.flow for it.
 Promise     the training goes on as it would have without; nothing is written unless a folder is named; what was
             measured is then in its events.jsonl, which `dougong diagnose FOLDER` reads.
 
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dougong.core.events import Evaluated, Event, EventFile, Listener, RunStarted, StepDone
-from dougong.engine.flow import FlowConfig, FlowMeter, named_inputs
+from dougong.engine.examine import Examined
+from dougong.engine.flow import FlowConfig, FlowMeasured, named_inputs
+from dougong.engine.listening import Listening
 from dougong.watch.diagnose.catalogue import CATALOGUE
-from dougong.watch.diagnose.examine import Examiner
 from dougong.watch.diagnose.history import Failure, History
-from dougong.watch.diagnose.noise import NoiseMeter
 from dougong.watch.diagnose.rules import SURE, Finding, diagnose
 
 EVENTS = "events.jsonl"
@@ -49,10 +49,8 @@ class Watched:
         listener: Listener | None = None,
     ) -> None:
         self._listener = listener
-        # Before the meter: see Examiner.
-        self._examiner = Examiner(model)
-        self.meter = FlowMeter(model, optimizer, config)
-        self._noise = NoiseMeter(model, optimizer)
+        self._listening = Listening(model, optimizer, config)
+        self.meter = self._listening.meter
         self.history = History()
         self._file = None if folder is None else EventFile(Path(folder) / EVENTS)
         self._last = time.perf_counter()
@@ -66,7 +64,7 @@ class Watched:
     def step(self, loss: float | Tensor) -> list[Finding]:
         """After each optimizer step, with its loss: what is known to be wrong so far, if this step was measured."""
         value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-        measured = self.meter.step(value)
+        measured, told = self._listening.step(value)
         if measured is not None:  # between, the last that was measured stands
             self._gradient_norm = measured.facts.get("gradient_norm", 0.0)
         now = time.perf_counter()
@@ -83,11 +81,9 @@ class Watched:
             )
         )
         self._last = now
-        examined = self._examiner.step()
-        for told in (measured, examined, self._noise.step()):
-            if told is not None:
-                self._add(told)
-        return [] if measured is None and examined is None else self.findings()
+        for each in told:
+            self._add(each)
+        return self.findings() if any(isinstance(each, FlowMeasured | Examined) for each in told) else []
 
     def judged(self, **metrics: float) -> list[Finding]:
         """After a validation, with its figures, like accuracy=0.9."""
@@ -114,7 +110,7 @@ class Watched:
     @property
     def examining(self) -> bool:
         """Whether the first records are still being looked at."""
-        return not self._examiner.done
+        return self._listening.examining
 
     def findings(self) -> list[Finding]:
         """What is wrong, the surest first."""
@@ -122,9 +118,7 @@ class Watched:
 
     def close(self) -> None:
         """Take the hooks away."""
-        self.meter.close()
-        self._examiner.close()
-        self._noise.close()
+        self._listening.close()
         if self._file is not None:
             self._file.close()
 

@@ -45,12 +45,15 @@ class NoiseMeter:
     between them, which counts as noise. Gradients are those that the optimizer is given, so clipping takes part.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, window: int = 8, every: int = 400) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, window: int = 8, every: int = 400, steps: int = 0
+    ) -> None:
+        """`steps` have been taken before."""
         if not 1 < window <= every:
             raise ConfigError(f"window {window} must be 2 or more, and no more than every {every}. Use 8 and 400.")
         self._model = model
         self._window, self._every = window, every
-        self._steps = 0
+        self._steps = steps
         self._sums: list[tuple[nn.Parameter, Tensor]] = []
         """What is trained when a window begins, and its gradients so far."""
 

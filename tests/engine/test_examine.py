@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dougong.cli.main import main
+from dougong.engine.examine import LEAST, Examined, Examiner, examine, score_pairs
 from dougong.nn.batch import Batch, MediaBatch
-from dougong.watch.diagnose.examine import LEAST, Examined, Examiner, examine, score_pairs
 from dougong.watch.diagnose.history import History
 from dougong.watch.diagnose.hook import Watched, watch
 from dougong.watch.diagnose.rules import diagnose

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dougong.core.errors import ConfigError
-from dougong.watch.diagnose.noise import NoiseMeter
+from dougong.engine.noise import NoiseMeter
 
 
 @pytest.mark.parametrize(("noise", "batches"), [(0.5, 0.25), (2.0, 4.0)])
