@@ -158,7 +158,7 @@ def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str
         about,
         "",
         f"- command: `python benchmarks/{' '.join((f'{name}.py', *(f'--part {part}' for part in parts)))} --write`",
-        f"- commit: {_git('rev-parse', '--short', 'HEAD')}{' with changes' if _git('status', '--porcelain') else ''}",
+        f"- commit: {_git('rev-parse', '--short', 'HEAD')}{' with changes' if _changed() else ''}",
         f"- machine: {_processor()}, {os.cpu_count()} cores",
         f"- versions: Python {platform.python_version()}, {packages}",
         "",
@@ -172,6 +172,11 @@ def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)  # noqa: S603, S607
     return done.stdout.strip()
+
+
+def _changed() -> bool:
+    """Whether there is anything but results that is not committed."""
+    return bool(_git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"))
 
 
 def _processor() -> str:
