@@ -28,7 +28,7 @@ def write(folder: Path, first: int, last: int) -> None:
     file.close()
 
 
-@pytest.mark.parametrize("store", ["runs.db", "sqlite:", "", "s3://bucket", "/tmp/x"])
+@pytest.mark.parametrize("store", ["runs.db", "sqlite:", "", "s3://bucket", "folder/x"])
 def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path, store: str) -> None:
     write(tmp_path, 0, 3)
 
