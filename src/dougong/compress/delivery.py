@@ -310,9 +310,10 @@ def plan_within(
             over_time = time_engine(open_engine(tried, engine), timed).median / most_seconds
         if over_bytes <= 1.0 and over_time <= 1.0:
             return plan
-        # Predicted too low: aim as much lower.
+        # Predicted too low: aim as much lower than what was just tried; a limit that still allows it changes nothing.
         if most is not None and over_bytes > 1.0:
-            most -= counted(tried) - cast(float, most_bytes)
+            chosen = sum(costs[name][choice] for name, choice in plan.layers.items())
+            most = min(most, chosen) - (counted(tried) - cast(float, most_bytes))
         if allowed is not None and over_time > 1.0:
             allowed /= over_time * 1.02
     raise ConfigError(
