@@ -23,11 +23,11 @@ import numpy as np
 from harness import Kept
 from students import SEEDS, Taught, lessons, mean, measured_importance, teacher_of
 
+from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
 from dougong.compress.backends import OpenVinoBackend
 from dougong.compress.candidate import Budget
 from dougong.compress.distil import DistilConfig, distil, judge_on
-from dougong.compress.engines.engine import EngineConfig
 from dougong.compress.importance import Importance
 from dougong.compress.parts import cut
 from dougong.compress.prune import PruneConfig, pruned_shape

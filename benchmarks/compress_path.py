@@ -24,11 +24,12 @@ from parts import once
 from peers import ONE_CORE, peers_of
 from students import SEEDS, lessons, mean, measured_importance, quarter, student_of, teacher_of
 
+from dougong.bundle.exported import Engine, EngineNetwork
 from dougong.bundle.model import Model
 from dougong.compress.clock import interleaved
 from dougong.compress.delivery import uniform_plans
 from dougong.compress.distil import distil
-from dougong.compress.engines.engine import Eager, Engine, EngineNetwork
+from dougong.compress.engines.eager import Eager
 from dougong.compress.export import Source, export, open_engine
 from dougong.compress.importance import ImportanceConfig, measure_importance
 from dougong.compress.quantise import round_layers

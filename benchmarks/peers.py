@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dougong.compress import runtime
-from dougong.compress.engines.engine import Eager, Engine, EngineConfig
-from dougong.compress.engines.graphs import media_of
+from dougong.bundle import runtime
+from dougong.bundle.exported import Engine, EngineConfig, media_of
+from dougong.compress.engines.eager import Eager
 from dougong.compress.export import Source, export, open_engine
 from dougong.nn.batch import Batch
 

@@ -31,13 +31,13 @@ from parts import once
 from peers import ONE_CORE, peers_of
 from torch import Tensor, nn
 
+from dougong.bundle import runtime
+from dougong.bundle.exported import Engine, media_of
 from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
-from dougong.compress import runtime
 from dougong.compress.clock import interleaved
 from dougong.compress.delivery import export_plan, graph_bytes, layer_times, time_engine, uniform_plans
-from dougong.compress.engines.engine import Eager, Engine
-from dougong.compress.engines.graphs import media_of
+from dougong.compress.engines.eager import Eager
 from dougong.compress.engines.openvino import to_graph
 from dougong.compress.export import Source, export, open_engine
 from dougong.compress.latency import LayerTimes

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import dougong
+from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
 from dougong.compress.backends import OnnxBackend, OpenVinoBackend, backends_named
 from dougong.compress.candidate import ALL, Runner
-from dougong.compress.engines.engine import EngineConfig
-from dougong.compress.export import load_export
 from dougong.compress.sensitivity import divergence
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
@@ -84,7 +84,7 @@ def test_bits_by_layer_use_a_budget_up_and_are_shipped_as_they_ran(
     assert apart(model, mixed, batches) < 0.8 * apart(model, uniform["w4a16"], batches)
     manifest = model.manifest.model_copy(update={"metrics": {"all": {"accuracy": 0.5}}})
     mixed.ship(tmp_path / "shipped", manifest)
-    shipped = load_export(tmp_path / "shipped", EngineConfig(threads=1))
+    shipped = dougong.load(tmp_path / "shipped", EngineConfig(threads=1))
     assert shipped.manifest.metrics == manifest.metrics
     assert "| all | accuracy | 0.5000 |" in (tmp_path / "shipped" / "README.md").read_text()
     with torch.inference_mode():

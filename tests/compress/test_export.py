@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 
 import dougong
+from dougong.bundle.exported import GraphEngine
 from dougong.bundle.model import Model
 from dougong.cli.main import main
 from dougong.compress.backends import OnnxBackend
 from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
-from dougong.compress.export import Source, answering_bytes, export, load_export, open_engine
+from dougong.compress.export import Source, answering_bytes, export, open_engine
 from dougong.compress.plan import Plan
 from dougong.compress.quantise import QuantiseConfig, calibrate
+from dougong.continual.taught import open_taught
 from dougong.core.bundle import read_bundle
 from dougong.core.config import parse
 from dougong.core.errors import BundleError, ConfigError, DataError
+from dougong.recipes.judge import judge, judge_contribution
+from dougong.recipes.robust import sweep
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("openvino")
@@ -61,12 +65,43 @@ def alike(found: list[Any], want: list[Any], tolerance: float = 2e-5) -> None:
 def test_openvino_answers_alike_whatever_a_record_lacks(
     model: Model, openvino_export: Path, rows: list[dict[str, Any]]
 ) -> None:
-    exported = load_export(openvino_export)
+    exported = dougong.load(openvino_export)
 
     alike(exported.predict(rows), model.predict(rows))
     alike(exported.predict(rows[:1]), model.predict(rows[:1]))
     for withheld in model.preparation.modalities:
         alike(exported.predict(rows[:5], withhold=[withheld]), model.predict(rows[:5], withhold=[withheld]))
+
+
+def test_an_export_is_asked_and_judged_and_nothing_else(
+    openvino_export: Path, colour_run: Path, colour_table: Path, tmp_path: Path
+) -> None:
+    exported = dougong.load(openvino_export)
+
+    judged, want = judge(openvino_export, colour_table), judge(colour_run / "bundle", colour_table)
+    assert judged["all"]["metrics"] == pytest.approx(want["all"]["metrics"], abs=1e-4)
+    curves = sweep(openvino_export, colour_table, levels=(0.0, 1.0))
+    assert {curve.what for curve in curves} == {*exported.preparation.modalities, "every modality"}
+    with pytest.raises(ConfigError, match="shows nothing of its inside"):
+        exported.explain([{"remark": "it is warm"}])
+    with pytest.raises(BundleError, match="has no weights to save"):
+        exported.save(tmp_path / "saved")
+    for change in (open_taught, lambda folder: judge_contribution(folder, colour_table)):
+        with pytest.raises(BundleError, match="give the bundle that it was exported from"):
+            change(openvino_export)
+
+
+def test_a_graph_outside_of_its_folder_is_not_opened(openvino_export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(openvino_export, folder)
+    spec = json.loads((folder / "export.json").read_text())
+    spec["roof"]["graph"] = "../../roof"
+    for ending in ("xml", "bin"):
+        shutil.copy(openvino_export / "graphs" / f"roof.{ending}", tmp_path)
+    (folder / "export.json").write_text(json.dumps(spec))
+
+    with pytest.raises(BundleError, match="lies outside of it"):
+        GraphEngine(folder)
 
 
 @pytest.mark.slow
@@ -75,8 +110,8 @@ def test_others_answer_alike(model: Model, source: Source, to: Any, rows: list[d
     folder = export(source, tmp_path / to, to)
     if to == "torch":
         with pytest.raises(ConfigError, match="which is code: torch runs what stands in it"):
-            load_export(folder)
-    exported = load_export(folder, trusted=True)
+            dougong.load(folder)
+    exported = dougong.load(folder, trusted=True)
 
     alike(exported.predict(rows), model.predict(rows))
     alike(exported.predict(rows[:1]), model.predict(rows[:1]))
@@ -92,7 +127,7 @@ def test_onnx_runtime_rounds_by_each_batch(model: Model, rows: list[dict[str, An
     )
     rounded.ship(tmp_path / "shipped", model.manifest)
 
-    found, want = load_export(tmp_path / "shipped").predict(rows), model.predict(rows)
+    found, want = dougong.load(tmp_path / "shipped").predict(rows), model.predict(rows)
     assert rounded.num_bytes < 0.5 * whole.num_bytes
     assert sum(one.answer == other.answer for one, other in zip(found, want, strict=True)) >= 0.9 * len(rows)
     # Each batch's own range: a tenth of a probability is far more than 8 bits of a good range move.
@@ -166,7 +201,7 @@ def test_an_altered_export_is_refused(openvino_export: Path, tmp_path: Path) -> 
     graph.write_bytes(content)
 
     with pytest.raises(BundleError, match=r"roof\.bin"):
-        load_export(tmp_path / "altered")
+        dougong.load(tmp_path / "altered")
 
 
 @pytest.mark.slow
@@ -268,8 +303,3 @@ def test_too_few_records_are_told(model: Model, tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="usable records"):
         records_of(model, tmp_path / "few.jsonl", 64)
-
-
-def test_a_bundle_is_no_export(colour_run: Path) -> None:
-    with pytest.raises(BundleError, match="is no export"):
-        load_export(colour_run / "bundle")

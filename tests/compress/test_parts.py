@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dougong.compress import runtime
-from dougong.compress.engines.graphs import media_of
+from dougong.bundle import runtime
+from dougong.bundle.exported import media_of
 from dougong.compress.parts import Cut, cut
 from dougong.core.errors import ConfigError
 from dougong.core.signature import (

@@ -1,9 +1,11 @@
 """The whole of it: `dougong serve` in a process of its own, with a model that was trained."""
 
 import base64
+import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -53,9 +55,9 @@ class Process:
         return [pid for holder in children.get(self.process.pid, []) for pid in children.get(holder, [])]
 
 
-@pytest.fixture(scope="module")
-def server(colour_run: Path) -> Iterator[Process]:
-    command = [sys.executable, "-m", "dougong", "serve", f"colours={colour_run}", "--port", "0", "--json", "--quiet"]
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Process]:
+    command = [sys.executable, "-m", "dougong", "serve", f"colours={folder}", "--port", "0", "--json", "--quiet"]
     command += ["--slo", "2s", "--timeout", "10s"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -72,6 +74,12 @@ def server(colour_run: Path) -> Iterator[Process]:
             process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(colour_run: Path) -> Iterator[Process]:
+    with started(colour_run) as process:
+        yield process
 
 
 def as_json(row: Mapping[str, Any]) -> bytes:
@@ -244,3 +252,34 @@ def test_mistakes_are_told_in_one_line(colour_run: Path, tmp_path: Path, capsys:
         said = capsys.readouterr().err.strip()
         assert reason in said
         assert "\n" not in said
+
+
+@pytest.mark.slow
+def test_an_export_is_served_and_its_workers_outlive_its_folder(
+    colour_run: Path, records: Records, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    from dougong.compress.export import Source, export
+
+    folder = export(Source(dougong.load(colour_run / "bundle")), tmp_path / "export", "openvino")
+    rows = records(6, seed=14, missing=0.3)
+    expected = dougong.load(folder).predict([{**row, "colour": None} for row in rows])
+
+    def answers_as_expected(server: Process) -> bool:
+        found = [server.ask("/v1/predict", as_json(row)) for row in rows]
+        told = [(status, said.get("answer"), said.get("confidence")) for status, said in found]
+        return told == [(200, each.answer, pytest.approx(each.confidence, abs=1e-4)) for each in expected]
+
+    with started(folder) as server:
+        assert answers_as_expected(server)
+        status, found = server.ask("/v1/predict?explain=true", as_json(rows[0]))
+        assert (status, found["answer"], "attention" in found) == (200, expected[0].answer, False)
+
+        shutil.rmtree(folder)
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while not (replaced := answers_as_expected(server)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert replaced
+        assert server.workers() != [worker]

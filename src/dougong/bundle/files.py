@@ -1,6 +1,6 @@
 """Predictions from file to file.
 
-Here        predict_file.
+Here        predict_file; load_from and load_network_from, for folders that people name.
 Elsewhere   answering records (bundle/model.py); reading tables (data/table.py).
 Promise     the answers appear whole or not at all, one for each record, in the records' order.
 """
@@ -16,8 +16,9 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dougong.bundle.exported import KIND, EngineConfig
 from dougong.bundle.model import Model, Prediction, load
-from dougong.core.bundle import is_bundle
+from dougong.core.bundle import bundle_in, is_bundle, kind_of
 from dougong.core.errors import BundleError, ConfigError
 from dougong.core.files import whole_file
 from dougong.data.table import Table, open_table
@@ -26,17 +27,32 @@ ENDINGS: Final = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP: Final = 5000
 
 
-def load_from(folder: Path) -> Model:
-    """A model from a bundle, or from the run that made one.
+def load_from(folder: Path, engine: EngineConfig | None = None) -> Model:
+    """A model from a bundle, from an export (whose graphs run as `engine` says), or from the run that made one.
 
     Raises:
         BundleError: there is none.
+        ConfigError: an export cannot be opened here (model.py).
     """
     if is_bundle(folder) or not folder.exists():
-        return load(folder)
+        return load(folder, engine)
     if is_bundle(folder / "bundle"):
-        return load(folder / "bundle")
+        return load(folder / "bundle", engine)
     raise BundleError(f"{folder} is neither a bundle nor a finished run: it has no bundle.json and no bundle/ in it.")
+
+
+def load_network_from(folder: Path) -> Model:
+    """The same, for who looks into its network or changes it.
+
+    Raises:
+        BundleError: there is none, or it is an export.
+    """
+    place = bundle_in(folder)
+    if is_bundle(place) and kind_of(place) == KIND:
+        raise BundleError(
+            f"{folder} holds an export, which shows and learns nothing: give the bundle that it was exported from."
+        )
+    return load_from(folder)
 
 
 def predict_file(

@@ -1,7 +1,8 @@
 """A trained model as its user has it: loaded from a bundle, asked for predictions, saved again.
 
 Here        Model (predict, evaluate, save), load, Prediction.
-Elsewhere   the bundle's files and sums (core/bundle.py); training one (recipes/); reading records (data/).
+Elsewhere   the bundle's files and sums (core/bundle.py); training one (recipes/); reading records (data/); an export's
+            graphs in the place of a network (exported.py).
 Promise     what is saved and loaded answers the same; a record with any modality withheld is answered; a record that
             cannot be read gets its reason in place of an answer, and its neighbours theirs.
 """
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dougong.bundle.exported import KIND, EngineConfig, EngineNetwork, open_exported
 from dougong.bundle.saving import load_network, save_bundle
 from dougong.core.bundle import Manifest, read_bundle
 from dougong.core.config import Config, parse
@@ -86,6 +88,11 @@ class Model:
         inputs = ", ".join(self.preparation.modalities)
         return f"<dougong.Model {self.manifest.name!r}: {inputs} -> {self.preparation.target.name}>"
 
+    @property
+    def is_export(self) -> bool:
+        """Whether graphs answer in the network's place: it can be asked and judged, not trained or looked into."""
+        return isinstance(self.network, EngineNetwork)
+
     def predict(
         self, rows: Rows, *, withhold: Sequence[str] = (), folder: str | Path = ".", batch_size: int = BATCH_SIZE
     ) -> list[Prediction]:
@@ -140,7 +147,13 @@ class Model:
         return evaluate(self.network, loader, self.preparation.target)
 
     def explain(self, rows: Sequence[Mapping[str, Any]], *, folder: str | Path = ".") -> tuple[BatchArrays, Any]:
-        """One batch of records and the network's intermediates on it, attention included."""
+        """One batch of records and the network's intermediates on it, attention included.
+
+        Raises:
+            ConfigError: an export's inner values stay inside its engine.
+        """
+        if self.is_export:
+            raise ConfigError("an export shows nothing of its inside. Ask the bundle that it was exported from.")
         place, requests = self._requests(rows, Path(folder), max(1, len(rows)))
         arrays = Collator(self.preparation, place, seed=0)(next(iter(requests)))
         with torch.inference_mode():
@@ -150,8 +163,10 @@ class Model:
         """Write a bundle; an older bundle at that place is replaced at once and whole.
 
         Raises:
-            BundleError: the folder holds something else.
+            BundleError: the folder holds something else, or this is an export.
         """
+        if self.is_export:
+            raise BundleError(f"an export has no weights to save. Copy its folder to {folder} instead.")
         return save_bundle(folder, self.manifest, self.preparation, self.network, model_card(self.manifest))
 
     def _requests(self, rows: Rows, folder: Path, batch_size: int) -> tuple[Path, Iterator[Request]]:
@@ -240,14 +255,21 @@ class Model:
         )
 
 
-def load(folder: str | Path) -> Model:
-    """A model from its bundle; the sum of every file is checked first, and nothing is unpickled.
+def load(folder: str | Path, engine: EngineConfig | None = None, *, trusted: bool = False) -> Model:
+    """A model from its bundle or its export; the sum of every file is checked first, and nothing is unpickled.
+
+    `engine` is how an export's graphs use the machine. A torch.export package is opened only where it is `trusted`
+    (exported.py).
 
     Raises:
         BundleError: it is not a whole, unaltered bundle.
+        ConfigError: an export's library is not installed, or it is code and not trusted.
     """
     folder = Path(folder)
     manifest = read_bundle(folder)
+    if manifest.model.get("kind") == KIND:
+        preparation, network = open_exported(folder, manifest, engine, trusted=trusted)
+        return Model(network, preparation, manifest)
     if "kind" in manifest.model:
         raise BundleError(f"{folder} holds a {manifest.model['kind']}, not a model that decides. See dougong --help.")
 

@@ -59,14 +59,14 @@ def watch(
     if experiment is not None:
         raise ConfigError(f"--experiment {experiment} says nothing without --mlflow. Add --mlflow sqlite:///runs.db.")
     if record:
-        from dougong.bundle.files import load_from
+        from dougong.bundle.files import load_network_from
         from dougong.data.table import Table, open_table
         from dougong.recipes.judge import table_to_judge_on
         from dougong.watch.inside import check_page, look_at_records, write_inside
 
         page = out or Path("inside.html")
         check_page(page)
-        model = load_from(what)
+        model = load_network_from(what)
         table = table_to_judge_on(what, data)
         told = look_at_records(model, table if isinstance(table, Table) else open_table(table), record)
         write_inside(page, told)
@@ -81,12 +81,12 @@ def watch(
         check_page(out)
         counted = None
         if contribution:
-            from dougong.bundle.files import load_from
+            from dougong.bundle.files import load_network_from
             from dougong.recipes.judge import table_to_judge_on
             from dougong.watch.contribution import as_json as told_of
             from dougong.watch.contribution import study
 
-            counted = told_of(study(load_from(what), table_to_judge_on(what, data)))
+            counted = told_of(study(load_network_from(what), table_to_judge_on(what, data)))
         summary = summarise(what, counted)
         write_summary(out, summary)
         print(json.dumps({**summary, "page": str(out)}) if as_json else f"page {out}")

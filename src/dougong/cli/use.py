@@ -51,18 +51,7 @@ def evaluate(
     if not graded and "all" in (corrupt or ()):
         raise ConfigError("--corrupt all goes through every modality by itself. Leave the other ones out.")
     corruptions = [] if graded else [parse_corruption(text) for text in corrupt or ()]
-    exported = _export_in(model)
-    if exported is not None:
-        from dougong.compress.export import judge_export
-
-        if graded or contribution:
-            raise ConfigError(
-                f"{'--corrupt all' if graded else '--contribution'} asks a bundle's own network, and {model} holds an "
-                "export. Give the bundle that it was exported from."
-            )
-        figures = judge_export(exported, data, missing or (), corruptions)
-    else:
-        figures = judge(model, data, missing or (), corruptions)
+    figures = judge(model, data, missing or (), corruptions)
     curves = sweep(model, data, missing or (), baseline=baseline, announce=None if as_json else tell) if graded else []
     counted = judge_contribution(model, data) if contribution else None
     if as_json:
@@ -75,14 +64,6 @@ def evaluate(
         print_robustness(curves)
     if counted is not None:
         print_contribution(counted)
-
-
-def _export_in(model: Path) -> Path | None:
-    """The export that a folder is, or has in the place of a run's bundle."""
-    from dougong.core.bundle import bundle_in, is_bundle, kind_of
-
-    folder = bundle_in(model)
-    return folder if is_bundle(folder) and kind_of(folder) == "export" else None
 
 
 def predict(
@@ -99,13 +80,7 @@ def predict(
     from dougong.bundle.files import predict_file
 
     if task is None:
-        asked: Any = model  # what it holds is loaded by torch
-        exported = _export_in(model)
-        if exported is not None:
-            from dougong.compress.export import load_export
-
-            asked = load_export(exported)
-        summary = predict_file(asked, records, answers, withhold or ())
+        summary = predict_file(model, records, answers, withhold or ())
     else:
         from dougong.continual.taught import Answer, open_taught
 
@@ -234,10 +209,10 @@ def compress(
     engine: Annotated[
         str,
         Option(
-            help="What may carry it out: eager (torch); or openvino, onnx, or auto, all that are installed, which may "
-            "end with graphs: predict and evaluate take them."
+            help="What may carry it out: eager (torch), openvino, onnx, or auto, all that are installed. "
+            "The last three may end with graphs: an export, which is asked and served like any bundle."
         ),
-    ] = "eager",
+    ] = "auto",
     time_limit: Annotated[str | None, Option(help="Like 10min: less is tried where time is short.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the search in that folder.")] = False,
     settings: Annotated[

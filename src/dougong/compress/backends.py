@@ -17,10 +17,10 @@ from typing import Any, Final, cast
 
 import torch
 
+from dougong.bundle.exported import EngineConfig, EngineNetwork
 from dougong.bundle.model import Model
 from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
 from dougong.compress.delivery import number_bytes, plan_within
-from dougong.compress.engines.engine import EngineConfig, EngineNetwork
 from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
 from dougong.compress.needs import needed
 from dougong.compress.plan import Choice, Plan, read_choice

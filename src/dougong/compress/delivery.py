@@ -15,17 +15,19 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, model_validator
 
-from dougong.bundle.files import load_from
+from dougong.bundle import runtime
+from dougong.bundle.exported import Engine, EngineConfig
+from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
 from dougong.compress.clock import Timed, interleaved
-from dougong.compress.engines.engine import LARGEST_BATCH, Eager, Engine, EngineConfig
+from dougong.compress.engines.eager import Eager
 from dougong.compress.engines.openvino import OpenVino
-from dougong.compress.export import GRAPHS, Source, To, answering_bytes, export, fastest_kind, open_engine
+from dougong.compress.export import Source, To, answering_bytes, export, fastest_kind, open_engine
 from dougong.compress.latency import LayerTimes, fit_layer_times
 from dougong.compress.parts import Layer
 from dougong.compress.plan import CHOICES, Choice, Plan, read_choice
@@ -52,7 +54,8 @@ from dougong.engine.batches import to_tensors
 from dougong.engine.metrics import decide
 from dougong.nn.batch import Batch
 
-ROUNDS = 4
+LARGEST_BATCH: Final = 64
+ROUNDS: Final = 4
 """Times that a plan is made anew because the engine took longer than predicted."""
 
 
@@ -164,7 +167,7 @@ def deliver(
         ConfigError: bits need records and there is no table, or the budget cannot be met: it says by how much.
         BundleError: no bundle there, or the place is taken by something else.
     """
-    model = load_from(source)
+    model = load_network_from(source)
     calibration, judged = ([], []) if table is None else records_of(model, table, request.num_records)
     if request.needs_records and not calibration:
         raise ConfigError(
@@ -367,13 +370,13 @@ def time_engine(engine: Engine, batch: Batch) -> Timed:
 
 def graph_bytes(folder: Path) -> int:
     """Of an export's graphs."""
-    return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir())
+    return sum(path.stat().st_size for path in (folder / runtime.GRAPHS).iterdir())
 
 
 def number_bytes(folder: Path) -> int:
     """Of an export's weights and scales, where they have files of their own: what says how to compute takes as much for
     a small model as for a large one."""
-    return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.suffix != ".xml")
+    return sum(path.stat().st_size for path in (folder / runtime.GRAPHS).iterdir() if path.suffix != ".xml")
 
 
 def _told(

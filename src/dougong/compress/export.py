@@ -1,8 +1,9 @@
 """A bundle as graphs that run without Dougong.
 
-Here        Source, `export` (ONNX, OpenVINO or torch.export, at a plan's bits), `load_export` (the same as a model to
-            ask), `judge_export`, `fastest_kind`, `answering_bytes`.
-Elsewhere   where a model is cut into graphs (parts.py); answering with them anywhere (runtime.py); bits (quantise.py).
+Here        Source, `export` (ONNX, OpenVINO or torch.export, at a plan's bits), `open_engine`, `fastest_kind`,
+            `answering_bytes`.
+Elsewhere   where a model is cut into graphs (parts.py); answering with them here (bundle/exported.py) and anywhere
+            (bundle/runtime.py); bits (quantise.py).
 Promise     the folder is a bundle: sums, signature, preparation, whole or absent. It answers as its source does, within
             what its number formats round; two exports of one bundle are the same to the byte; nothing in it is a
             pickle, and `run.py` in it needs no Dougong.
@@ -13,39 +14,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
 
+from dougong.bundle import runtime
+from dougong.bundle.exported import KIND, PACKAGES, Engine, EngineConfig, GraphEngine
 from dougong.bundle.model import Model
-from dougong.compress import runtime
 from dougong.compress.clock import Timed
-from dougong.compress.engines.engine import Eager, Engine, EngineConfig, EngineNetwork, fastest
-from dougong.compress.engines.graphs import GraphEngine
+from dougong.compress.engines.eager import Eager, fastest
 from dougong.compress.engines.openvino import OpenVino, apply_bits, name_layers, to_graph, write_graph
 from dougong.compress.needs import needed
 from dougong.compress.parts import Part, cut
 from dougong.compress.plan import CHOICES
 from dougong.compress.quantise import Quantised
-from dougong.core.bundle import Manifest, read_bundle, write_bundle
-from dougong.core.errors import BundleError, ConfigError
+from dougong.core.bundle import Manifest, write_bundle
+from dougong.core.errors import ConfigError
 from dougong.core.files import write_atomic, write_json
 from dougong.core.sizes import bytes_as_text
-from dougong.data.corruption import Corruption, check_corruptions
-from dougong.data.preparation import Preparation
-from dougong.model.sandwich import Sandwich
 from dougong.nn.batch import Batch
 
-KIND: Final = "export"
 RUNTIME: Final = "run.py"
-GRAPHS: Final = "graphs"
 To = Literal["openvino", "onnx", "torch"]
 OPSET: Final = 20
 DYNAMIC: Final = "dynamic-w8a8"
@@ -57,9 +51,6 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "torch": (),
 }
-
-
-_PACKAGE: Final = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 
 
 class Source:
@@ -140,14 +131,14 @@ def export(
     )
     with write_bundle(folder, manifest) as building:
         model.preparation.save(building)
-        (building / GRAPHS).mkdir()
+        (building / runtime.GRAPHS).mkdir()
         write = {"openvino": _write_openvino, "onnx": _write_onnx, "torch": _write_torch}[to]
-        write(source, building / GRAPHS, quantised)
+        write(source, building / runtime.GRAPHS, quantised)
         if dynamic:
-            _round_by_batch(building / GRAPHS)
+            _round_by_batch(building / runtime.GRAPHS)
         write_json(building / runtime.EXPORT, spec)
         write_atomic(building / RUNTIME, Path(runtime.__file__).read_text(encoding="utf-8"))
-        size = sum(path.stat().st_size for path in (building / GRAPHS).iterdir())
+        size = sum(path.stat().st_size for path in (building / runtime.GRAPHS).iterdir())
         write_atomic(building / "README.md", _card(manifest, to, size, quantised, memory_bytes))
     return folder
 
@@ -243,77 +234,11 @@ def _without_traces(proto: Any) -> None:
     proto.doc_string = proto.graph.doc_string = ""
 
 
-def load_export(folder: Path, config: EngineConfig | None = None, *, trusted: bool = False) -> Model:
-    """An export as a model to ask and to judge; the sum of every file is checked first.
-
-    A torch.export package is opened only where it is `trusted`: torch evaluates expressions that stand in it, and
-    unpickles what it says is pickled, so it is code, and sums do not say whose.
-
-    Raises:
-        BundleError: it is not a whole, unaltered export.
-        ConfigError: its engine is not installed, or it is code and not trusted.
-    """
-    manifest = read_bundle(folder)
-    if manifest.model.get("kind") != KIND:
-        raise BundleError(f"{folder} is no export. Make one with dougong export {folder} --out DIR.")
-    if _made_for(folder) == "torch" and not trusted:
-        raise ConfigError(
-            f"{folder} is a torch.export package, which is code: torch runs what stands in it. Ask an export for "
-            "openvino or onnx, or, if it is your own, its run.py."
-        )
-    engine = open_engine(folder, config)
-    network = EngineNetwork(engine, list(manifest.signature.inputs))
-    return Model(cast(Sandwich, network), Preparation.load(folder), manifest)
-
-
-def judge_export(
-    folder: Path,
-    table: Path | None,
-    missing: Sequence[str] = (),
-    corrupt: Sequence[Corruption] = (),
-    config: EngineConfig | None = None,
-) -> dict[str, Any]:
-    """An export's figures by condition: all modalities, without `missing`, and each of these spoilt by `corrupt`.
-
-    Raises:
-        ConfigError: there is no table, or `missing` or `corrupt` names what is not there.
-    """
-    if table is None:
-        raise ConfigError(f"{folder} is an export, which keeps no records. Name a table to judge on, with --data.")
-    model = load_export(folder, config)
-    names = tuple(model.preparation.modalities)
-    strange = [name for name in missing if name not in names]
-    if strange:
-        raise ConfigError(f"--missing {strange[0]!r} is no modality of this model. Use some of {', '.join(names)}.")
-    check_corruptions(corrupt, model.preparation.modalities)
-    kept = {"all": names}
-    if missing:
-        kept[f"without {', '.join(missing)}"] = tuple(name for name in names if name not in missing)
-    how = ", ".join(map(str, corrupt))
-    found: dict[str, Any] = {}
-    for condition, keep in kept.items():
-        for spoilt in ((), corrupt) if corrupt else ((),):
-            judged = model.evaluate(table, keep=keep, corruptions=spoilt)
-            name = condition if not spoilt else how if condition == "all" else f"{condition}, {how}"
-            found[name] = {
-                "metrics": judged.metrics,
-                "num_records": judged.num_records,
-                "set_aside": len(judged.bad),
-                "gate": judged.gate,
-            }
-    return found
-
-
 def open_engine(folder: Path, config: EngineConfig | None = None, *, profile: bool = False) -> GraphEngine:
-    """The engine that an export was made for."""
-    to = _made_for(folder)
-    needed(_PACKAGE[to], "compress")
-    return OpenVino(folder, config, profile=profile) if to == "openvino" else GraphEngine(folder, config)
-
-
-def _made_for(folder: Path) -> str:
-    """What its graphs are opened by: not what its manifest says, but what the runtime goes by."""
-    return str(json.loads((folder / runtime.EXPORT).read_text(encoding="utf-8"))["to"])
+    """An export that was just made, as an engine: what is opened may be code, and is not checked again."""
+    engine = GraphEngine(folder, config)
+    needed(PACKAGES[engine.kind], "compress")
+    return OpenVino(folder, config, profile=profile) if engine.kind == "openvino" else engine
 
 
 def fastest_kind(source: Source, batch: Batch, config: EngineConfig | None = None) -> tuple[str, dict[str, Timed]]:
@@ -352,7 +277,7 @@ def _card(manifest: Manifest, to: str, size: int, quantised: Quantised | None, m
         "    python run.py RECORDS.jsonl ANSWERS.jsonl     where Dougong is not installed",
         "    dougong predict FOLDER RECORDS ANSWERS        where it is",
         "",
-        f"`run.py` is all of the runtime: it needs NumPy, {_PACKAGE[to]}, and what reads the media at hand. "
+        f"`run.py` is all of the runtime: it needs NumPy, {PACKAGES[to]}, and what reads the media at hand. "
         "Inputs and their preparation stand in `preparation.json`, what each graph is fed in `export.json`.",
         "",
     ]

@@ -1,7 +1,7 @@
 """How many bits each layer gets.
 
 Here        Choice, Plan, `read_plan`; what a choice means in bits and bytes.
-Elsewhere   finding a plan (quantise.py); carrying it out (engines/); what really ran (engines/engine.py).
+Elsewhere   finding a plan (quantise.py); carrying it out (engines/); what really ran (engines/eager.py).
 Promise     a plan names layers as the model does, so that it can be read, written by hand, and held against what ran.
 """
 

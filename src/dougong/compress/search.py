@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from dougong.bundle.files import load_from
+from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
 from dougong.compress.candidate import (
     ALL,
@@ -247,7 +247,7 @@ class Search:
                 )
             views = (View(keep=config.modalities, beside=names),)
             self._distil = config.distil.model_copy(update={"views": views})
-        self._beside = {name: load_from(folder) for name, folder in config.beside.items()}
+        self._beside = {name: load_network_from(folder) for name, folder in config.beside.items()}
         for name, model in self._beside.items():
             teacher_beside(name, model, teacher)  # it would be refused only after all has been drafted
         settings = self._open(resume)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dougong.bundle.files import load_from
+from dougong.bundle.files import load_network_from
 from dougong.bundle.model import BATCH_SIZE, Model, Prediction, Rows
 from dougong.continual.elastic import Elastic, ElasticOutput
 from dougong.continual.recognition import Features, Recognition, frozen_features
@@ -347,7 +347,7 @@ def open_taught(folder: Path) -> Taught:
         BundleError: it is none, or is not whole.
     """
     place = bundle_in(folder)
-    model = load_from(place)
+    model = load_network_from(place)
     return Taught(model, read_bundle(place), place)
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from dougong.bundle.contribution import Contribution, measure_contribution
 from dougong.bundle.describer import KIND, Describer, load_describer
-from dougong.bundle.files import load_from
+from dougong.bundle.files import load_from, load_network_from
 from dougong.bundle.model import Model
 from dougong.core.bundle import bundle_in, is_bundle, kind_of
 from dougong.core.config import from_yaml, parse
@@ -93,9 +93,10 @@ def judge_contribution(model: Path, table: Path | None) -> Contribution:
     """How much each modality counts, on a table.
 
     Raises:
+        BundleError: it is an export.
         ConfigError: there is no table to judge on, or the model has one modality.
     """
-    return measure_contribution(load_from(model), table_to_judge_on(model, table))
+    return measure_contribution(load_network_from(model), table_to_judge_on(model, table))
 
 
 def _own_test_table(model: Path) -> Table:

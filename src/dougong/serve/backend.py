@@ -118,6 +118,8 @@ class BundleBackend:
         (outcome,) = self.answer([record])
         if outcome.status != 200:
             return outcome
+        if self.model.is_export:
+            return outcome  # what it looked at stays inside its engine
         from dougong.serve.explain import attention
 
         return Outcome(200, _json({**json.loads(outcome.body), "attention": attention(self.model, record)}))
@@ -205,10 +207,12 @@ def load_backend(folder: Path, options: Mapping[str, Any]) -> Backend:
         return WritingBackend(folder)
     if kind == "align":
         raise ConfigError(f"{folder} holds a model that gives vectors to media and answers nothing. Serve another one.")
+    from dougong.bundle.exported import EngineConfig
     from dougong.bundle.files import load_from
 
+    model = load_from(folder, EngineConfig(threads=options.get("threads", 1)))
     return BundleBackend(
-        load_from(folder), most_pixels=options.get("most_pixels"), most_audio_seconds=options.get("most_audio_seconds")
+        model, most_pixels=options.get("most_pixels"), most_audio_seconds=options.get("most_audio_seconds")
     )
 
 

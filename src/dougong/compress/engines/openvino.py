@@ -2,7 +2,7 @@
 
 Here        `to_graph` (a part as OpenVINO has it), `apply_bits` (a plan put into it), `write_graph`;
             OpenVino, the engine, which tells what ran and how long each layer took.
-Elsewhere   the rounded weights (compress/bits.py); other engines (graphs.py).
+Elsewhere   the rounded weights (compress/bits.py); other engines (eager.py, bundle/exported.py).
 Promise     layers keep the model's names through conversion, files and compilation; two graphs of one model are the
             same to the byte; nothing is simulated: weights of 4 and 8 bits lie in the graph as such, and inputs of 8
             bits are rounded before the product, by the engine's own kernels.
@@ -23,10 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dougong.compress import runtime
+from dougong.bundle import runtime
+from dougong.bundle.exported import EngineConfig, GraphEngine
 from dougong.compress.bits import Range, Rounded
-from dougong.compress.engines.engine import EngineConfig
-from dougong.compress.engines.graphs import GraphEngine
 from dougong.compress.needs import needed
 from dougong.compress.parts import Part
 from dougong.compress.quantise import Quantised
@@ -185,23 +184,24 @@ class OpenVino(GraphEngine):
 
     def __init__(self, folder: Path, config: EngineConfig | None = None, *, profile: bool = False) -> None:
         """`profile`: count the time of each operation, which takes some itself."""
-        config = config or EngineConfig()
-        config.apply_affinity()
-        openvino = needed("openvino", "compress")
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": profile}
-        if config.threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = config.threads
-        self._core = openvino.Core()
+        super().__init__(folder, config)
+        self._profile = profile
+        self._layers = frozenset(self.spec["layers"])
         self._compiled: dict[str, Any] = {}
         self._requests: dict[str, Any] = {}
         self.asked: list[str] = []
         """The graphs that the last batch was given to."""
-        super().__init__(folder, config, self._infer)
-        self._layers = frozenset(self.spec["layers"])
+
+    def opened(self, contents: Mapping[str, bytes]) -> runtime.Call:
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": self._profile}
+        if self.config.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self.config.threads
+        core = needed("openvino", "compress").Core()
         for name in runtime.part_names(self.spec):
-            model = self._core.read_model(folder / "graphs" / f"{name}.xml")
-            self._compiled[name] = self._core.compile_model(model, "CPU", settings)
+            model = core.read_model(contents[f"{name}.xml"], contents[f"{name}.bin"])
+            self._compiled[name] = core.compile_model(model, "CPU", settings)
             self._requests[name] = self._compiled[name].create_infer_request()
+        return self._infer
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         self.asked = []
@@ -213,6 +213,7 @@ class OpenVino(GraphEngine):
         return {output: np.array(found[place]) for place, output in enumerate(runtime.outputs_of(self.spec, name))}
 
     def precisions(self) -> dict[str, str]:
+        _ = self.call  # which opens them
         found: dict[str, str] = {}
         for compiled in self._compiled.values():
             for operation in compiled.get_runtime_model().get_ordered_ops():

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import dougong
+from dougong.bundle import runtime
 from dougong.bundle.model import Model
-from dougong.compress import runtime
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator
 

@@ -2,7 +2,7 @@
 
 Here        Runtime (records in, answers out), `run_parts` (which graph is fed what), `prepare` (records to arrays);
             opening graphs of each kind; `python run.py RECORDS.jsonl [ANSWERS.jsonl]`.
-Elsewhere   making the export (export.py); the same preparation for training (data/modality/).
+Elsewhere   making the export (compress/export.py); the same preparation for training (data/modality/).
 Promise     it imports nothing of Dougong, so that its copy runs where Dougong is not installed; records are read as in
             training; the encoder of a modality that no record has is not run; a record that cannot be read gets its
             reason, and its neighbours their answers.
@@ -26,6 +26,7 @@ import numpy as np
 
 EXPORT = "export.json"
 PREPARATION = "preparation.json"
+GRAPHS = "graphs"
 BATCH_SIZE = 64
 LARGEST_BYTES = 256 * 2**20
 LARGEST_CHARACTERS = 1_000_000
@@ -37,6 +38,7 @@ SOUND_PAD = 800
 Arrays = dict[str, Any]
 Call = Callable[[str, Arrays], Arrays]
 Media = dict[str, tuple[Arrays, Any, Any]]
+Graphs = Path | Mapping[str, bytes]
 
 
 class BadValue(Exception):
@@ -59,7 +61,7 @@ class Runtime:
         self.target = saved["target"]
         if any(part["quality"] for part in self.spec["encoders"]):
             raise ValueError("this model reads figures of quality, which only Dougong measures: use dougong predict.")
-        self.call = open_graphs(self.folder, self.spec, threads)
+        self.call = open_graphs(self.spec, self.folder / GRAPHS, threads)
         self._tokenizers: dict[str, Any] = {}
 
     def answer(self, records: Sequence[Mapping[str, Any]], folder: str | Path = ".") -> Iterator[dict[str, Any]]:
@@ -175,10 +177,16 @@ def filled_up(part: Mapping[str, Any], values: Arrays) -> Arrays:
 # ---- Graphs: each gives a function from a part's name and its inputs to its outputs. ----
 
 
-def open_graphs(folder: Path, spec: Mapping[str, Any], threads: int | None = None) -> Call:
-    """Load every graph of an export."""
+def open_graphs(spec: Mapping[str, Any], graphs: Graphs, threads: int | None = None) -> Call:
+    """Load every graph of an export, from its folder or from what was read of it."""
     opened = {"openvino": _open_openvino, "onnx": _open_onnx, "torch": _open_torch}[spec["to"]]
-    return opened(folder, spec, threads)
+    return opened(spec, graphs, threads)
+
+
+def file_names(spec: Mapping[str, Any]) -> list[str]:
+    """Of the files that graphs are opened from."""
+    endings = {"openvino": ("xml", "bin"), "onnx": ("onnx",), "torch": ("pt2",)}[spec["to"]]
+    return [f"{name}.{ending}" for name in part_names(spec) for ending in endings]
 
 
 def part_names(spec: Mapping[str, Any]) -> list[str]:
@@ -192,7 +200,7 @@ def outputs_of(spec: Mapping[str, Any], name: str) -> list[str]:
     return list(parts[name])
 
 
-def _open_openvino(folder: Path, spec: Mapping[str, Any], threads: int | None) -> Call:
+def _open_openvino(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
     import openvino
 
     core = openvino.Core()
@@ -201,8 +209,11 @@ def _open_openvino(folder: Path, spec: Mapping[str, Any], threads: int | None) -
         settings["INFERENCE_NUM_THREADS"] = threads
     requests: dict[str, Any] = {}
     for name in part_names(spec):
-        compiled = core.compile_model(core.read_model(folder / "graphs" / f"{name}.xml"), "CPU", settings)
-        requests[name] = compiled.create_infer_request()
+        if isinstance(graphs, Path):
+            model = core.read_model(graphs / f"{name}.xml")
+        else:
+            model = core.read_model(graphs[f"{name}.xml"], graphs[f"{name}.bin"])
+        requests[name] = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def call(name: str, given: Arrays) -> Arrays:
         found = requests[name].infer(given)
@@ -212,19 +223,17 @@ def _open_openvino(folder: Path, spec: Mapping[str, Any], threads: int | None) -
     return call
 
 
-def _open_onnx(folder: Path, spec: Mapping[str, Any], threads: int | None) -> Call:
+def _open_onnx(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    sessions = {
-        name: onnxruntime.InferenceSession(
-            str(folder / "graphs" / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        for name in part_names(spec)
-    }
+    sessions = {}
+    for name in part_names(spec):
+        given = str(graphs / f"{name}.onnx") if isinstance(graphs, Path) else graphs[f"{name}.onnx"]
+        sessions[name] = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
     def call(name: str, given: Arrays) -> Arrays:
         # By place: in the graph, an output has another name than the input that it may pass on.
@@ -233,12 +242,15 @@ def _open_onnx(folder: Path, spec: Mapping[str, Any], threads: int | None) -> Ca
     return call
 
 
-def _open_torch(folder: Path, spec: Mapping[str, Any], threads: int | None) -> Call:
+def _open_torch(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
-    modules = {name: torch.export.load(folder / "graphs" / f"{name}.pt2").module() for name in part_names(spec)}
+    modules = {}
+    for name in part_names(spec):
+        given = graphs / f"{name}.pt2" if isinstance(graphs, Path) else io.BytesIO(graphs[f"{name}.pt2"])
+        modules[name] = torch.export.load(given).module()
 
     def call(name: str, given: Arrays) -> Arrays:
         with torch.inference_mode():
