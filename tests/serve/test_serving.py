@@ -265,21 +265,22 @@ def test_an_export_is_served_and_its_workers_outlive_its_folder(
     rows = records(6, seed=14, missing=0.3)
     expected = dougong.load(folder).predict([{**row, "colour": None} for row in rows])
 
-    def answers_as_expected(server: Process) -> bool:
+    wanted = [(200, each.answer, pytest.approx(each.confidence, abs=1e-4)) for each in expected]
+
+    def answers(server: Process) -> list[Any]:
         found = [server.ask("/v1/predict", as_json(row)) for row in rows]
-        told = [(status, said.get("answer"), said.get("confidence")) for status, said in found]
-        return told == [(200, each.answer, pytest.approx(each.confidence, abs=1e-4)) for each in expected]
+        return [(status, said.get("answer"), said.get("confidence")) for status, said in found]
 
     with started(folder) as server:
-        assert answers_as_expected(server)
-        status, found = server.ask("/v1/predict?explain=true", as_json(rows[0]))
-        assert (status, found["answer"], "attention" in found) == (200, expected[0].answer, False)
+        assert answers(server) == wanted
+        status, said = server.ask("/v1/predict?explain=true", as_json(rows[0]))
+        assert (status, said["answer"], "attention" in said) == (200, expected[0].answer, False)
 
         shutil.rmtree(folder)
         (worker,) = server.workers()
         os.kill(worker, signal.SIGKILL)
         deadline = time.monotonic() + 30
-        while not (replaced := answers_as_expected(server)) and time.monotonic() < deadline:
+        while (found := answers(server)) != wanted and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert replaced
+        assert found == wanted
         assert server.workers() != [worker]

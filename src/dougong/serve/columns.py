@@ -21,6 +21,7 @@ from dougong.data.modality.image import ImageModality
 from dougong.data.modality.numbers import TableModality
 from dougong.data.modality.text import TextModality
 from dougong.data.preparation import Preparation
+from dougong.serve.backend import WRITING_KINDS
 from dougong.serve.service_time import Shape, length_step
 from dougong.serve.settings import Limits
 
@@ -75,7 +76,7 @@ class Columns:
     def of_bundle(cls, folder: Path, manifest: Manifest, limits: Limits, fetch_from: tuple[str, ...] = ()) -> Columns:
         """As a bundle's preparation says. Its files' sums are checked by whoever loads it."""
         found: list[Column] = []
-        writes = "kind" in manifest.model  # about a picture, and reads nothing else
+        writes = manifest.model.get("kind") in WRITING_KINDS  # about a picture, and reads nothing else
         for name, modality in Preparation.load(folder).modalities.items():
             if writes and not isinstance(modality, ImageModality):
                 continue
