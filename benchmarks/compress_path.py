@@ -32,7 +32,7 @@ from dougong.compress.distil import distil
 from dougong.compress.engines.eager import Eager
 from dougong.compress.export import Source, export, open_engine
 from dougong.compress.importance import ImportanceConfig, measure_importance
-from dougong.compress.quantise import round_layers
+from dougong.compress.quantise import Quantised, round_layers
 from dougong.compress.search import model_of
 from dougong.compress.sensitivity import observe
 from dougong.compress.structure import structure_of
@@ -187,11 +187,14 @@ def ways(teacher: Model, student: Model, calibration: Sequence[Batch], scratch: 
 
 def int8(source: Source, calibration: Sequence[Batch], folder: Path) -> Engine:
     """Weights and inputs of all layers in 8 bits."""
+    return open_engine(export(source, folder, "openvino", rounded(source, calibration)), ONE_CORE)
+
+
+def rounded(source: Source, calibration: Sequence[Batch]) -> Quantised:
     layers = source.cut.layers
     linear = [name for name, layer in layers.items() if "w8a8" in layer.choices]
     seen = observe(source.model.network, linear, calibration)
-    quantised = round_layers(layers, uniform_plans(layers)["w8a8"], seen)
-    return open_engine(export(source, folder, "openvino", quantised), ONE_CORE)
+    return round_layers(layers, uniform_plans(layers)["w8a8"], seen)
 
 
 def batches(model: Model, table: Table, size: int, most: int) -> list[Batch]:

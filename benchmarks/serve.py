@@ -11,6 +11,7 @@ throughput  32 callers that wait for their answers, a simulated device (4 ms and
             processor when idle
 bundle      the same with a trained bundle of pictures, text and a number, requests with some of them: ours, the least
             that batches around `model.predict`, and no batching
+compressed  a teacher of easy-VQA and what it was compressed to, over HTTP (serve_compressed.py)
 latency     arrivals by chance: p50 at a fifth of what can be served without batching, beside no batching; p99 at four
             fifths of what the best peer (without peers: the least that batches) can serve, beside each
 cells       load x model over HTTP: ours against its own fixed waits
@@ -29,39 +30,49 @@ stands in the figure's. Without --quick, a part that was measured of these sourc
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import gzip
 import json
 import os
-import random
 import signal
-import socket
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from harness import ROOT, Kept, run
+from harness import Kept, run
+from serve_asking import (
+    CALLERS,
+    PEERS,
+    Closed,
+    Side,
+    as_form,
+    as_json,
+    body_of,
+    closed,
+    mixed_bundle,
+    mixed_rows,
+    numbers_bundle,
+    opened,
+    side,
+    spread,
+)
 
 from dougong.core.config import parse
 from dougong.core.errors import RunError
 from dougong.core.figures import Figure
 from dougong.serve.batcher import Batcher, BatcherConfig
 from dougong.serve.engine import Engine
-from dougong.serve.loadtest import Asker, picture, quantile, run_load
+from dougong.serve.loadtest import Asker, quantile, run_load
 from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
 
-PARTS = ("policy", "throughput", "bundle", "latency", "cells", "step", "swap", "attack", "leak")
-PEERS = ("mosec", "litserve", "bentoml", "ray")
+PARTS = ("policy", "throughput", "bundle", "compressed", "latency", "cells", "step", "swap", "attack", "leak")
 WAITS = (0.0, 0.002, 0.005)
-CALLERS = 32
 MODELS: Mapping[str, tuple[float, float]] = {"device": (0.004, 0.0001), "perceptron": (0.0003, 0.00055)}
 """Seconds of a batch, and of each record: what the simulated cells take the models to be."""
 
@@ -71,6 +82,7 @@ def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
         "policy": _policy,
         "throughput": _throughput,
         "bundle": _with_a_bundle,
+        "compressed": _compressed,
         "latency": _latency,
         "cells": _cells,
         "step": _step,
@@ -129,8 +141,8 @@ def _against_the_oracle(quick: bool) -> Iterator[Figure]:
         attained.append((len(found.seconds) - found.late) / best)
         late = [at - times[0] for at, took in zip(found.answered_at, found.seconds, strict=True) if took > slo]
         after_step.append(max([each for each in late if each > 0], default=0.0))
-    yield _figure("in time under a step, of the oracle, simulated", attained, "x", asked=">= 0.99")
-    yield _figure("last late answer after the step, simulated", after_step, "s", asked="<= 2")
+    yield spread("in time under a step, of the oracle, simulated", attained, "x", asked=">= 0.99")
+    yield spread("last late answer after the step, simulated", after_step, "s", asked="<= 2")
     goodput = []
     for seed in range(1 if quick else 5):
         config = parse(BatcherConfig, {"slo_seconds": 0.06, "max_batch": 64}, where="benchmark")
@@ -139,7 +151,7 @@ def _against_the_oracle(quick: bool) -> Iterator[Figure]:
         load = open_load([(seconds, 2 * most)], seed=seed)
         found = rehearse(Batcher(config), load, _affine(0.002, 0.001), noise=0.05, seed=seed)
         goodput.append((len(found.seconds) - found.late) / seconds / most)
-    yield _figure("good answers at twice the capacity, of it, simulated", goodput, "x", asked=">= 0.95")
+    yield spread("good answers at twice the capacity, of it, simulated", goodput, "x", asked=">= 0.95")
 
 
 def _affine(fixed: float, item: float) -> Service:
@@ -152,137 +164,6 @@ def _rehearsed(model: str, load: Load, wait: float | None) -> Any:
     return rehearse(Batcher(config), load, _affine(*MODELS[model]), noise=0.05, seed=1)
 
 
-def _figure(name: str, values: Sequence[float], unit: str, **more: Any) -> Figure:
-    middle = statistics.median(values)
-    return Figure(name=name, value=middle, unit=unit, low=min(values), high=max(values), seeds=len(values), **more)
-
-
-class Side(NamedTuple):
-    """A server that runs."""
-
-    url: str
-    path: str
-    process: subprocess.Popen[bytes]
-
-    def cpu_seconds(self) -> float:
-        """Of all its processes until now."""
-        return sum(_cpu_seconds(pid) for pid in _family(self.process.pid))
-
-    def memory_bytes(self) -> int:
-        """Of all its processes, what is theirs alone."""
-        return sum(_private_bytes(pid) for pid in _family(self.process.pid))
-
-
-@contextlib.contextmanager
-def side(name: str, model: str, *more: str, folder: Path, python: str = sys.executable) -> Iterator[Side]:
-    """Start a server; at the end it and all that it started are ended, by their numbers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = [str(ROOT / "benchmarks")] + ([str(ROOT / "src")] if name == "ours" or model == "bundle" else [])
-    paths += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ and name in ("ours", "minimal", "none") else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    if model == "bundle" and more:
-        environment["SIDE_BUNDLE"] = more[0]
-    code = "import sys, serve_sides; serve_sides.run_side(sys.argv[1:])"
-    log = (folder / f"{name}-{model}.log").open("ab")
-    process = subprocess.Popen(  # noqa: S603, our own script
-        [python, "-c", code, name, str(port), model, *more],
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    found = Side(f"http://127.0.0.1:{port}", "/v1/predict" if name == "ours" else "/", process)
-    try:
-        if name == "mosec":
-            found = found._replace(path="/inference")
-        if name == "litserve":
-            found = found._replace(path="/predict")
-        asyncio.run(_wait_for(found, name, log.name))
-        yield found
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for pid in _group(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        log.close()
-
-
-async def _wait_for(found: Side, name: str, log: str) -> None:
-    for _ in range(600):
-        if found.process.poll() is not None:
-            break
-        asker = Asker(found.url, most=1)
-        try:
-            async with asyncio.timeout(5):
-                ready = asker.get("/v2/health/ready") if name == "ours" else None
-                status, _ = await (ready or asker.ask(_body(asker, found.path, 1.0, name)))
-            if status == 200:
-                return
-        except (OSError, TimeoutError):
-            pass
-        finally:
-            asker.close()
-        await asyncio.sleep(0.2)
-    raise RunError(f"{name} did not start: see {log}. Is it installed where PEERS says?")
-
-
-def _body(asker: Asker, path: str, value: float, name: str) -> bytes:
-    body = {"x": [value]} if name == "bentoml" else {"x": value}
-    return asker.frame(path, json.dumps(body).encode(), "application/json")
-
-
-def _bundle(folder: Path) -> Path:
-    """A bundle of one column of numbers, for the columns that our side checks."""
-    import dougong
-
-    rows = folder / "rows.jsonl"
-    if not rows.exists():
-        rows.write_text("".join(json.dumps({"x": x / 50, "y": "high" if x > 50 else "low"}) + "\n" for x in range(100)))
-        dougong.fit(rows, target="y", steps=5, out=folder / "run", quiet=True)
-    return folder / "run" / "bundle"
-
-
-class Closed(NamedTuple):
-    """What callers that wait for their answers saw."""
-
-    rate: float
-    seconds: list[float]
-    cpu_milliseconds: float
-
-
-async def _closed(
-    found: Side, name: str, callers: int, seconds: float, rows: Sequence[Mapping[str, Any]] = ()
-) -> Closed:
-    asker = Asker(found.url, most=callers)
-    requests = [_body(asker, found.path, place / 7, name) for place in range(64)]
-    if rows:
-        requests = [asker.frame(found.path, _as_json(row), "application/json") for row in rows]
-    loop, took, dice = asyncio.get_running_loop(), list[float](), random.Random(0)  # noqa: S311, no secret
-    until = loop.time() + 0.5  # to warm up
-
-    async def caller() -> None:
-        while loop.time() < until:
-            started = loop.time()
-            status, _ = await asker.ask(dice.choice(requests))
-            if status == 200:
-                took.append(loop.time() - started)
-
-    await asyncio.gather(*(caller() for _ in range(callers)))
-    took.clear()
-    before, began = found.cpu_seconds(), loop.time()
-    until = began + seconds
-    await asyncio.gather(*(caller() for _ in range(callers)))
-    lasted = loop.time() - began
-    cpu = found.cpu_seconds() - before
-    asker.close()
-    return Closed(len(took) / lasted, took, 1e3 * cpu / max(1, len(took)))
-
-
 def _throughput(quick: bool) -> Iterator[Figure]:
     python = os.environ.get("PEERS")
     peers = PEERS if python else ()
@@ -291,7 +172,7 @@ def _throughput(quick: bool) -> Iterator[Figure]:
     repeats, seconds = (1, 1.0) if quick else (3, 8.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = str(_bundle(folder))
+        bundle = str(numbers_bundle(folder))
         for model in ("device",) if quick else tuple(MODELS):
             found: dict[str, list[Closed]] = {}
             idle: dict[str, float] = {}
@@ -302,7 +183,7 @@ def _throughput(quick: bool) -> Iterator[Figure]:
                         with side(
                             each, model, *([bundle] if each == "ours" else []), folder=folder, **where
                         ) as started:
-                            found.setdefault(each, []).append(asyncio.run(_closed(started, each, CALLERS, seconds)))
+                            found.setdefault(each, []).append(asyncio.run(closed(started, each, CALLERS, seconds)))
                             before = started.cpu_seconds()
                             time.sleep(1.0 if quick else 5.0)
                             idle[each] = (started.cpu_seconds() - before) / (1.0 if quick else 5.0)
@@ -315,12 +196,12 @@ def _throughput_figures(model: str, found: Mapping[str, list[Closed]], idle: Map
     rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
     others = [rates[name] for name in PEERS if name in rates]
     for name, runs in found.items():
-        yield _figure(f"{model}, {name}: answered", [each.rate for each in runs], "1/s")
+        yield spread(f"{model}, {name}: answered", [each.rate for each in runs], "1/s")
         for share in (0.5, 0.99):
             tails = [1e3 * quantile(each.seconds, share) for each in runs]
-            yield _figure(f"{model}, {name}: p{100 * share:g}", tails, "ms")
+            yield spread(f"{model}, {name}: p{100 * share:g}", tails, "ms")
         asked = {"asked": "<= 0.15"} if name == "ours" and model == "device" else {}
-        yield _figure(f"{model}, {name}: processor a request", [each.cpu_milliseconds for each in runs], "ms", **asked)
+        yield spread(f"{model}, {name}: processor a request", [each.cpu_milliseconds for each in runs], "ms", **asked)
         asked = {"asked": "<= 0.01"} if name == "ours" else {}
         yield Figure(name=f"{model}, {name}: processor when idle", value=idle[name], unit="cores", **asked)
     ratio = rates["ours"] / rates["minimal"]
@@ -334,20 +215,26 @@ def _with_a_bundle(quick: bool) -> Iterator[Figure]:
     repeats, seconds = (1, 1.5) if quick else (3, 10.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle, rows = _mixed_bundle(folder), _mixed_rows()
+        bundle, rows = mixed_bundle(folder), mixed_rows()
         found: dict[str, list[Closed]] = {}
         for _ in range(repeats):
             for each in ("ours", "minimal", "none"):
                 with side(each, "bundle", str(bundle), folder=folder) as started:
-                    found.setdefault(each, []).append(asyncio.run(_closed(started, each, CALLERS, seconds, rows)))
+                    found.setdefault(each, []).append(asyncio.run(closed(started, each, CALLERS, seconds, rows)))
     rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
     for name, runs in found.items():
-        yield _figure(f"mixed bundle, {name}: answered", [each.rate for each in runs], "1/s")
+        yield spread(f"mixed bundle, {name}: answered", [each.rate for each in runs], "1/s")
         for share in (0.5, 0.99):
             tails = [1e3 * quantile(each.seconds, share) for each in runs]
-            yield _figure(f"mixed bundle, {name}: p{100 * share:g}", tails, "ms")
+            yield spread(f"mixed bundle, {name}: p{100 * share:g}", tails, "ms")
     ratio = rates["ours"] / rates["minimal"]
     yield Figure(name="mixed bundle: ours, of the minimal batcher", value=ratio, unit="x", asked=">= 0.9")
+
+
+def _compressed(quick: bool) -> Iterator[Figure]:
+    from serve_compressed import compressed  # trains, where that was not done before
+
+    yield from compressed(quick)
 
 
 def _latency(quick: bool) -> Iterator[Figure]:
@@ -355,12 +242,12 @@ def _latency(quick: bool) -> Iterator[Figure]:
     repeats, seconds = (1, 1.5) if quick else (3, 10.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = str(_bundle(folder))
+        bundle = str(numbers_bundle(folder))
         for model in ("device",) if quick else ("device", "perceptron"):
             most: dict[str, float] = {}
             for each in ("minimal", "none", *(PEERS if python else ())):
                 with contextlib.suppress(RunError), _other(each, model, bundle, folder, python) as started:
-                    most[each] = asyncio.run(_closed(started, each, CALLERS, seconds)).rate
+                    most[each] = asyncio.run(closed(started, each, CALLERS, seconds)).rate
             peers = [each for each in most if each in PEERS] or ["minimal"]
             best = max(peers, key=most.__getitem__)
             few: dict[str, list[float]] = {}
@@ -370,21 +257,19 @@ def _latency(quick: bool) -> Iterator[Figure]:
                     with _other(each, model, bundle, folder, python) as started:
                         if each in ("ours", "none"):
                             calm = asyncio.run(
-                                _opened(started, 0.2 * most["none"], seconds, 1.0, seed=repeat, name=each)
+                                opened(started, 0.2 * most["none"], seconds, 1.0, seed=repeat, name=each)
                             )
                             few.setdefault(each, []).append(1e3 * calm.quantiles["0.5"])
                         if each != "none":
-                            busy = asyncio.run(_opened(started, 0.8 * most[best], seconds, 1.0, seed=repeat, name=each))
+                            busy = asyncio.run(opened(started, 0.8 * most[best], seconds, 1.0, seed=repeat, name=each))
                             many.setdefault(each, []).append(1e3 * busy.quantiles["0.99"])
             alone = statistics.median(few["none"])
             asked = {"baseline": alone, "asked": f"<= {1.15 * alone:.4g}"}
-            yield _figure(
-                f"{model}, a fifth of no batching's rate: p50, beside no batching", few["ours"], "ms", **asked
-            )
+            yield spread(f"{model}, a fifth of no batching's rate: p50, beside no batching", few["ours"], "ms", **asked)
             for each, tails in many.items():
                 theirs = statistics.median(many[best])
                 asked = {"baseline": theirs, "asked": f"<= {theirs:.4g}"} if each == "ours" else {}
-                yield _figure(
+                yield spread(
                     f"{model}, {0.8 * most[best]:.0f} a second (80 % of {best}): p99, {each}", tails, "ms", **asked
                 )
 
@@ -401,7 +286,7 @@ def _cells(quick: bool) -> Iterator[Figure]:
     shares = (0.2,) if quick else (0.05, 0.2, 0.5, 0.8)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = str(_bundle(folder))
+        bundle = str(numbers_bundle(folder))
         for model in ("device",) if quick else tuple(MODELS):
             fixed, item = MODELS[model]
             most = min(2000.0, 32 / (fixed + 32 * item))
@@ -412,40 +297,19 @@ def _cells(quick: bool) -> Iterator[Figure]:
                         more = [bundle, "" if wait is None else str(wait)]
                         with side("ours", model, *more, folder=folder) as started:
                             found.setdefault(wait, []).append(
-                                asyncio.run(_opened(started, share * most, seconds, 1.0, seed=repeat))
+                                asyncio.run(opened(started, share * most, seconds, 1.0, seed=repeat))
                             )
                 for key in ("0.5", "0.99"):
                     ours = [1e3 * each.quantiles[key] for each in found[None]]
                     best = min(statistics.median(1e3 * each.quantiles[key] for each in found[wait]) for wait in WAITS)
                     name_of = f"{model}, {share:.0%} of capacity: p{100 * float(key):g}, best fixed wait beside it"
-                    yield _figure(name_of, ours, "ms", baseline=best, asked=f"<= {1.1 * best:.4g}")
-
-
-async def _opened(
-    found: Side,
-    rate: float,
-    seconds: float,
-    slo: float,
-    *,
-    seed: int = 0,
-    name: str = "ours",
-    rows: Sequence[Mapping[str, Any]] = (),
-) -> Any:
-    asker = Asker(found.url, most=512)
-    requests = [_body(asker, found.path, place / 7, name) for place in range(64)]
-    if rows:
-        requests = [asker.frame(found.path, _as_json(row), "application/json") for row in rows]
-    try:
-        await run_load(asker, requests, min(rate, 200.0), 1.0, slo, 99)  # to warm up
-        return await run_load(asker, requests, rate, seconds, slo, seed)
-    finally:
-        asker.close()
+                    yield spread(name_of, ours, "ms", baseline=best, asked=f"<= {1.1 * best:.4g}")
 
 
 def _step(quick: bool) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = str(_bundle(folder))
+        bundle = str(numbers_bundle(folder))
         slo, seconds = 0.05, 1.5 if quick else 8.0
         shares, lasts = [], []
         for seed in range(1 if quick else 3):
@@ -454,11 +318,11 @@ def _step(quick: bool) -> Iterator[Figure]:
             shares.append(share)
             lasts.append(last)
         asked = "device, 50-500-50 a second: in time, of the oracle"
-        yield _figure(asked, shares, "x", asked=">= 0.99")
-        yield _figure("device, last late answer after a step up", lasts, "s", asked="<= 2")
+        yield spread(asked, shares, "x", asked=">= 0.99")
+        yield spread("device, last late answer after a step up", lasts, "s", asked="<= 2")
         with side("ours", "perceptron", bundle, "", str(slo), folder=folder) as started:
-            most = asyncio.run(_closed(started, "ours", 64, seconds)).rate
-            found = asyncio.run(_opened(started, 2 * most, seconds, slo))
+            most = asyncio.run(closed(started, "ours", 64, seconds)).rate
+            found = asyncio.run(opened(started, 2 * most, seconds, slo))
         good = found.good_per_second / most
         yield Figure(name="perceptron, twice too much: good", value=good, unit="x of capacity", asked=">= 0.95")
         if found.refused_quantile is not None:
@@ -469,7 +333,7 @@ def _step(quick: bool) -> Iterator[Figure]:
 async def _stepped(found: Side, slo: float, seconds: float, seed: int) -> tuple[float, float]:
     """What share was answered in time, of what an oracle could; when after the step the last late one was due."""
     asker = Asker(found.url, most=512)
-    requests = [_body(asker, found.path, place / 7, "ours") for place in range(64)]
+    requests = [body_of(asker, found.path, place / 7, "ours") for place in range(64)]
     due, late, good, start = list[float](), [0.0], 0, 0.0
 
     def note(at: float, took: float, status: int) -> None:
@@ -507,7 +371,7 @@ def _swap(quick: bool) -> Iterator[Figure]:
         seen: list[tuple[int, bytes]] = []
         async with Running.start(config, [Wanted("model", "1", bundle)]) as running:
             asker = Asker(running.url, most=64)
-            requests = [asker.frame("/v1/predict", _as_json(row), "application/json") for row in _mixed_rows()]
+            requests = [asker.frame("/v1/predict", as_json(row), "application/json") for row in mixed_rows()]
             load = asyncio.create_task(
                 run_load(
                     asker, requests, 100.0, seconds, 1.0, 0, seen=lambda _, status, body: seen.append((status, body))
@@ -534,7 +398,7 @@ def _swap(quick: bool) -> Iterator[Figure]:
             return swapped, back, list(seen)
 
     with tempfile.TemporaryDirectory() as name:
-        bundle = _mixed_bundle(Path(name))
+        bundle = mixed_bundle(Path(name))
         swapped, back, after = asyncio.run(under_load(bundle))
         with side("ours", "bundle", str(bundle), "", "1.0", folder=Path(name)) as started:
             sent, lost, status = asyncio.run(_ended(started))
@@ -553,7 +417,7 @@ async def _ended(found: Side) -> tuple[int, int, int]:
     """Requests sent, requests lost, exit status: SIGTERM in the middle, and callers that go on until the server says
     that it is no longer ready, as a balancer in front of it would."""
     asker, loop = Asker(found.url, most=64), asyncio.get_running_loop()
-    requests = [asker.frame("/v1/predict", _as_json(row), "application/json") for row in _mixed_rows()]
+    requests = [asker.frame("/v1/predict", as_json(row), "application/json") for row in mixed_rows()]
     told = False
 
     async def end() -> None:
@@ -587,9 +451,9 @@ def _attack(quick: bool) -> Iterator[Figure]:
     idle, seconds = (300, 2.0) if quick else (10_000, 20.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = str(_mixed_bundle(folder))
+        bundle = str(mixed_bundle(folder))
         with side("ours", "bundle", bundle, "", "1.0", folder=folder) as started:
-            calm = asyncio.run(_opened(started, 50.0, seconds, 1.0, rows=_mixed_rows()))
+            calm = asyncio.run(opened(started, 50.0, seconds, 1.0, rows=mixed_rows()))
             before, under, refused = asyncio.run(_attacked(started, idle, seconds))
             alive = started.process.poll() is None
     ratio = under.quantiles["0.99"] / calm.quantiles["0.99"]
@@ -615,7 +479,7 @@ def _bombs() -> list[tuple[bytes, str, str]]:
 
     zeros = zlib.compress(b"\0" * 20_000_000, 9)
     pictures = [png(60_000, 60_000, zeros), png(100_000, 8_000, zeros)]
-    found = [(_as_json({"photo": each}), "application/json", "") for each in pictures]
+    found = [(as_json({"photo": each}), "application/json", "") for each in pictures]
     found.append(
         (gzip.compress(b'{"remark": "' + b"a" * 20_000_000 + b'"}'), "application/json", "content-encoding: gzip\r\n")
     )
@@ -646,7 +510,7 @@ async def _attacked(found: Side, idle: int, seconds: float) -> tuple[int, Any, d
     bombs = [bomber.frame("/v1/predict", body, kind, more) for body, kind, more in _bombs()]
     bombing = asyncio.create_task(run_load(bomber, bombs, 10.0, seconds, 1.0, 2))
     try:
-        result = await _opened(found, 50.0, seconds, 1.0, seed=1, rows=_mixed_rows())
+        result = await opened(found, 50.0, seconds, 1.0, seed=1, rows=mixed_rows())
         return len(held), result, (await bombing).statuses
     finally:
         bombing.cancel()
@@ -659,7 +523,7 @@ def _leak(quick: bool) -> Iterator[Figure]:
     number, rate = (600, 200.0) if quick else (300_000, 500.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = _mixed_bundle(folder)
+        bundle = mixed_bundle(folder)
         with side("ours", "bundle", str(bundle), "", "1.0", folder=folder) as started:
             wrong, statuses, grown = asyncio.run(_mixed(started, bundle, number, rate))
     yield Figure(name=f"{number} mixed requests: wrong answers", value=wrong, unit="answers", asked="<= 0")
@@ -669,62 +533,16 @@ def _leak(quick: bool) -> Iterator[Figure]:
     yield Figure(name="memory grown since a tenth of them", value=grown, unit="x", **asked)
 
 
-def _mixed_bundle(folder: Path) -> Path:
-    """A bundle of pictures, text and a number, learnt in a few steps."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    import dougong
-
-    dice = random.Random(0)  # noqa: S311, no secret
-    rows = [
-        {
-            "photo": {"bytes": picture(24, 24, dice), "path": None},
-            "remark": f"it is {x % 7} now",
-            "weight": x / 9,
-            "y": "ab"[x % 2],
-        }
-        for x in range(80)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    dougong.fit(folder / "rows.parquet", target="y", steps=5, out=folder / "mixed", quiet=True)
-    return folder / "mixed" / "bundle"
-
-
-def _mixed_rows() -> list[dict[str, Any]]:
-    """Records of which each modality is there more often than not."""
-    dice = random.Random(1)  # noqa: S311, no secret
-    rows: list[dict[str, Any]] = []
-    for place in range(60):
-        row = {"photo": picture(24, 24, dice), "remark": f"it is {place} now", "weight": place / 5}
-        rows.append({name: value for name, value in row.items() if dice.random() < 0.7})
-    return rows
-
-
-def _as_json(row: Mapping[str, Any]) -> bytes:
-    plain = {key: base64.b64encode(v).decode() if isinstance(v, bytes) else v for key, v in row.items()}
-    return json.dumps(plain).encode()
-
-
-def _as_form(row: Mapping[str, Any]) -> bytes:
-    body = b""
-    for name, value in row.items():
-        content = value if isinstance(value, bytes) else str(value).encode()
-        more = '; filename="a.png"' if isinstance(value, bytes) else ""
-        body += f'--edge\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
-    return body + b"--edge--\r\n"
-
-
 async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[int, dict[str, int], float]:
     import dougong
 
-    rows = _mixed_rows()
+    rows = mixed_rows()
     cells = [{key: {"bytes": v, "path": None} if isinstance(v, bytes) else v for key, v in row.items()} for row in rows]
     model = await asyncio.get_running_loop().run_in_executor(None, dougong.load, bundle)
     expected = [each.answer for each in model.predict(cells)]
     asker = Asker(found.url, most=128)
-    requests = [asker.frame("/v1/predict", _as_json(row), "application/json") for row in rows]
-    requests += [asker.frame("/v1/predict", _as_form(row), "multipart/form-data; boundary=edge") for row in rows]
+    requests = [asker.frame("/v1/predict", as_json(row), "application/json") for row in rows]
+    requests += [asker.frame("/v1/predict", as_form(row), "multipart/form-data; boundary=edge") for row in rows]
     expected += expected
     malformed = (
         b"{",
@@ -756,48 +574,6 @@ async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[i
         key: first.statuses.get(key, 0) + rest.statuses.get(key, 0) for key in {*first.statuses, *rest.statuses}
     }
     return wrong, statuses, after / before - 1
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, ahead = [], [pid]
-    while ahead:
-        found.append(ahead.pop())
-        ahead += children.get(found[-1], [])
-    return found
-
-
-def _group(leader: int) -> list[int]:
-    """Processes of the session that a side began, those included whose parents have gone."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                    found.append(int(entry.name))
-    return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _private_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
 if __name__ == "__main__":
