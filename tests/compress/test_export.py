@@ -20,10 +20,12 @@ from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph
 from dougong.compress.export import Source, answering_bytes, export, open_engine
 from dougong.compress.plan import Plan
 from dougong.compress.quantise import QuantiseConfig, calibrate
+from dougong.continual.learn import learn
 from dougong.continual.taught import open_taught
 from dougong.core.bundle import read_bundle
 from dougong.core.config import parse
 from dougong.core.errors import BundleError, ConfigError, DataError
+from dougong.data.table import open_table
 from dougong.recipes.judge import judge, judge_contribution
 from dougong.recipes.robust import sweep
 
@@ -86,7 +88,13 @@ def test_an_export_is_asked_and_judged_and_nothing_else(
         exported.explain([{"remark": "it is warm"}])
     with pytest.raises(BundleError, match="has no weights to save"):
         exported.save(tmp_path / "saved")
-    for change in (open_taught, lambda folder: judge_contribution(folder, colour_table)):
+    table = open_table(colour_table)
+    for change in (
+        open_taught,
+        lambda folder: learn(folder, "more", table, target="colour"),
+        lambda folder: judge_contribution(folder, colour_table),
+        lambda folder: deliver(folder, tmp_path / "again", ExportRequest(to="onnx")),
+    ):
         with pytest.raises(BundleError, match="give the bundle that it was exported from"):
             change(openvino_export)
 

@@ -108,7 +108,7 @@ def print_compression(found: dict[str, Any], folder: Path) -> None:
         console.print(f"bundle {folder / 'bundle'}", markup=False, highlight=False)
         if found["learnt"] is not None:
             console.print(
-                f"before its bits were chosen, for dougong serve and dougong.load: {found['learnt']}",
+                f"before its bits were chosen, to teach or to look into: {found['learnt']}",
                 markup=False,
                 highlight=False,
             )

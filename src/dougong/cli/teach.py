@@ -214,12 +214,12 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Make one task of several; they stay. What that cost is to be measured."""
-    from dougong.bundle.model import load
+    from dougong.bundle.files import load_network_from
     from dougong.continual.tasks import merge_tasks
     from dougong.core.bundle import bundle_in
 
     place = bundle_in(bundle)
-    made = merge_tasks(place, load(place).network, tasks, into)
+    made = merge_tasks(place, load_network_from(place).network, tasks, into)
     print(json.dumps(made.model_dump(mode="json")) if as_json else f"{into}, of {', '.join(tasks)}: measure it")
 
 

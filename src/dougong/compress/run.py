@@ -16,7 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dougong.bundle.files import load_from
+from dougong.bundle.exported import KIND
+from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
 from dougong.compress.candidate import EAGER, Backend, Budget, Eager, Point
 from dougong.compress.distil import agreement, judge_on
@@ -207,9 +208,9 @@ def _write(result: Result) -> None:
 
 def _load(bundle: Path) -> Model:
     folder = bundle_in(bundle)
-    if is_bundle(folder) and (kind := kind_of(folder)) is not None:
+    if is_bundle(folder) and (kind := kind_of(folder)) not in (None, KIND):
         raise BundleError(f"{bundle} holds a {kind}, and a model that decides is what can be compressed.")
-    return load_from(bundle)
+    return load_network_from(bundle)
 
 
 def _check_folder(out: Path, bundle: Path) -> None:

@@ -23,8 +23,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
-from dougong.bundle.model import load as load_model
 from dougong.continual.adapters import TaskParts, layers_of, rank_within
 from dougong.continual.elastic import Elastic, ElasticOutput
 from dougong.continual.extra import ExtraModality
@@ -185,7 +185,7 @@ def learn(
     config = config or LearnConfig()
     check_name(name)
     manifest = read_bundle(bundle)
-    model = load_model(bundle)
+    model = load_network_from(bundle)
     base = model.network
     parts_there = [part for part in read_parts(bundle, manifest) if part.task.name == name]
     work = work or bundle.resolve().parent / f".{bundle.resolve().name}.learning" / name
@@ -306,7 +306,7 @@ def learn_original(bundle: Path, table: Table, *, seed: int = 0) -> None:
     """
     if read_original(bundle, read_bundle(bundle)) is not None:
         return
-    model = load_model(bundle)
+    model = load_network_from(bundle)
     base, preparation = model.network, model.preparation
     training, held_out = split_table(table, 0.2, unit=None, seed=seed)
     loader = LoaderConfig(batch_size=256, workers=0)
