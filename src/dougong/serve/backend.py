@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 WRITING_KINDS: Final = ("decoder", "writer")
 WARM_SIZES: Final = (1, 2, 8)
+NOT_SHOWN: Final = "what it looked at is not shown: an export's inner values stay inside its engine"
 
 
 class Outcome(NamedTuple):
@@ -119,7 +120,7 @@ class BundleBackend:
         if outcome.status != 200:
             return outcome
         if self.model.is_export:
-            return outcome  # what it looked at stays inside its engine
+            return Outcome(200, _json({**json.loads(outcome.body), "attention": {}, "not_shown": NOT_SHOWN}))
         from dougong.serve.explain import attention
 
         return Outcome(200, _json({**json.loads(outcome.body), "attention": attention(self.model, record)}))
