@@ -200,20 +200,29 @@ def outputs_of(spec: Mapping[str, Any], name: str) -> list[str]:
     return list(parts[name])
 
 
-def _open_openvino(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
+def compiled_by_openvino(
+    spec: Mapping[str, Any], graphs: Graphs, threads: int | None, profile: bool = False
+) -> dict[str, Any]:
+    """Its compiled models by name; `profile` has it count the time of each operation, which takes some itself."""
     import openvino
 
     core = openvino.Core()
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": profile}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    requests: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in part_names(spec):
         if isinstance(graphs, Path):
             model = core.read_model(graphs / f"{name}.xml")
         else:
             model = core.read_model(graphs[f"{name}.xml"], graphs[f"{name}.bin"])
-        requests[name] = core.compile_model(model, "CPU", settings).create_infer_request()
+        found[name] = core.compile_model(model, "CPU", settings)
+    return found
+
+
+def _open_openvino(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
+    compiled = compiled_by_openvino(spec, graphs, threads)
+    requests = {name: each.create_infer_request() for name, each in compiled.items()}
 
     def call(name: str, given: Arrays) -> Arrays:
         found = requests[name].infer(given)

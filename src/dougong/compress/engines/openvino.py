@@ -193,14 +193,8 @@ class OpenVino(GraphEngine):
         """The graphs that the last batch was given to."""
 
     def opened(self, contents: Mapping[str, bytes]) -> runtime.Call:
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": self._profile}
-        if self.config.threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = self.config.threads
-        core = needed("openvino", "compress").Core()
-        for name in runtime.part_names(self.spec):
-            model = core.read_model(contents[f"{name}.xml"], contents[f"{name}.bin"])
-            self._compiled[name] = core.compile_model(model, "CPU", settings)
-            self._requests[name] = self._compiled[name].create_infer_request()
+        self._compiled = runtime.compiled_by_openvino(self.spec, contents, self.config.threads, self._profile)
+        self._requests = {name: compiled.create_infer_request() for name, compiled in self._compiled.items()}
         return self._infer
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
