@@ -239,28 +239,37 @@ def _interleaved(ways: dict[str, Callable[[], None]], budget: float) -> dict[str
 
 
 def _steps(plain: Any, rounded: Any, budget: float) -> dict[str, list[float]]:
-    """A whole step of a small transformer, 3.2 million parameters, copies on all ranks."""
+    """A whole step of a small transformer, 3.2 million parameters, copies on all ranks, as the engine takes it: flat
+    sums are on their way while the backward goes on, and those in levels come after it."""
     import torch
     import torch.distributed as dist
     from torch import nn
 
+    from dougong.engine.parallel.early import EARLY_BYTES, EarlySums
     from dougong.engine.parallel.replicate import add_up
+    from dougong.engine.step import TrainParts
 
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-    x_BTD = torch.randn(4, 32, 256)
+    model: Any = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    x_BTD: Any = torch.randn(4, 32, 256)
     group = dist.group.WORLD
     assert group is not None
+    early = EarlySums(list(model.parameters()), group, EARLY_BYTES)
+    parts = TrainParts(model, lambda output, _: output.square().mean(), torch.optim.SGD(model.parameters()))
 
-    def step(by: Callable[[torch.Tensor, str], None] | None) -> None:
+    def flat() -> None:
+        model.zero_grad(set_to_none=True)
+        early.settle(early.backward(parts, [x_BTD], 1))
+
+    def step(by: Callable[[torch.Tensor, str], None]) -> None:
         model.zero_grad(set_to_none=True)
         model(x_BTD).square().mean().backward()
         add_up([p.grad for p in model.parameters() if p.grad is not None], group, by=by)
 
     return _interleaved(
         {
-            "flat": lambda: step(None),
+            "flat": flat,
             "ours": lambda: step(lambda flat, name: plain.all_reduce(flat, name=name)),
             "ours, bf16 across": lambda: step(lambda flat, name: rounded.all_reduce(flat, name=f"step {name}")),
         },

@@ -19,6 +19,7 @@ from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.engine.memory.saved import Saved, SavedAs, apply_saved, check_saved
 from dougong.engine.memory.segments import apply_segments, check_segments
 from dougong.engine.parallel.context import apply_context, check_context, share_tokens
+from dougong.engine.parallel.early import apply_early_sums
 from dougong.engine.parallel.expert import apply_expert, check_expert
 from dougong.engine.parallel.hierarchical import MEASURED_BYTES, Hierarchy, groups_in_nodes
 from dougong.engine.parallel.layout import Layout
@@ -188,6 +189,9 @@ def prepare_model(
         layout.trained = {n: p for n, p in layout.trained.items() if n not in layout.spread} | layout.sharded.stepped
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
+    copied = ranks.group is not None and layout.is_whole and plan.context == plan.expert == 1
+    if copied and layout.shelved is None and layout.hierarchy is None:
+        layout.early = apply_early_sums(list(layout.trained.values()))
     return layout
 
 

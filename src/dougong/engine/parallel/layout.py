@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dougong.engine.parallel.clock import Clock
+from dougong.engine.parallel.early import EarlySums
 from dougong.engine.parallel.hierarchical import Hierarchy
 from dougong.engine.parallel.mesh import Mesh
 from dougong.engine.parallel.pieces import Piece
@@ -80,6 +81,9 @@ class Layout:
     hierarchy: Hierarchy | None = None
     """What adds up gradients of copies; None: plain collectives."""
 
+    early: EarlySums | None = None
+    """What adds them up in the backward already, by plain collectives; None: it is done afterwards."""
+
     narrowed: Narrowed = field(default_factory=lambda: Narrowed("fp32", {}))
     """What has become of weights that are in 16 bits."""
 
@@ -89,6 +93,8 @@ class Layout:
         in place. As few exchanges as there can be: each is a wait for the slowest rank."""
         began = self.clock.now() if self.pipeline is not None else self.clock.note("work", 0.0)
         group, alike = self.mesh.group("copies"), self.mesh.group("expert copies")
+        if self.early is not None:
+            return self._reduce_early(self.early, loss, moved, began)
         agreed = None
         if group is not None:
             loss = loss / self.mesh.plan.context  # ranks of a context have all made the loss of the same records
@@ -113,6 +119,15 @@ class Layout:
             loss, norm = self._norm(loss)
         self.clock.note("exchange", began)
         return Reduced(loss, norm)
+
+    def _reduce_early(self, early: EarlySums, loss: Tensor, moved: Sequence[Moved], began: float) -> Reduced:
+        """The same of whole copies, most of which the backward has sent."""
+        group = self.mesh.group("copies")
+        assert group is not None
+        loss = early.settle(loss)
+        average_moves(moved, group)
+        self.clock.note("exchange", began)
+        return Reduced(loss, norm_of([p.grad for p in self.trained.values() if p.grad is not None]))
 
     def _agree(self, loss: Tensor, group: dist.ProcessGroup) -> _Agreed:
         """On what has a gradient, before it is added up: where others than copies have done so already, or what goes
@@ -241,6 +256,8 @@ class Layout:
     @property
     def all_backward(self) -> AllBackward | None:
         """The same of all micro-batches."""
+        if self.early is not None:
+            return self.early.backward
         work = None if self.pipeline is None else self.pipeline.backward
         return self.sharded.around(work or one_by_one) if isinstance(self.sharded, StepShard) else work
 

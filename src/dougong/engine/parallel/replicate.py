@@ -1,7 +1,7 @@
 """What copies of a model on many ranks tell each other.
 
 Here        `copy_from_first`, `add_up_gradients`; of what others add up too, `agree`, `gradients_anywhere`, `add_up`;
-            `average_moves`, `in_buckets`.
+            `average_moves`, `in_buckets`; pieces of them for who adds up earlier (early.py).
 Elsewhere   the order in which a step calls them (layout.py).
 Promise     a weight that some ranks have no gradient of, since their records lack a modality, gets that of the others;
             one that no rank has a gradient of is left alone, as by one process: an optimizer must not decay it.
@@ -32,7 +32,7 @@ def copy_from_first(model: nn.Module, group: dist.ProcessGroup, bucket_bytes: in
     """Weights and buffers of the group's first rank, to all of it, in place."""
     everything: list[Tensor] = [*model.parameters(), *model.buffers()]
     for bucket in in_buckets(everything, everything, bucket_bytes):
-        flat = _flat(bucket)
+        flat = flat_of(bucket)
         dist.broadcast(flat, group_src=0, group=group)
         _put(flat, bucket)
 
@@ -46,10 +46,10 @@ def add_up_gradients(
     have others do not wait for each other forever, nor agree in an exchange of its own, which for a small model costs
     as much as the gradients do.
     """
-    gradients = [_zeros(each) if each.grad is None else each.grad for each in parameters]
-    told = _told([each.grad is not None for each in parameters], loss[None])
+    gradients = [zeros_like_gradient(each) if each.grad is None else each.grad for each in parameters]
+    told = told_together([each.grad is not None for each in parameters], loss[None])
     *sums, told = _sums([*gradients, told], group, bucket_bytes)
-    present, numbers = _heard(told, len(parameters))
+    present, numbers = flags_and_numbers(told, len(parameters))
     for parameter, gradient, there in zip(parameters, sums, present, strict=True):
         parameter.grad = gradient if there else None
     return numbers[0]
@@ -58,16 +58,18 @@ def add_up_gradients(
 def agree(present: Sequence[bool], numbers: Tensor, group: dist.ProcessGroup) -> tuple[list[bool], Tensor]:
     """For each flag, whether it is up on some rank; and the sums of the numbers (N). One exchange, which looks the same
     everywhere."""
-    told = _told(present, numbers)
+    told = told_together(present, numbers)
     dist.all_reduce(told, group=group)
-    return _heard(told, len(present))
+    return flags_and_numbers(told, len(present))
 
 
-def _told(present: Sequence[bool], numbers: Tensor) -> Tensor:
+def told_together(present: Sequence[bool], numbers: Tensor) -> Tensor:
+    """Flags and numbers in one row, to be added up."""
     return torch.cat([numbers.new_tensor([float(there) for there in present]), numbers])
 
 
-def _heard(told: Tensor, count: int) -> tuple[list[bool], Tensor]:
+def flags_and_numbers(told: Tensor, count: int) -> tuple[list[bool], Tensor]:
+    """Of the sum of such rows with so many flags: which flag was up anywhere, and the sums of the numbers."""
     return [number > 0 for number in told[:count].tolist()], told[count:]
 
 
@@ -77,7 +79,7 @@ def gradients_anywhere(parameters: Sequence[nn.Parameter], present: Sequence[boo
     for parameter, there in zip(parameters, present, strict=True):
         if there:
             if parameter.grad is None:
-                parameter.grad = _zeros(parameter)
+                parameter.grad = zeros_like_gradient(parameter)
             found.append(parameter.grad)
     return found
 
@@ -110,7 +112,7 @@ def add_up(
         return
     buckets = list(in_buckets(tensors, tensors, bucket_bytes))
     for number, bucket in enumerate(buckets):
-        flat = _flat(bucket)
+        flat = flat_of(bucket)
         flat = flat.float() if is_narrow(flat) else flat
         by(flat, f"{number} of {len(buckets)}, {flat.numel()}")
         _put(flat, bucket)
@@ -119,7 +121,7 @@ def add_up(
 def _sums(tensors: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> list[Tensor]:
     """Over the ranks, of all tensors; they lie beside each other in memory."""
     buckets = list(in_buckets(range(len(tensors)), tensors, bucket_bytes))
-    flats = [_flat([tensors[place] for place in bucket]) for bucket in buckets]
+    flats = [flat_of([tensors[place] for place in bucket]) for bucket in buckets]
     works = [begin_sum(flat, group) for flat in flats]
     found: dict[int, Tensor] = {}
     for work, flat, bucket in zip(works, flats, buckets, strict=True):
@@ -144,11 +146,13 @@ def in_buckets(items: Sequence[T], tensors: Sequence[Tensor], bucket_bytes: int)
     yield from (bucket for bucket in held.values() if bucket)
 
 
-def _zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter, dtype=gradient_type(parameter))
+def zeros_like_gradient(parameter: nn.Parameter, device: str | None = None) -> Tensor:
+    """In the gradient's own type; None: where the parameter is."""
+    return torch.zeros_like(parameter, dtype=gradient_type(parameter), device=device)
 
 
-def _flat(bucket: Sequence[Tensor]) -> Tensor:
+def flat_of(bucket: Sequence[Tensor]) -> Tensor:
+    """A copy of all, in a row."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
 
 
