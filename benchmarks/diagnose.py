@@ -36,7 +36,7 @@ from paired import ratio
 from shares import share
 
 from dougong.core.figures import Figure
-from dougong.engine.flow import FlowConfig
+from dougong.engine.flow.meter import FlowConfig
 from dougong.watch.diagnose.baselines import BASELINES
 from dougong.watch.diagnose.history import Failure, History
 from dougong.watch.diagnose.hook import Watched

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from dougong.core.events import read_events
 from dougong.data.position import WHOLE
-from dougong.engine.flow import FlowConfig, FlowMeasured, FlowMeter
+from dougong.engine.flow.meter import FlowConfig, FlowMeter
+from dougong.engine.flow.step import FlowMeasured
 from dougong.engine.listening import Listening
 from dougong.engine.trainer import TrainConfig, train
 
@@ -140,6 +141,53 @@ def test_a_sandwichs_inputs_gate_and_attention_are_named() -> None:
     assert all(call["scale_ratio"] == pytest.approx(1.0) for call in found.attention)
     assert any("CrossBlock" in call["holders"] for call in found.attention)
     assert found.probes["photo"]["exchange_moves"] > 0
+
+
+def test_exponents_are_counted_by_modality_where_inputs_are_exchanged_too() -> None:
+    model: Any = build("sandwich")
+    with torch.no_grad():
+        for parameter in model.parts()["photo"]:
+            parameter.fill_(0.375)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    meter = FlowMeter(model, optimizer)
+    told = []
+    for batch in batches("sandwich", WHOLE)[:2]:
+        optimizer.zero_grad()
+        (loss_of(model(batch), batch) / 25).backward()
+        optimizer.step()
+        told.append(meter.step(1.0))
+    meter.close()
+
+    first, second = told
+    assert first is not None
+    assert second is not None
+    assert set(first.exponents) == {"activations", "weights", "gradients"}
+    assert set(first.exponents["weights"]) == {"photo", "words", "shared"}
+    photo = first.exponents["weights"]["photo"]
+    assert (photo["lowest"], len(photo["counts"]), photo["zeros"], photo["not_finite"]) == (-2, 1, 0, 0)
+    # Every so many of a long tensor's numbers, all of a short one's.
+    assert sum(photo["counts"]) == sum(len(range(0, (n := p.numel()), n // 4096 | 1)) for p in model.parts()["photo"])
+    assert second.exponents == {}  # the second step is measured, and not probed
+    assert second.conflicts == []
+
+
+def test_a_run_that_knows_the_terms_of_its_loss_tells_who_pulls_against_whom(tmp_path: Path) -> None:
+    model: Any = build("sandwich")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def terms(output: Any, batch: Any) -> dict[str, Tensor]:
+        loss = loss_of(output, batch)
+        return {"one": loss, "other": -loss}
+
+    listening = Listening(model, optimizer, terms_of=terms)
+    batch = batches("sandwich", WHOLE)[0]
+    loss_of(model(batch), batch).backward()
+    optimizer.step()
+    measured, _ = listening.step(1.0)
+    listening.close()
+
+    assert measured is not None
+    assert measured.conflicts[0]["cosine"] == pytest.approx(-1.0, abs=1e-5)
 
 
 def test_a_run_announces_what_was_measured_and_learns_the_same(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def losses(said: Said, batch: Batch) -> Losses:
     assert batch.target is not None
     entropy = nn.functional.cross_entropy
     own = {name: entropy(said.own_BMC[:, m], batch.target, reduction="sum") for m, name in enumerate("ab")}
-    return Losses(entropy(said.output_BC, batch.target, reduction="sum"), own)
+    return Losses({"decision": entropy(said.output_BC, batch.target, reduction="sum")}, own)
 
 
 def total(said: Said, batch: Batch) -> Tensor:

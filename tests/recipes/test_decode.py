@@ -289,3 +289,38 @@ def test_it_is_told_apart_from_other_kinds(run: Path, tmp_path: Path) -> None:
     assert read_any_recipe(str(path)) == caption_decoder() == read_laid_out("caption-decoder")
     with pytest.raises(ConfigError, match="is of kind 'paint'. Use align, generate, decode, or leave it out"):
         read_any_recipe("caption-decoder", ["kind=paint"])
+
+
+def test_a_page_tells_where_each_written_word_came_from(
+    captions: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "words.html"
+
+    assert main(["watch", str(run), "--record", "2", "--record", "0", "--out", str(page), "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    model = load_describer(run)
+    written = page.read_text(encoding="utf-8")
+    assert [record["row"] for record in told["records"]] == [2, 0]
+    for record in told["records"]:
+        picture = open_table(captions / "test.parquet").records([record["row"]], ["image"])[0]["image"]["bytes"]
+        assert record["text"] == model.caption([picture])[0]
+        assert record["text"] in written
+        assert len(record["words"]) == min(32, record["num_words"]) > 0
+        for place, word in enumerate(record["words"]):
+            assert sum(word["share"].values()) == pytest.approx(1.0, abs=1e-4)
+            assert len(word["before"]["tokens"]) == place + 1
+            assert 0 < word["chance"] <= 1
+        # The first word has only what begins every text before it, so it came from the picture as well.
+        assert record["words"][0]["share"]["image"] > 0.01
+    assert "<script" not in written
+    assert written.count('class="heat"') >= sum(len(record["words"]) for record in told["records"])
+
+
+def test_who_looks_into_a_record_that_is_not_there_is_told_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", str(run), "--record", "99999", "--out", str(tmp_path / "x.html")]) == 2
+
+    assert "--record 99999 is not in" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()

@@ -178,6 +178,37 @@ def test_what_the_first_records_said_and_the_noise_are_shown(tmp_path: Path) -> 
     assert "A modality belongs to other records" in page
 
 
+def test_who_pulls_against_whom_and_how_large_numbers_are_is_shown_of_the_last_that_were_counted(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 3)
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
+        flow = {"places": [], "activations": {}, "attention": [], "inputs": {}, "output": {}, "targets": {}, "gate": {},
+                "loss_terms": [], "dropout": {}, "optimizer": {}, "probes": {}, "first_not_finite": None,
+                "facts": {}, "seconds": 0.0}  # fmt: skip
+        row = {"of": "objectives", "one": "<b>decision", "other": "alignment", "cosine": -0.25,
+               "one_norm": 2.0, "other_norm": 0.5}  # fmt: skip
+        numbers = {"lowest": -26, "counts": [1, 0, 0, 3], "zeros": 4, "not_finite": 0}
+        counted = {"conflicts": [row], "exponents": {"gradients": {"photo": numbers}}}
+        for event in (
+            {"kind": "FlowMeasured", "step": 2, "time": 1.0, **flow, **counted},
+            {"kind": "FlowMeasured", "step": 3, "time": 1.0, **flow, "conflicts": [], "exponents": {}},
+        ):
+            file.write(json.dumps(event) + "\n")
+
+    page = get(build_app(tmp_path), "/view", query="run=.")[2]
+
+    against = page[page.index("Who pulls against whom") : page.index("How large numbers are")]
+    assert "Step 2:" in against
+    assert "&lt;b&gt;decision" in against
+    assert re.findall(r'<td class="n">([^< ]+)', against) == ["-0.25", "2", "0.5"]
+    assert ">against<" in against
+    large = page[page.index("How large numbers are") :]
+    # One of four numbers that are not 0 lies below 2^-24.
+    assert re.findall(r'<td class="n">(?:2<sup>)?([^<]+)', large)[:3] == ["-23", "50.0 %", "25.00 %"]
+    assert 'id="range-gradients' in large or "Share of gradients by exponent" in large
+
+
 def test_who_asks_for_a_run_that_has_grown_is_not_kept_waiting(tmp_path: Path) -> None:
     write(tmp_path, 5)
     reader, drawn, asked = Reader(tmp_path), [], threading.Event()

@@ -96,6 +96,10 @@ class Describer:
 
     def write(self, batch: Batch, *, sampling: SamplingConfig | None = None, seed: int = 0) -> list[str]:
         """A text for each record of a batch that is at hand, from all but its own."""
+        return [self.text(ids_N) for ids_N in self.write_ids(batch, sampling=sampling, seed=seed)[:, 1:]]
+
+    def write_ids(self, batch: Batch, *, sampling: SamplingConfig | None = None, seed: int = 0) -> Tensor:
+        """The same as token ids (B, N), from the one that begins; what is shorter is filled up with the end's."""
         index_B = torch.zeros(batch.num_records, dtype=torch.int64, device=self._device)
         begin = {
             "ids_UT": torch.tensor([[self._begin]], device=self._device),
@@ -109,7 +113,12 @@ class Describer:
             sampling=sampling or self.sampling,
             generator=torch.Generator(self._device).manual_seed(derive_seed(seed, "words")),
         )
-        return [self.text(ids_N) for ids_N in ids_BN]
+        return torch.cat([torch.full_like(ids_BN[:, :1], self._begin), ids_BN], dim=1)
+
+    @property
+    def end(self) -> int:
+        """The token id after a text."""
+        return self._end
 
     def text(self, ids_N: Tensor) -> str:
         """Token ids as words."""

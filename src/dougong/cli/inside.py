@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -59,23 +59,13 @@ def watch(
     if experiment is not None:
         raise ConfigError(f"--experiment {experiment} says nothing without --mlflow. Add --mlflow sqlite:///runs.db.")
     if record:
-        from dougong.bundle.files import load_network_from
-        from dougong.data.table import Table, open_table
-        from dougong.recipes.judge import table_to_judge_on
-        from dougong.watch.inside import check_page, look_at_records, write_inside
-
-        page = out or Path("inside.html")
-        check_page(page)
-        model = load_network_from(what)
-        table = table_to_judge_on(what, data)
-        told = look_at_records(model, table if isinstance(table, Table) else open_table(table), record)
-        write_inside(page, told)
+        told = _look_at_records(what, record, data, page := out or Path("inside.html"))
         print(json.dumps({**told, "page": str(page)}) if as_json else f"page {page}")
         return
     if data is not None and not contribution:
         raise ConfigError(f"--data {data} says nothing without --record or --contribution. Add one, or leave it out.")
     if out is not None:
-        from dougong.watch.inside import check_page
+        from dougong.watch.pages import check_page
         from dougong.watch.summary import summarise, write_summary
 
         check_page(out)
@@ -96,6 +86,28 @@ def watch(
     from dougong.watch.dashboard import serve
 
     serve(what, host=host, port=port, token=token, tell=(lambda line: None) if as_json else print)
+
+
+def _look_at_records(what: Path, rows: list[int], data: Path | None, page: Path) -> dict[str, Any]:
+    """The page of what a model that decides, or writes, looked at."""
+    from dougong.bundle.describer import KIND, Describer, load_describer
+    from dougong.bundle.files import load_network_from
+    from dougong.core.bundle import bundle_in, is_bundle, kind_of
+    from dougong.data.table import Table, open_table
+    from dougong.recipes.judge import table_to_judge_on
+    from dougong.watch.inside import look_at_records, write_inside
+    from dougong.watch.pages import check_page
+    from dougong.watch.word_by_word import look_at_texts, write_texts
+
+    check_page(page)
+    place = bundle_in(what)
+    model: Any = load_describer(place) if is_bundle(place) and kind_of(place) == KIND else load_network_from(what)
+    found = table_to_judge_on(what, data)
+    table = found if isinstance(found, Table) else open_table(found)
+    look, write = (look_at_texts, write_texts) if isinstance(model, Describer) else (look_at_records, write_inside)
+    told = look(model, table, rows)
+    write(page, told)
+    return told
 
 
 def diagnose(

@@ -2,7 +2,7 @@
 
 Here        Examiner, which listens to the first steps of any training; `examine`, the same of a table's records;
             Examined, the event of both; `score_pairs`.
-Elsewhere   what comes of it (rules.py); measuring the network (engine/flow.py); records that do not fit each other in
+Elsewhere   what comes of it (rules.py); measuring the network (engine/flow/); records that do not fit each other in
             a table (data/quality.py).
 Promise     training is changed by nothing: no random state, gradient or buffer. After `ROWS` records, or `STEPS` steps,
             nothing is listened to any more. Records that are not as many as their targets are not judged.
@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from dougong.core.events import Event
-from dougong.engine.flow import named_inputs
+from dougong.engine.flow.inputs import named_inputs
 from dougong.nn.batch import Batch
 
 ROWS: Final = 384

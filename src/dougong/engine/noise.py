@@ -1,7 +1,7 @@
 """How much of a step's gradient is chance.
 
 Here        NoiseMeter, which compares the gradients of some steps in a row; NoiseMeasured, the event of it.
-Elsewhere   measuring what flows through a network (engine/flow.py); gradients of several losses (watch/conflict.py).
+Elsewhere   measuring what flows through a network, and gradients of several losses (engine/flow/).
 Promise     training is changed by nothing. Between windows nothing is computed; in one, a copy of the gradient is held.
             What noise hides whole is None, never a number.
 """

@@ -1,6 +1,7 @@
 """One training step.
 
-Here        TrainParts, StepReport, `train_step`; its parts as one process has them.
+Here        TrainParts, StepReport, `train_step`; its parts as one process has them; Loss, and SummedLoss, which can be
+            asked for its terms.
 Elsewhere   what many ranks add up (engine/parallel/replicate.py); the loop, events and checkpoints
             (engine/trainer.py); the loss, and other ways to take its gradients (objectives/).
 Promise     records weigh the same, however they are shared out to micro-batches and ranks; a step whose loss or
@@ -10,9 +11,9 @@ Promise     records weigh the same, however they are shared out to micro-batches
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,30 @@ from dougong.nn.block_stack import BlockStack
 
 Loss = Callable[[Any, Batch], Tensor]
 """From a model's output and its batch to a scalar: the sum over the batch's records."""
+
+TermsOf = Callable[[Any, Batch], Mapping[str, Tensor]]
+"""The same, as the terms that it is the sum of, by name and weighted."""
+
+
+@runtime_checkable
+class SummedLoss(Protocol):
+    """A loss that can be asked for its terms."""
+
+    def __call__(self, output: Any, batch: Batch) -> Tensor: ...
+
+    def terms(self, output: Any, batch: Batch) -> Mapping[str, Tensor]:
+        """As TermsOf says."""
+        ...
+
+
+class SumOfTerms:
+    """A SummedLoss by its terms."""
+
+    def __init__(self, terms: TermsOf) -> None:
+        self.terms = terms
+
+    def __call__(self, output: Any, batch: Batch) -> Tensor:
+        return torch.stack([*self.terms(output, batch).values()]).sum()
 
 
 class Reduced(NamedTuple):

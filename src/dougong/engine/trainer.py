@@ -58,7 +58,7 @@ from dougong.engine.checkpoint import (
 )
 from dougong.engine.contribution import Probe
 from dougong.engine.diagnosis import agree, diagnose
-from dougong.engine.flow import FlowConfig
+from dougong.engine.flow.meter import FlowConfig
 from dougong.engine.intake import Intake, Tally
 from dougong.engine.interrupt import Interruption, interruptible
 from dougong.engine.listening import Listening
@@ -76,7 +76,7 @@ from dougong.engine.prepare import check_precision, prepare_model
 from dougong.engine.random_state import random_state_kept, seed_all
 from dougong.engine.sampling import ModalitySampler, SamplingConfig
 from dougong.engine.saver import Saved, Saver
-from dougong.engine.step import Backward, Loss, train_step
+from dougong.engine.step import Backward, Loss, SummedLoss, train_step
 from dougong.nn.block_stack import BlockStack
 
 EVENTS = "events.jsonl"
@@ -408,7 +408,12 @@ class _Run:
         self.saver = Saver(checkpoints_of(folder), layout, optimizer, self.average, keep=config.keep)
         if start is not None:
             self._go_on(start, model, optimizer)
-        self.listening = None if config.flow is None else Listening(model, optimizer, config.flow, steps=self.step)
+        terms_of = loss.terms if isinstance(loss, SummedLoss) else None
+        self.listening = (
+            None
+            if config.flow is None
+            else Listening(model, optimizer, config.flow, steps=self.step, terms_of=terms_of)
+        )
         self.intake = Intake(
             loader,
             self.tally,

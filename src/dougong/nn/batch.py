@@ -1,6 +1,6 @@
 """One batch of records as tensors.
 
-Here        MediaBatch, Batch; `only_media`, which leaves out what nobody has any more.
+Here        MediaBatch, Batch; `first_records` of one; `only_media`, which leaves out what nobody has any more.
 Elsewhere   making it from records (data/batch.py, as NumPy arrays; engine/batches.py turns them into tensors).
 Promise     a medium that several records share stands in it once; what records lack is not in it at all.
 """
@@ -52,6 +52,23 @@ class Batch(NamedTuple):
     @property
     def num_records(self) -> int:
         return next(iter(self.media.values())).index_B.shape[0]
+
+
+def first_records(batch: Batch, most: int) -> Batch:
+    """The first so many, with their media alone."""
+    if batch.num_records <= most:
+        return batch
+    media = {
+        name: only_media(
+            one._replace(
+                index_B=one.index_B[:most],
+                present_B=one.present_B[:most],
+                there_B=None if one.there_B is None else one.there_B[:most],
+            )
+        )
+        for name, one in batch.media.items()
+    }
+    return Batch(media, None if batch.target is None else batch.target[:most])
 
 
 def only_media(media: MediaBatch) -> MediaBatch:

@@ -10,6 +10,8 @@ Promise     each formula is its paper's, tested by hand-computed values; micro-b
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,11 +30,16 @@ SMALLEST = 1e-12
 class Losses(NamedTuple):
     """A batch's losses, each a sum over records."""
 
-    whole: Tensor
-    """Of everything but the modalities' own decisions."""
+    terms: dict[str, Tensor]
+    """Of everything but the modalities' own decisions, by name; at least one."""
 
     own: dict[str, Tensor]
     """Of each modality's own decision, by name; those that the batch has."""
+
+    @property
+    def whole(self) -> Tensor:
+        """The sum of the terms."""
+        return functools.reduce(operator.add, self.terms.values())
 
 
 def modulation(right_BM: Tensor, present_BM: Tensor, alpha: float) -> Tensor:

@@ -41,6 +41,7 @@ from dougong.data.table import Table, cells_of, open_table, table_of_rows
 from dougong.engine.memory.recompute import Keep
 from dougong.engine.parallel.ranks import Ranks
 from dougong.engine.retrieval import Retrieved, ranks, retrieval_metrics
+from dougong.engine.step import SumOfTerms
 from dougong.engine.trainer import Watch
 from dougong.model.dual import Dual, DualOutput
 from dougong.nn.batch import Batch
@@ -258,13 +259,13 @@ def _lesson(recipe: AlignRecipe, tables: AlignTables, preparation: Preparation) 
         )
 
     def learn(model: Dual, _: Ranks) -> Learning:
-        def loss(output: DualOutput, batch: Batch) -> Tensor:
-            return alignment_loss(output, batch, pairs=model.pairs, matching_weight=recipe.objective.matching_weight)
+        def terms(output: DualOutput, batch: Batch) -> dict[str, Tensor]:
+            return alignment_losses(output, batch, pairs=model.pairs, matching_weight=recipe.objective.matching_weight)
 
         def judge() -> dict[str, Retrieved]:
             return judge_alignment(model, tables.validation, preparation, recipe.data, model.pairs)
 
-        return Learning(loss, Watch(judge, METRIC))
+        return Learning(SumOfTerms(terms), Watch(judge, METRIC))
 
     return Lesson(build, loader, learn)
 
@@ -275,20 +276,22 @@ def _kept_blocks(recipe: AlignRecipe) -> tuple[Keep, ...] | None:
     return kept_alone(recipe, _lesson(recipe, tables, fit_sides(recipe.data, tables.train)))
 
 
-def alignment_loss(
+def alignment_losses(
     output: DualOutput, batch: Batch, *, pairs: tuple[tuple[str, str], ...] = (), matching_weight: float = 1.0
-) -> Tensor:
-    """The contrastive loss, and that of matching where the model has it; sums over the batch's pairs. A batch's target,
-    where it has one, is what records share that are not held against each other."""
+) -> dict[str, Tensor]:
+    """The contrastive loss, and that of matching where the model has it, weighted; sums over the batch's pairs. A
+    batch's target, where it has one, is what records share that are not held against each other."""
     index = {name: media.index_B for name, media in batch.media.items()}
     there = {name: media.present_B for name, media in batch.media.items()}
-    found = all_pairs_loss(
-        output.vectors, index, there, pairs=pairs, temperature=output.temperature, key_B=batch.target
-    )
-    if output.match_P is None:
-        return found
-    assert output.is_pair_P is not None
-    return found + matching_weight * matching_loss(output.match_P, output.is_pair_P, output.known_P)
+    found = {
+        "contrast": all_pairs_loss(
+            output.vectors, index, there, pairs=pairs, temperature=output.temperature, key_B=batch.target
+        )
+    }
+    if output.match_P is not None:
+        assert output.is_pair_P is not None
+        found["matching"] = matching_weight * matching_loss(output.match_P, output.is_pair_P, output.known_P)
+    return found
 
 
 def judge_alignment(

@@ -10,11 +10,10 @@ Promise     the same recipe and records give the same preparation and the same w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import TypeAlias, TypeVar, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.seeds import derive_seed
@@ -28,10 +27,9 @@ from dougong.engine.prepare import check_precision
 from dougong.engine.step import Loss
 from dougong.model.decoder import Decoder
 from dougong.model.sandwich import Sandwich
-from dougong.nn.batch import Batch
 from dougong.objectives.generation import words_loss
 from dougong.recipes.decoding import DecodeRecipe
-from dougong.recipes.losses import check_ranks, compared_by, losses_of
+from dougong.recipes.losses import DecisionLoss, check_ranks, compared_by, losses_of
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Announce, Tables, open_tables
 
@@ -97,13 +95,7 @@ def loss_of(recipe: LaidOut, preparation: Preparation, group: dist.ProcessGroup 
     if isinstance(recipe, DecodeRecipe):
         weight = recipe.objective.further_weight
         return lambda output, batch: words_loss(output, further_weight=weight)
-    losses = losses_of(recipe.objective, recipe.model, preparation.target.task, group)
-
-    def loss(output: Any, batch: Batch) -> Tensor:
-        found = losses(output, batch)
-        return torch.stack([found.whole, *found.own.values()]).sum()
-
-    return loss
+    return DecisionLoss(losses_of(recipe.objective, recipe.model, preparation.target.task, group))
 
 
 def check_layout(recipe: LaidOut, plan: PlanConfig, world: int) -> None:

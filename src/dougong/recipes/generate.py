@@ -34,6 +34,7 @@ from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import evaluating
 from dougong.engine.memory.recompute import Keep
 from dougong.engine.parallel.ranks import Ranks
+from dougong.engine.step import SumOfTerms
 from dougong.engine.trainer import Watch, train
 from dougong.engine.words import WordsJudged, WordSums
 from dougong.model.vq import Coded, PictureTokenizer
@@ -266,20 +267,20 @@ def _lesson(
     def loader(_: Share) -> Loader:
         return Loader(tables.train, preparation, recipe.data.loader, seed=recipe.seed, train=True)
 
-    def loss(output: WriterOutput, batch: Batch) -> Tensor:
-        parts = [
-            weights[direction] * generation_loss(written.score_RNV, written.target_RN, written.due_RN)
+    def terms(output: WriterOutput, batch: Batch) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {
+            direction: weights[direction] * generation_loss(written.score_RNV, written.target_RN, written.due_RN)
             for direction, written in output.written.items()
-        ]
+        }
         if len(output.aligned) == 2:
-            parts.append(recipe.objective.align_weight * _alignment(output, batch))
-        return torch.stack(parts).sum()
+            found["alignment"] = recipe.objective.align_weight * _alignment(output, batch)
+        return found
 
     def learn(model: Writer, _: Ranks) -> Learning:
         def judge() -> dict[str, WordsJudged]:
             return judge_writer(model, tables.validation, preparation)
 
-        return Learning(loss, Watch(judge, "loss", higher_is_better=False))
+        return Learning(SumOfTerms(terms), Watch(judge, "loss", higher_is_better=False))
 
     return Lesson(build, loader, learn)
 

@@ -1,15 +1,17 @@
 """What a decision run minimises, put together from its recipe.
 
-Here        ObjectiveConfig, `check_objective`, `check_ranks`, `compared_by`, `losses_of`, `backward_of`.
+Here        ObjectiveConfig, `check_objective`, `check_ranks`, `compared_by`, `losses_of`, `backward_of`; DecisionLoss,
+            all of them in one.
 Elsewhere   each loss by itself (objectives/); the run that uses them (recipes/run.py).
 Promise     every part is a sum over records; a part that the model or the data cannot feed is refused before training.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -174,7 +176,7 @@ def losses_of(
 ) -> Callable[[SandwichOutput, Batch], Losses]:
     """From a model's output and its batch to its losses, weighted; `group` has the ranks that share out a batch."""
 
-    align = _alignment if group is None else partial(_gathered_alignment, model.align, group)
+    align = _alignment if group is None else functools.partial(_gathered_alignment, model.align, group)
 
     def decided(output_BC: Tensor, target: Tensor, *, is_evidence: bool) -> Tensor:
         if is_evidence:  # an own head's scores; what all say together comes as its opinion
@@ -188,14 +190,14 @@ def losses_of(
             whole = evidence_loss(alpha_BC, batch.target, doubt_weight=objective.doubt_weight)
         else:
             whole = decision_loss(output.output_BC, batch.target, task, objective.label_smoothing)
-        whole = whole * objective.blend.get(WHOLE, 1.0)
+        terms = {"decision": whole * objective.blend.get(WHOLE, 1.0)}
         alignment = align(output, batch) if model.align else None
         if alignment is not None:
-            whole = whole + objective.align_weight * alignment
+            terms["alignment"] = objective.align_weight * alignment
         if objective.completion_weight:
-            whole = whole + objective.completion_weight * completion_losses(output, batch)
+            terms["completion"] = objective.completion_weight * completion_losses(output, batch)
         if objective.gate_weight and output.weight_BM is not None:
-            whole = whole + objective.gate_weight * _gate(output.weight_BM, batch)
+            terms["gate"] = objective.gate_weight * _gate(output.weight_BM, batch)
         own: dict[str, Tensor] = {}
         for place, (name, media) in enumerate(batch.media.items()):
             if output.own_BMC is None or not bool(media.present_B.any()):
@@ -208,9 +210,25 @@ def losses_of(
             if objective.teach_weight:
                 taught_loss = distillation_loss(own_BC, output.output_BC[media.present_B], task)
                 own[name] = own[name] + objective.teach_weight * taught_loss
-        return Losses(whole, own)
+        return Losses(terms, own)
 
     return losses
+
+
+@dataclass(frozen=True)
+class DecisionLoss:
+    """All losses in one, which can be asked for its terms (engine/step.py's SummedLoss)."""
+
+    losses: Callable[[SandwichOutput, Batch], Losses]
+
+    def __call__(self, output: Any, batch: Batch) -> Tensor:
+        found = self.losses(output, batch)
+        return torch.stack([found.whole, *found.own.values()]).sum()
+
+    def terms(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """Of the whole by name, and each modality's own decision."""
+        found = self.losses(output, batch)
+        return {**found.terms, **{f"{name} alone": loss for name, loss in found.own.items()}}
 
 
 def backward_of(

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from dougong.core.errors import ConfigError, RunError
+from dougong.watch.pages import page_template
 from dougong.watch.runs import Reader, Runs
-from dougong.watch.summary import drawn, environment, summary_of
+from dougong.watch.summary import filled, summary_of, summary_template
 
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 COOKIE: Final = "dougong_token"
@@ -85,11 +86,10 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
     if token is None and host not in LOCAL:
         raise ConfigError(f"--host {host} can be reached by others: give --token, or let `dougong watch` draw one.")
     runs = Runs(root)
-    templates = environment()
 
     def draw(reader: Reader, run: str) -> str:
         told = summary_of(reader, run)
-        return templates.get_template("summary.html").render(told=told, charts=drawn(told), whole=False)
+        return summary_template().render(**filled(told), whole=False)
 
     pages = Pages(draw)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -114,7 +114,7 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
 
     def index() -> Any:
         nonce = secrets.token_urlsafe(12)
-        page = templates.get_template("dashboard.html").render(root=str(runs.root.name), nonce=nonce)
+        page = page_template("dashboard.html").render(root=str(runs.root.name), nonce=nonce)
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'; "
             "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'"
@@ -141,7 +141,7 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
             told = summary_of(runs.get(run), run)
         except RunError as error:
             return refuse(str(error), 404)
-        page = templates.get_template("summary.html").render(told=told, charts=drawn(told), whole=True)
+        page = summary_template().render(**filled(told), whole=True)
         return responses.HTMLResponse(page, headers={"Content-Disposition": 'attachment; filename="run.html"'})
 
     def records(run: str) -> Any:

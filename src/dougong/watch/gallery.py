@@ -9,7 +9,6 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from dougong.core.events import read_events
 from dougong.core.files import write_atomic
 from dougong.watch import charts
 from dougong.watch.cards import Media
+from dougong.watch.pages import page_template
 from dougong.watch.report import REPORT
 
 STRETCHES = 120
@@ -69,12 +69,7 @@ def _read(path: Path) -> Any:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(key=charts.key)
-    source = importlib.resources.files("dougong.watch").joinpath("gallery.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return page_template("gallery.html")
 
 
 def _shown(sample: Mapping[str, Any], media: Media) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How gradients flow through a network, drawn on it, and in ranked lists in place of walls of curves.
 
 Here        `picture` (columns of boxes, one for each block), `ranked` (modules at both ends of each figure), `balance`
-            of modalities over the run.
-Elsewhere   measuring (engine/flow.py); what is wrong (watch/diagnose/); the pages (watch/summary.py,
+            of modalities over the run; `ranges` of exponents; `last_with`, which finds what is not measured each time.
+Elsewhere   measuring (engine/flow/); what is wrong (watch/diagnose/); the pages (watch/summary.py,
             watch/dashboard.py).
 Promise     every figure is one that was measured, of the step that is named; nothing is drawn of what was not.
 """
@@ -18,6 +18,7 @@ SHOWN: Final = 8
 """Modules at each end of a list."""
 
 SHARED: Final = "shared"
+"""As engine/flow/places.py says it, which would load torch."""
 
 
 def picture(flow: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,3 +105,43 @@ def balance(flows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
         for name, places in by.items():
             found.setdefault(name, []).append((flow["step"], _ratio(places)))
     return found
+
+
+def last_with(flows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
+    """The last measured step that has this: some of them are asked for more than others."""
+    return next((flow for flow in reversed(flows) if flow.get(key)), None)
+
+
+FP16: Final = (-24, 16)
+"""Exponents from the smallest number that fp16 holds to the first that it does not."""
+
+
+def ranges(flow: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of activations, gradients and weights, by modality: shares of the numbers other than 0 by exponent (`shares`,
+    from `lowest`), the middle exponent, and the shares that are 0 (`zeros`) and that fp16 has no number for
+    (`lost`)."""
+    told = []
+    for what, sides in flow["exponents"].items():
+        for side, one in sides.items():
+            number = sum(one["counts"])
+            if not number:
+                continue
+            middle, seen = one["lowest"], 0
+            for place, count in enumerate(one["counts"]):
+                seen += count
+                if 2 * seen >= number:
+                    middle = one["lowest"] + place
+                    break
+            held = sum(c for place, c in enumerate(one["counts"]) if FP16[0] <= one["lowest"] + place < FP16[1])
+            told.append(
+                {
+                    "what": what,
+                    "side": side,
+                    "lowest": one["lowest"],
+                    "shares": [count / number for count in one["counts"]],
+                    "middle": middle,
+                    "zeros": one["zeros"] / (number + one["zeros"] + one["not_finite"]),
+                    "lost": 1 - held / number,
+                }
+            )
+    return told

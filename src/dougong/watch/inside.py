@@ -10,17 +10,11 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
-import numpy as np
-import soundfile
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dougong.bundle.model import Model, Prediction
@@ -28,11 +22,7 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.modality.array import SignalModality
-from dougong.data.modality.audio import AudioModality
 from dougong.data.modality.image import ImageModality
-from dougong.data.modality.numbers import TableModality
-from dougong.data.modality.text import TextModality
 from dougong.data.split import sample_table
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
@@ -42,15 +32,14 @@ from dougong.watch.attention import METHODS, Inside, Map, Survey, look_inside, s
 from dougong.watch.cards import heat, relative, shaded_tokens, strip
 from dougong.watch.contribution import MOST_MODALITIES, ask_all, of_records
 from dougong.watch.faithful import Curve, Faithful, captum_relevance, curves, patches, sanity
+from dougong.watch.media import check_rows, show_medium, text_of
+from dougong.watch.pages import page_template
 
-MOST_RECORDS: Final = 24
 SURVEYED: Final = 256
 """Records over which the attention is surveyed."""
 
 MOST_HEADS: Final = 48
 """Maps of single heads that are shown of a record."""
-
-POINTS: Final = 300
 
 SAYS: Final = {
     "relevance": "gradient-weighted relevance",
@@ -70,7 +59,7 @@ def look_at_records(
         ConfigError: no such record, or too many.
         DataError: a record cannot be read.
     """
-    _check_rows(rows, table)
+    check_rows(rows, table)
     columns = [column for column in model.preparation.columns if column in table.schema.names]
     target = model.preparation.target.name
     known = target in table.schema.names
@@ -97,43 +86,13 @@ def survey_table(model: Model, table: Table, *, num_records: int = SURVEYED, see
 
 def write_inside(path: Path, told: Mapping[str, Any]) -> Path:
     """Write the page of what `look_at_records` told."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dougong", "watch"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(key=charts.key)
-    page = environment.get_template("inside.html").render(
+    page = page_template("inside.html").render(
         told=told,
         says=SAYS,
         records=[_drawn(record, place) for place, record in enumerate(told["records"])],
     )
     write_atomic(path, page.encode("utf-8", "replace"))
     return path
-
-
-def check_page(path: Path) -> None:
-    """
-    Raises:
-        ConfigError: it cannot be a page.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"--out {path} ends in {path.suffix!r}, and what is written is a page. Use a name in .html.")
-    if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
-        raise ConfigError(f"--out {path} is no place for a file. Name a file in a folder.")
-
-
-def _check_rows(rows: Sequence[int], table: Table) -> None:
-    if len(rows) > MOST_RECORDS:
-        raise ConfigError(f"{len(rows)} records are too many for one page. Name at most {MOST_RECORDS}.")
-    for row in rows:
-        if not 0 <= row < table.num_rows:
-            raise ConfigError(
-                f"--record {row} is not in {table.path.name}, which has {table.num_rows:,} records. "
-                f"Use 0 to {table.num_rows - 1}."
-            )
 
 
 # One record --------------------------------------------------------------------------------------------------------
@@ -168,7 +127,7 @@ def _look(
     }
     return {
         "row": row,
-        "answer": _text(prediction.answer),
+        "answer": text_of(prediction.answer),
         "target": target,
         "probabilities": _most_likely(prediction),
         "gate": prediction.gate,
@@ -242,61 +201,15 @@ def _input(
     told["maps"] = {
         method: [round(float(weight), 6) for weight in each[name][0][real_T]] for method, each in maps.items()
     }
-    if isinstance(modality, TextModality):
-        text = str(record[modality.config.column])
-        told.update(text=text, tokens=modality.tokenizer.encode(text).tokens[: int(real_T.sum())])
-    elif isinstance(modality, ImageModality):
-        pixels_HWC = media.values["pixels_UCHW"][0].transpose(1, 2, 0)
-        pixels_HWC = pixels_HWC * np.array(modality.config.scale) + np.array(modality.config.mean)
-        told.update(picture=_picture((pixels_HWC * 255).round().clip(0, 255).astype(np.uint8)))
+    told.update(show_medium(modality, media, record, num_tokens=int(real_T.sum())))
+    if isinstance(modality, ImageModality):
         told["grid"] = list(patches(model.network)[name])
         told["pooled_grid"] = list(model.network.grids[name])
-    elif isinstance(modality, AudioModality):
-        samples_T = media.values["samples_UT"][0][media.values["mask_UT"][0]]
-        told.update(
-            sound=_sound(samples_T, modality.config.sample_rate),
-            spectrogram=_picture(spectrogram(samples_T)),
-            seconds=len(samples_T) / modality.config.sample_rate,
-        )
-    elif isinstance(modality, SignalModality):
-        samples_CT = media.values["samples_UCT"][0][:, media.values["mask_UT"][0]]
-        points_T = samples_CT.mean(axis=0)
-        told["points"] = [round(float(point), 4) for point in points_T[:: max(1, len(points_T) // POINTS)]]
-    elif isinstance(modality, TableModality):
-        told["values"] = {column: _text(record.get(column)) for column in modality.columns}
     return told
-
-
-def spectrogram(samples_T: Any, window: int = 128, hop: int = 32) -> Any:
-    """Grey picture of a sound, low tones at the bottom: the logarithm of its power over 60 decibels."""
-    lacking = max(0, window - len(samples_T))
-    samples_T = np.pad(np.asarray(samples_T, np.float64), (0, lacking))
-    windows = np.lib.stride_tricks.sliding_window_view(samples_T, window)[::hop]
-    power = np.abs(np.fft.rfft(windows * np.hanning(window), axis=1)) ** 2
-    decibels = 10 * np.log10(power + 1e-12)
-    grey = ((decibels - decibels.max() + 60) / 60).clip(0, 1)
-    return (255 - 255 * grey.T[::-1]).astype(np.uint8)
-
-
-def _picture(pixels: Any) -> str:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
-
-
-def _sound(samples: Any, sample_rate: int) -> str:
-    content = io.BytesIO()
-    loudest = max(float(np.abs(samples).max()), 1e-6)
-    soundfile.write(content, samples / loudest * 0.9, sample_rate, format="WAV", subtype="PCM_16")
-    return f"data:audio/wav;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
 def _most_likely(prediction: Prediction) -> dict[str, float]:
     return dict(sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:5])
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # The page ----------------------------------------------------------------------------------------------------------

@@ -9,18 +9,16 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import jinja2
-
 from dougong.core.errors import ConfigError
 from dougong.core.files import write_atomic
 from dougong.core.sizes import bytes_as_text
 from dougong.watch import charts
+from dougong.watch.pages import page_template
 
 PAGE: Final = "profile.html"
 
@@ -65,12 +63,7 @@ def check_folder(folder: Path) -> None:
 
 def write_page(folder: Path, told: Mapping[str, Any]) -> Path:
     """Write PAGE there, from what `ProfileResult.as_json` tells."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(size=bytes_as_text, duration=seconds_as_text, key=charts.key)
-    source = importlib.resources.files("dougong.watch").joinpath("profile.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
+    page = page_template("profile.html", size=bytes_as_text, duration=seconds_as_text).render(
         told=told,
         during=during(told),
         composition=composition(told),

@@ -9,7 +9,6 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 import json
 import math
@@ -27,6 +26,7 @@ from dougong.core.signature import Target
 from dougong.engine.metrics import primary_metric
 from dougong.watch import charts
 from dougong.watch.cards import Media, read_cards
+from dougong.watch.pages import page_template
 
 REPORT: Final = "report.html"
 
@@ -127,12 +127,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(figure=figure, words=_words, duration=_duration, key=charts.key)
-    source = importlib.resources.files("dougong.watch").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return page_template("report.html", figure=figure, words=_words, duration=_duration)
 
 
 # What is shown ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 import json
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from dougong.core.errors import RunError
 from dougong.core.events import read_events
 from dougong.core.files import write_atomic
 from dougong.watch.cards import Media
+from dougong.watch.pages import page_template
 
 REPORT: Final = "report.html"
 RETRIEVALS: Final = "retrievals.json"
@@ -80,9 +80,8 @@ def _read(path: Path) -> Any:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["words"] = lambda name: str(name).replace("_", " ")
-    source = importlib.resources.files("dougong.watch").joinpath("retrieval.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return page_template("retrieval.html", words=_words)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -9,13 +9,11 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import jinja2
 import numpy as np
 import soundfile
 from PIL import Image
@@ -30,6 +28,7 @@ from dougong.data.modality.image import ImageModality
 from dougong.data.modality.medium import BadValue, Modality
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table
+from dougong.watch.pages import page_template
 
 SHOWN: Final = 6
 """Media of each figure."""
@@ -63,11 +62,7 @@ def check_sheet(path: Path) -> None:
 
 def write_sheet(path: Path, name: str, parts: Sequence[SheetPart], preparation: Preparation) -> None:
     """Write the page."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = (importlib.resources.files("dougong.watch") / "sheet.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
-        name=Path(name).name, parts=[_part(part, preparation) for part in parts]
-    )
+    page = page_template("sheet.html").render(name=Path(name).name, parts=[_part(part, preparation) for part in parts])
     write_atomic(path, page)
 
 

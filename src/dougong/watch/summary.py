@@ -20,7 +20,8 @@ from dougong.core.errors import RunError
 from dougong.core.files import write_atomic
 from dougong.watch import charts
 from dougong.watch.diagnose.catalogue import CATALOGUE
-from dougong.watch.gradient_flow import balance, picture, ranked
+from dougong.watch.gradient_flow import balance, last_with, picture, ranges, ranked
+from dougong.watch.pages import page_template
 from dougong.watch.runs import EVENTS, Reader
 
 
@@ -66,6 +67,8 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
             "probes": flow["probes"],
             "inputs": flow["inputs"],
         },
+        "conflicts": last_with(reader.flows, "conflicts"),
+        "ranges": _ranges(reader),
         "pairs": _pairs(reader),
         "noise": next((event for event in reversed(reader.others) if event["kind"] == "NoiseMeasured"), None),
         "balance": balance(reader.flows),
@@ -77,6 +80,12 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
             if e["kind"] == "SamplingChanged"
         ],
     }
+
+
+def _ranges(reader: Reader) -> dict[str, Any] | None:
+    """How large numbers are, of the last step in which they were counted."""
+    counted = last_with(reader.flows, "exponents")
+    return None if counted is None else {"step": counted["step"], "rows": ranges(counted)}
 
 
 def _pairs(reader: Reader) -> dict[str, Any] | None:
@@ -95,22 +104,24 @@ def _pairs(reader: Reader) -> dict[str, Any] | None:
 
 def write_summary(path: Path, told: Mapping[str, Any]) -> Path:
     """Write the page of what `summarise` told."""
-    page = environment().get_template("summary.html").render(told=told, charts=drawn(told), whole=True)
+    page = summary_template().render(**filled(told), whole=True)
     write_atomic(path, page.encode("utf-8", "replace"))
     return path
 
 
-def environment() -> jinja2.Environment:
-    """For all templates of this page and the dashboard's."""
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("dougong", "watch"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters.update(key=charts.key, figure=_figure)
-    return made
+def filled(told: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template takes, but whether it is a whole page."""
+    return {
+        "told": told,
+        "charts": drawn(told),
+        "range_charts": drawn_ranges(told),
+        "sides": [] if told["ranges"] is None else sides_told(told),
+    }
+
+
+def summary_template() -> jinja2.Template:
+    """Of this page; its inner part is the dashboard's."""
+    return page_template("summary.html", figure=_figure)
 
 
 def drawn(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +150,32 @@ def drawn(told: Mapping[str, Any]) -> dict[str, Any]:
         label = "How far a step moves each modality's weights, as a share of themselves"
         found["balance"] = charts.line_chart("balance", label, lines)
     return found
+
+
+def drawn_ranges(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of activations, gradients and weights: how their numbers' exponents are spread, a line for each modality."""
+    if told["ranges"] is None:
+        return {}
+    by: dict[str, list[Mapping[str, Any]]] = {}
+    for row in told["ranges"]["rows"]:
+        by.setdefault(row["what"], []).append(row)
+    sides = sides_told(told)
+    found = {}
+    for what, rows in by.items():
+        lines = [
+            charts.Line(
+                [row["lowest"] + place for place in range(len(row["shares"]))], row["shares"], sides.index(row["side"])
+            )
+            for row in rows
+        ]
+        label = f"Share of {what} by exponent of 2, for {', '.join(row['side'] for row in rows)}"
+        found[what] = charts.line_chart(f"range-{what}", label, lines, across="exponent of 2")
+    return found
+
+
+def sides_told(told: Mapping[str, Any]) -> list[str]:
+    """Modalities, and what they share, in the order of the legend of `drawn_ranges`."""
+    return list(dict.fromkeys(row["side"] for row in told["ranges"]["rows"]))
 
 
 def _figure(value: float) -> str:

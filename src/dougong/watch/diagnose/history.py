@@ -1,7 +1,7 @@
 """What is known of a training so far, for whoever judges it.
 
 Here        History: fed with events, from a run's file or while it is trained; Failure.
-Elsewhere   the events (core/events.py, engine/flow.py); judging (rules.py, baselines.py).
+Elsewhere   the events (core/events.py, engine/flow/); judging (rules.py, baselines.py).
 Promise     the same events in the same order give the same history, live or from a file.
 """
 

@@ -26,7 +26,9 @@ from torch.optim import Optimizer
 
 from dougong.core.events import Evaluated, Event, EventFile, Listener, RunStarted, StepDone
 from dougong.engine.examine import Examined
-from dougong.engine.flow import FlowConfig, FlowMeasured, named_inputs
+from dougong.engine.flow.inputs import named_inputs
+from dougong.engine.flow.meter import FlowConfig
+from dougong.engine.flow.step import FlowMeasured
 from dougong.engine.listening import Listening
 from dougong.watch.diagnose.catalogue import CATALOGUE
 from dougong.watch.diagnose.history import Failure, History

@@ -1,7 +1,7 @@
 """From what was measured to what is wrong.
 
 Here        Finding, `diagnose`: every rule over a history, the surest finding first; the rules, each of one cause.
-Elsewhere   what each cause means (catalogue.py); measuring (engine/flow.py); other people's rules (baselines.py);
+Elsewhere   what each cause means (catalogue.py); measuring (engine/flow/); other people's rules (baselines.py);
             how often these are right (benchmarks/diagnose.py).
 Promise     every finding names the figures that it rests on. Thresholds stand here, each beside its reason; they were
             set on the bench's training half and by what a healthy run can show, never on its test half. A history of

@@ -1,0 +1,1 @@
+"""What flows through a network in training, measured while somebody else trains."""
