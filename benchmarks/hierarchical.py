@@ -90,6 +90,8 @@ def _figures(where: str, local: int, found: dict[str, Any], *, rate_bound: bool)
     for way, asked in (("ours", "<= 0.80"), ("ours, bf16 across", "<= 0.42")):
         asked_here = asked if where.endswith("200-Mbit") else None
         yield ratio(f"{where}: step, {way} over flat", step[way], step["flat"], asked_here)
+        late = "flat after the backward"
+        yield ratio(f"{where}: step, {way} over {late}", step[way], step[late], None)
 
 
 def _text(count: int) -> str:
@@ -262,7 +264,7 @@ def _steps(plain: Any, rounded: Any, budget: float) -> dict[str, list[float]]:
         model.zero_grad(set_to_none=True)
         early.settle(early.backward(parts, [x_BTD], 1))
 
-    def step(by: Callable[[torch.Tensor, str], None]) -> None:
+    def step(by: Callable[[torch.Tensor, str], None] | None) -> None:
         model.zero_grad(set_to_none=True)
         model(x_BTD).square().mean().backward()
         add_up([p.grad for p in model.parameters() if p.grad is not None], group, by=by)
@@ -270,6 +272,7 @@ def _steps(plain: Any, rounded: Any, budget: float) -> dict[str, list[float]]:
     return _interleaved(
         {
             "flat": flat,
+            "flat after the backward": lambda: step(None),
             "ours": lambda: step(lambda flat, name: plain.all_reduce(flat, name=name)),
             "ours, bf16 across": lambda: step(lambda flat, name: rounded.all_reduce(flat, name=f"step {name}")),
         },
