@@ -130,6 +130,18 @@ def _flow(blocks: int, random: np.random.Generator) -> dict[str, object]:
         "activations": activations, "attention": attention, "inputs": {}, "output": {"classes": 10.0},
         "targets": {}, "gate": {"mean image": 0.4, "mean text": 0.6, "saturated": 0.0, "spread": 0.1},
         "loss_terms": [], "dropout": {}, "optimizer": {"lr": 0.001, "beta1": 0.9}, "probes": {},
+        "conflicts": [
+            {"of": "objectives", "one": one, "other": other, "cosine": float(random.normal()) / 3,
+             "one_norm": 1.0, "other_norm": 2.0}
+            for one, other in (("decision", "alignment"), ("decision", "gate"), ("alignment", "gate"))
+        ],
+        "exponents": {
+            what: {
+                side: {"lowest": -30, "counts": random.integers(1, 1000, 40).tolist(), "zeros": 9, "not_finite": 0}
+                for side in ("image", "text", "shared")
+            }
+            for what in ("activations", "weights", "gradients")
+        },
         "first_not_finite": None, "facts": {"gradient_norm": 1.0, "loss": 1.0}, "seconds": 0.1,
     }  # fmt: skip
 
