@@ -136,7 +136,12 @@ def reached(script: Path) -> list[Path]:
     return sorted(found)
 
 
-def _imported(file: Path) -> Iterator[str]:
+@functools.cache
+def _imported(file: Path) -> tuple[str, ...]:
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (each.name for each in node.names)

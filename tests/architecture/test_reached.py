@@ -1,6 +1,7 @@
 """What a kept figure stands on."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("harness")
-    sys.modules.pop("harness", None)
+    for name in ("harness", "current"):
+        sys.modules.pop(name, None)
 
 
 def test_a_scripts_sources_are_those_its_imports_reach(harness: ModuleType) -> None:
@@ -64,3 +66,37 @@ def _module(file: Path) -> ModuleType:
     module = ModuleType(file.stem)
     module.__file__ = str(file)
     return module
+
+
+def test_a_result_is_current_while_sources_do_the_same_whatever_they_say(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    current = importlib.import_module("current")
+    monkeypatch.setattr(current, "ROOT", tmp_path)
+    monkeypatch.setattr(current, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(current, "reached", lambda script: [script])
+
+    def git(*arguments: str) -> str:
+        named = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *named, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    script = tmp_path / "benchmarks" / "script.py"
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    script.write_text('"""Says one thing."""\n\nx = 1\n', encoding="utf-8")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    said = f"- command: `python benchmarks/script.py --write`\n- commit: {git('rev-parse', '--short', 'HEAD')}\n"
+    (tmp_path / "benchmarks" / "results" / "one.md").write_text(said, encoding="utf-8")
+
+    def differing() -> list[str]:
+        for cached in (current._differs, current._touched, current._sources):
+            cached.cache_clear()
+        (found,) = current.results()
+        return list(found.differing)
+
+    script.write_text('"""Says another thing."""\n\n# and more\nx = 1\n', encoding="utf-8")
+    assert differing() == []
+    script.write_text('"""Says one thing."""\n\nx = 2\n', encoding="utf-8")
+    assert differing() == ["benchmarks/script.py"]

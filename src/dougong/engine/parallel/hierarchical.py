@@ -40,6 +40,9 @@ MEASURED_BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**26)
 LONG_SECONDS: Final = 1.0
 """That one size may cost, if it is not two turns of all forms that cost more."""
 
+MANY: Final = 5
+"""Times that have a middle to be trusted."""
+
 SURELY: Final = 0.95
 """Of flat's time, at which another form is taken: a smaller gain may be the measurement's noise."""
 
@@ -128,10 +131,9 @@ class Hierarchy:
                 dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=self.group)
                 if turn and spent.item() > seconds:
                     break
-            # What else the machine does only adds to a time, and there are few of them where messages are long.
-            least = torch.tensor([min(took[form]) for form in FORMS], device=device)
-            dist.all_reduce(least, op=dist.ReduceOp.MAX, group=self.group)
-            found = dict(zip(FORMS, least.tolist(), strict=True))
+            typical = torch.tensor([_typical(took[form]) for form in FORMS], device=device)
+            dist.all_reduce(typical, op=dist.ReduceOp.MAX, group=self.group)
+            found = dict(zip(FORMS, typical.tolist(), strict=True))
             self.measured += [Measured(size, form, found[form]) for form in FORMS]
             best = min(FORMS, key=lambda form: found[form])
             self.choice[size] = best if found[best] < SURELY * found["flat"] else "flat"
@@ -232,6 +234,11 @@ def _made(rows: Sequence[Sequence[int]]) -> dist.ProcessGroup:
     found: dist.ProcessGroup
     found, _ = dist.new_subgroups_by_enumeration([list(row) for row in rows])  # type: ignore[no-untyped-call]
     return found
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The middle of many; of few the least, since whatever else the machine does only adds to a time."""
+    return sorted(seconds)[len(seconds) // 2 if len(seconds) >= MANY else 0]
 
 
 def _timed(work: Callable[[], None]) -> float:
