@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from dougong.engine.parallel.hierarchical import FORMS, Form, Hierarchy, groups_in_nodes
+from dougong.engine.parallel.hierarchical import FORMS, Form, Hierarchy, _fastest, groups_in_nodes
 
 SIZES = (1, 7, 1000, 3_000_001)
 """Numbers: fewer than ranks, no multiple of them, and several chunks."""
@@ -82,3 +82,18 @@ def test_all_ranks_choose_alike_and_flat_where_nothing_was_measured() -> None:
     choice, forms = found[0]
     assert all(each == found[0] for each in found)
     assert forms == ["flat", choice[1024], choice[65536]]
+
+
+@pytest.mark.parametrize(
+    ("leader", "scatter", "chosen"),
+    [
+        ([0.8] * 20, [0.7] * 20, "scatter"),
+        ([0.97] * 20, [1.2] * 20, "flat"),  # too little to be sure of
+        ([0.5] * 12 + [2.0] * 8, [1.1] * 20, "flat"),  # faster in the middle, and in four of ten turns far slower
+        ([0.9, 3.0, 3.0], [0.95, 0.96, 0.96], "leader"),  # of few, what disturbed the others tells nothing
+    ],
+)
+def test_another_form_than_flat_is_taken_where_it_was_surely_faster(
+    leader: list[float], scatter: list[float], chosen: str
+) -> None:
+    assert _fastest({"flat": [1.0] * len(leader), "leader": leader, "scatter": scatter}) == chosen

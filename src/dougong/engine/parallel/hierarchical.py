@@ -18,7 +18,7 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -41,10 +41,10 @@ LONG_SECONDS: Final = 1.0
 """That one size may cost, if it is not two turns of all forms that cost more."""
 
 MANY: Final = 5
-"""Times that have a middle to be trusted."""
+"""Times that have a middle, and quarters, to be trusted."""
 
 SURELY: Final = 0.95
-"""Of flat's time, at which another form is taken: a smaller gain may be the measurement's noise."""
+"""Of flat's time, below which another form is taken: a smaller gain may be the measurement's noise."""
 
 
 class Measured(NamedTuple):
@@ -131,12 +131,11 @@ class Hierarchy:
                 dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=self.group)
                 if turn and spent.item() > seconds:
                     break
-            typical = torch.tensor([_typical(took[form]) for form in FORMS], device=device)
-            dist.all_reduce(typical, op=dist.ReduceOp.MAX, group=self.group)
-            found = dict(zip(FORMS, typical.tolist(), strict=True))
-            self.measured += [Measured(size, form, found[form]) for form in FORMS]
-            best = min(FORMS, key=lambda form: found[form])
-            self.choice[size] = best if found[best] < SURELY * found["flat"] else "flat"
+            turns = torch.tensor([took[form] for form in FORMS], device=device)
+            dist.all_reduce(turns, op=dist.ReduceOp.MAX, group=self.group)
+            by_form = dict(zip(FORMS, turns.tolist(), strict=True))
+            self.measured += [Measured(size, form, _typical(by_form[form])) for form in FORMS]
+            self.choice[size] = _fastest(by_form)
         self._lost = {name: lost for name, lost in self._lost.items() if not name.startswith("measured")}
         return self.measured
 
@@ -239,6 +238,19 @@ def _made(rows: Sequence[Sequence[int]]) -> dist.ProcessGroup:
 def _typical(seconds: Sequence[float]) -> float:
     """The middle of many; of few the least, since whatever else the machine does only adds to a time."""
     return sorted(seconds)[len(seconds) // 2 if len(seconds) >= MANY else 0]
+
+
+def _fastest(seconds: Mapping[Form, Sequence[float]]) -> Form:
+    """By each form's times in the same turns: another than flat where most of its turns were faster, by more than what
+    noise makes."""
+    flat, found = seconds["flat"], {}
+    for form, took in seconds.items():
+        ratios = sorted(own / other for own, other in zip(took, flat, strict=True))
+        few = len(ratios) < MANY
+        ratio = min(took) / min(flat) if few else ratios[len(ratios) // 2]
+        if ratio < SURELY and (few or ratios[3 * len(ratios) // 4] < 1.0):
+            found[form] = ratio
+    return min(found, key=lambda form: found[form]) if found else "flat"
 
 
 def _timed(work: Callable[[], None]) -> float:
