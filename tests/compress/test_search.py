@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dougong.compress import search
 from dougong.compress.candidate import Budget, Candidate, Eager, Point, Runner
 from dougong.compress.clock import Timed
 from dougong.compress.picture import draw_points
+from dougong.compress.recover import RecoverConfig
 from dougong.compress.run import compress_bundle, read_ratio
 from dougong.compress.search import BudgetError, Outcome, SearchConfig
 from dougong.compress.student import StudentConfig
@@ -216,8 +218,19 @@ class Halved:
     def options(self) -> Sequence[Mapping[str, str]]:
         return [{"all": "w16"}, {"all": "w8"}]
 
-    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+    def carry_out(
+        self,
+        model: Model,
+        bits: Mapping[str, str],
+        calibration: Sequence[Batch],
+        folder: Path,
+        *,
+        nearest: bool = False,
+    ) -> Runner:
         return _Rounded(self, model, 1.25 if "half" in bits else 2 if bits["all"] == "w16" else 1)
+
+    def recover(self, model: Model, *_: Any) -> Model:
+        raise ConfigError("halves do not learn")
 
     def fill(self, model: Model, *_: Any) -> Mapping[str, str]:
         return {"half": "w16", "other half": "w8"}
@@ -261,6 +274,71 @@ def test_other_engines_and_bits_are_further_dimensions(colour_run: Path, colour_
     ((folder, manifest),) = backend.saved
     assert folder == tmp_path / "out" / "bundle"
     assert manifest.metrics["all"]["accuracy"] == result.judged["all"]["compressed"]
+
+
+class Careless(Halved):
+    """Loses its answers by rounding, but for weights that were taught to live with it."""
+
+    name = "careless"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[RecoverConfig] = []
+
+    def options(self) -> Sequence[Mapping[str, str]]:
+        return [{"all": "w8"}]
+
+    def carry_out(self, model: Model, *given: Any, nearest: bool = False) -> Runner:
+        if not nearest:
+            model = copy.deepcopy(model)
+            for weight in model.network.decision.parameters():
+                torch.nn.init.zeros_(weight)
+        return _Rounded(self, model, 1)
+
+    def recover(self, model: Model, bits: Mapping[str, str], calibration: Any, config: RecoverConfig) -> Model:
+        self.asked.append(config)
+        return copy.deepcopy(model)
+
+    def fill(self, model: Model, *_: Any) -> Mapping[str, str]:
+        raise ConfigError("all alike")
+
+
+@pytest.mark.slow
+def test_what_rounding_costs_is_recovered_where_it_is_too_much(
+    colour_run: Path, colour_table: Path, tmp_path: Path
+) -> None:
+    def compressed_to(out: Path, backend: Careless, *settings: str, resume: bool = False) -> Any:
+        return compress_bundle(
+            colour_run,
+            colour_table,
+            Budget(size_bytes=700_000, max_loss=0.3),
+            out,
+            small("tried=1", "widths=[1.0]", "keeps=[1.0]", *settings),
+            backends=(backend,),
+            resume=resume,
+        )
+
+    backend = Careless()
+    result = compressed_to(tmp_path / "out", backend)
+
+    chosen = result.outcome.chosen
+    assert chosen is not None
+    assert chosen.candidate.recovered
+    assert chosen.loss is not None
+    assert chosen.loss <= 0.3
+    rounded = [
+        p for p in result.outcome.points if p.candidate.bits and not p.candidate.recovered and p.loss is not None
+    ]
+    assert min(p.loss for p in rounded) > 0.3
+    assert len(backend.asked) == 1
+    assert "taught to live with them" in chosen.candidate.in_words()
+
+    again = Careless()
+    assert compressed_to(tmp_path / "out", again, resume=True).outcome.chosen.candidate == chosen.candidate
+    assert again.asked == []  # what was taught is kept
+
+    with pytest.raises(BudgetError, match="max-loss"):
+        compressed_to(tmp_path / "without", Careless(), "recover=null")
 
 
 @pytest.mark.slow

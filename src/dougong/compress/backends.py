@@ -23,8 +23,9 @@ from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
 from dougong.compress.delivery import number_bytes, plan_within
 from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
 from dougong.compress.needs import needed
-from dougong.compress.plan import Choice, Plan, read_choice
+from dougong.compress.plan import Plan, read_choice
 from dougong.compress.quantise import QuantiseConfig, Quantised, calibrate, round_layers
+from dougong.compress.recover import RecoverConfig, recover
 from dougong.compress.sensitivity import Seen, observe
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
@@ -96,16 +97,33 @@ class OpenVinoBackend:
     def options(self) -> Sequence[Mapping[str, str]]:
         return [{}, *({ALL: choice} for choice in ("w16a16", "w8a16", "w8a8", "w4a16"))]
 
-    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+    def carry_out(
+        self,
+        model: Model,
+        bits: Mapping[str, str],
+        calibration: Sequence[Batch],
+        folder: Path,
+        *,
+        nearest: bool = False,
+    ) -> Runner:
         prepared = self._prepared(model, calibration)
         layers = prepared.source.cut.layers
         quantised = None
         if bits:
-            plan = _plan(bits, {name: layer.choices for name, layer in layers.items()})
+            plan = _plan(bits, layers)
             needs = any(choice in ("w8a8", "w4a16") for choice in plan.layers.values())
             seen = prepared.seen if needs else None
-            quantised = round_layers(layers, plan, seen, correct=self._quantise.error_correction)
+            correct = self._quantise.error_correction and not nearest
+            quantised = round_layers(layers, plan, seen, correct=correct)
         return GraphRunner(prepared.source, "openvino", folder, self._engine, quantised)
+
+    def recover(
+        self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
+    ) -> Model:
+        prepared, task = self._prepared(model, calibration), model.preparation.target.task
+        plan = _plan(bits, prepared.source.cut.layers)
+        taught = recover(model.network, plan, prepared.seen, calibration, task, config)
+        return Model(taught, model.preparation, model.manifest)
 
     def fill(
         self,
@@ -152,10 +170,23 @@ class OnnxBackend:
     def options(self) -> Sequence[Mapping[str, str]]:
         return [{}, {ALL: DYNAMIC}]
 
-    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+    def carry_out(
+        self,
+        model: Model,
+        bits: Mapping[str, str],
+        calibration: Sequence[Batch],
+        folder: Path,
+        *,
+        nearest: bool = False,
+    ) -> Runner:
         if self._last is None or self._last.model is not model:
             self._last = Source(model)
         return GraphRunner(self._last, "onnx", folder, self._engine, dynamic=bool(bits))
+
+    def recover(
+        self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
+    ) -> Model:
+        raise ConfigError("ONNX Runtime rounds weights itself, as it likes. Use --engine openvino for recovery.")
 
     def fill(
         self,
@@ -168,9 +199,9 @@ class OnnxBackend:
         raise ConfigError("ONNX Runtime rounds all layers alike. Use --engine openvino for bits by layer.")
 
 
-def _plan(bits: Mapping[str, str], choices: Mapping[str, Sequence[Choice]]) -> Plan:
+def _plan(bits: Mapping[str, str], layers: Mapping[str, Any]) -> Plan:
     if set(bits) == {ALL}:
-        return Plan.uniform(read_choice(bits[ALL]), choices)
+        return Plan.uniform(read_choice(bits[ALL]), {name: layer.choices for name, layer in layers.items()})
     return Plan(layers={name: read_choice(choice) for name, choice in bits.items()})
 
 

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dougong.bundle.model import Model
+from dougong.compress.recover import RecoverConfig
 from dougong.compress.student import StudentConfig
 from dougong.core.bundle import Manifest
 from dougong.core.config import Config
@@ -43,6 +44,9 @@ class Candidate(Config):
     engine: str = EAGER
     bits: dict[str, str] = {}
     """By layer, in the words of the engine, or for ALL alike; empty: as trained."""
+
+    recovered: bool = False
+    """Whether its weights were taught to live with these bits, and are rounded to the nearest."""
 
     @property
     def is_teacher(self) -> bool:
@@ -81,6 +85,8 @@ class Candidate(Config):
             counts = Counter(self.bits.values())
             told = [kind if set(self.bits) == {ALL} else f"{counts[kind]} x {kind}" for kind in sorted(counts)]
             parts.append(f"on {self.engine}{' in ' + ' and '.join(told) if told else ''}")
+        if self.recovered:
+            parts.append("taught to live with them")
         return ", ".join(parts) or "the teacher's shape"
 
 
@@ -198,8 +204,27 @@ class Backend(Protocol):
         """Bits that are worth trying, those that lose least first; an empty mapping for as trained."""
         ...
 
-    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
-        """Make it ready to be asked; `folder` is not there yet, and its to use."""
+    def carry_out(
+        self,
+        model: Model,
+        bits: Mapping[str, str],
+        calibration: Sequence[Batch],
+        folder: Path,
+        *,
+        nearest: bool = False,
+    ) -> Runner:
+        """Make it ready to be asked; `folder` is not there yet, and its to use. `nearest`: its weights were recovered
+        for these bits, and their errors are not to be made up for once more."""
+        ...
+
+    def recover(
+        self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
+    ) -> Model:
+        """The same with weights that answer as it does once they are rounded; what is given stays as it is.
+
+        Raises:
+            ConfigError: this engine cannot; the message says which can.
+        """
         ...
 
     def fill(
@@ -245,8 +270,21 @@ class Eager:
     def options(self) -> Sequence[Mapping[str, str]]:
         return [{}]
 
-    def carry_out(self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], folder: Path) -> Runner:
+    def carry_out(
+        self,
+        model: Model,
+        bits: Mapping[str, str],
+        calibration: Sequence[Batch],
+        folder: Path,
+        *,
+        nearest: bool = False,
+    ) -> Runner:
         return EagerRunner(model)
+
+    def recover(
+        self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
+    ) -> Model:
+        raise ConfigError("torch computes all layers in fp32: there is nothing to recover from.")
 
     def fill(
         self,

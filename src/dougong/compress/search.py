@@ -44,6 +44,7 @@ from dougong.compress.importance import Importance, ImportanceConfig, measure_im
 from dougong.compress.plan import CHOICES
 from dougong.compress.prune import PruneConfig, SparseConfig, Sparsity, pruned_shape
 from dougong.compress.records import Records
+from dougong.compress.recover import RecoverConfig
 from dougong.compress.sensitivity import rows_of
 from dougong.compress.structure import BRIDGE, Structure, structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
@@ -63,6 +64,7 @@ from dougong.engine.evaluate import Evaluation, evaluating
 from dougong.engine.metrics import primary_metric
 from dougong.engine.random_state import random_state_kept
 from dougong.engine.step import TrainParts, train_step
+from dougong.engine.weights import distinct_weights, mapped_weights, put_weights, write_weights
 from dougong.model.encoders.audio import AudioEncoderConfig
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.sandwich import Sandwich
@@ -85,6 +87,8 @@ AS_MANY: Final = 1.05
 
 CLOSEST: Final = 3
 """Points that are told where the budget cannot be met."""
+
+RECOVERED: Final = "weights.safetensors"
 
 Say = Callable[[str], None]
 
@@ -138,6 +142,10 @@ class SearchConfig(Config):
     """Of what learns, make some weights zero where they are. None: no."""
 
     distil: DistilConfig = DistilConfig()
+    recover: RecoverConfig | None = RecoverConfig()
+    """Where rounding costs what may not be lost, and the weights as they learnt do not: how long they are taught to
+    live with their bits. None: not at all."""
+
     beside: dict[str, Path] = {}
     """Further teachers of one modality each, by its name: a bundle or a run of that modality alone."""
 
@@ -284,15 +292,20 @@ class Search:
     def network_of(self, point: Point) -> Model:
         """The model of a candidate that has learnt, with its best weights; it is not to be changed."""
         candidate, stage = point.candidate, ""
-        if not self._is_untaught(candidate):
+        if candidate.recovered:
+            stage = f"recovered-{candidate.key}"
+        elif not self._is_untaught(candidate):
             done = self._stage(candidate, "final") / "done.json"
             better = done.is_file() and json.loads(done.read_text(encoding="utf-8"))["better"]
             stage = "final" if better else "try"
         if self._held is None or self._held[:2] != (candidate.shape_key, stage):
             model = self._built(candidate)
-            if stage:
+            if candidate.recovered:
+                file = self._stage(candidate, stage) / RECOVERED
+                put_weights(model.network, mapped_weights(file), where=str(file))
+            elif stage:
                 load_weights(model.network, best_weights(self._stage(candidate, stage)))
-                model.network.eval()
+            model.network.eval()
             self._held = (candidate.shape_key, stage, model)
         return self._held[2]
 
@@ -310,7 +323,8 @@ class Search:
         folder = self.folder / "engine"  # of one at a time
         shutil.rmtree(folder, ignore_errors=True)
         calibration = [self._seen_by(model, batch) for batch in self._calibration]
-        return self._backends[candidate.engine].carry_out(model, candidate.bits, calibration, folder)
+        backend = self._backends[candidate.engine]
+        return backend.carry_out(model, candidate.bits, calibration, folder, nearest=candidate.recovered)
 
     # Drafts: what each candidate costs ----------------------------------------------------------------------------
 
@@ -573,7 +587,41 @@ class Search:
         for each in sorted(self._of_shape(point.candidate), key=_best_first):
             if _loss(each) <= self.budget.max_loss and self._confirmed(each):
                 return self._points[each.candidate.key]
+        recovered = self._recovered(point.candidate)
+        if recovered is not None and _loss(recovered) <= self.budget.max_loss and self._confirmed(recovered):
+            return self._points[recovered.candidate.key]
         return None
+
+    def _recovered(self, candidate: Candidate) -> Point | None:
+        """Of this shape, what has bits and loses least, taught to live with them; None where rounding is not what costs
+        too much, where nothing can be taught, or where time is short."""
+        rounded = [point for point in self._of_shape(candidate) if point.candidate.bits]
+        if self.config.recover is None or not rounded or min(map(_loss, rounded)) <= self.budget.max_loss:
+            return None
+        point = min(rounded, key=_best_first)
+        known = point.candidate.model_copy(update={"recovered": True})
+        if known.key in self._points and self._points[known.key].loss is not None:
+            return self._points[known.key]
+        model, folder = self.network_of(point), self._stage(known, f"recovered-{known.key}")
+        exact = self._loss_of(self._figure(judge_on(model.network, self.records.choose, model.preparation)))
+        if exact > self.budget.max_loss or self._is_late(1 - SPARED):
+            return None
+        self._say(f"rounding costs {_loss(point) - exact:.4f}: teaching {point.candidate.in_words()} to live with it")
+        calibration = [self._seen_by(model, batch) for batch in self._calibration]
+        try:
+            taught = self._backends[known.engine].recover(model, known.bits, calibration, self.config.recover)
+        except ConfigError as error:
+            self._say(f"not recovered: {error}")
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights(folder / RECOVERED, distinct_weights(taught.network))
+        self._held = None
+        model = self.network_of(point.model_copy(update={"candidate": known}))
+        self._measure(known, model)
+        metric = self._figure(self._judge(known, model))
+        recovered = self._put(self._points[known.key], metric=metric, loss=self._loss_of(metric), steps=point.steps)
+        self._say(recovered.in_words)
+        return recovered
 
     def _confirmed(self, point: Point) -> bool:
         """Whether it keeps to the budget when measured once more, as it is shipped."""
@@ -671,8 +719,9 @@ class Search:
         return judge_on(Asked(self._carried_out(candidate, model)), self.records.choose, model.preparation)
 
     def _of_shape(self, candidate: Candidate) -> list[Point]:
-        """Candidates of the same shape that keep to the budget."""
-        alike = [point for point in self._fitting() if point.candidate.shape_key == candidate.shape_key]
+        """Candidates of the same shape, with the weights that it learnt, that keep to the budget."""
+        fitting = [point for point in self._fitting() if not point.candidate.recovered]
+        alike = [point for point in fitting if point.candidate.shape_key == candidate.shape_key]
         return alike or [self._points[candidate.key]]
 
     def _total_steps(self) -> int:
