@@ -10,13 +10,14 @@ Promise     records weigh the same, however they are shared out to micro-batches
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dougong.engine.precision.choice import Chosen, autocast
@@ -126,6 +127,16 @@ class TrainParts:
     scaling: Scaling | None = None
     """Of the loss, whose gradients must fit fp16. None: it is not scaled."""
 
+    def buffers(self) -> list[Tensor]:
+        """The model's, each once."""
+        found = [buffer for module in self._with_buffers for buffer in module._buffers.values() if buffer is not None]
+        return list({id(buffer): buffer for buffer in found}.values())
+
+    @functools.cached_property
+    def _with_buffers(self) -> list[nn.Module]:
+        """Modules that have some. Walking through all of a model takes as long as one of its layers."""
+        return [module for module in self.model.modules() if module._buffers]
+
 
 class StepReport(NamedTuple):
     """What a step did."""
@@ -147,7 +158,7 @@ def train_step(parts: TrainParts, batches: Sequence[Batch], *, num_records: int)
     share of a batch is empty has an empty one here: the loss may hold exchanges that wait for it.
     """
     parts.optimizer.zero_grad(set_to_none=True)
-    moved = [Moved(buffer, buffer.clone()) for buffer in parts.model.buffers()]
+    moved = [Moved(buffer, buffer.clone()) for buffer in parts.buffers()]
     scale = 1.0 if parts.scaling is None else 2.0**parts.scaling.exponent
     total = (parts.all_backward or one_by_one)(parts, batches, num_records / scale)
     if parts.scaling is not None:
