@@ -709,8 +709,11 @@ EXPLAINED: Final[dict[str, tuple[str, ...]]] = {
         "optimizer memory", "learning rate too low", "learning rate too high",
         "frozen", "not in the optimizer", "gradient cut", "dead modality", "constant input", "never present",
     ),
-    "target leak": ("causal mask",),
-    "judging differs": ("input mismatch", "judged in training mode", "target leak", "norm statistics"),
+    # Of the same few records, or of few targets that count, anything tells.
+    "target leak": ("causal mask", "duplicates", "not shuffled", "loss terms"),
+    "judging differs": (
+        "input mismatch", "judged in training mode", "target leak", "norm statistics", "duplicates", "not shuffled",
+    ),
     "positions": ("mask hides", "constant input", "dead modality"),
     "constant input": ("mask hides",),
 }  # fmt: skip
