@@ -27,6 +27,9 @@ from dougong.watch.diagnose.rules import SURE, Finding, diagnose
 EVENTS: Final = "events.jsonl"
 MOST_RUNS: Final = 200
 DEPTH: Final = 3
+ENDED: Final = {"steps": "finished", "early": "stopped early: nothing was gained", "interrupted": "interrupted"}
+"""By the reason that the run's last event gives (engine/trainer.py)."""
+
 KEPT_FLOWS: Final = 24
 KEPT_OTHERS: Final = 400
 POINTS: Final = 400
@@ -156,7 +159,7 @@ class Reader:
             "step": self.steps[last] if last >= 0 else 0,
             "total_steps": self.total_steps,
             "loss": _number(self.losses[last]) if last >= 0 else None,
-            "state": self.finished or "going on",
+            "state": ENDED.get(self.finished, self.finished) if self.finished else "going on",
             "seconds": round(self.seconds, 1),
             "metrics": judged[-1]["metrics"] if judged else {},
             "findings": len(self.findings()),

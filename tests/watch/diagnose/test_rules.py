@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dougong.watch.diagnose.catalogue import CATALOGUE
+from dougong.watch.diagnose.history import History
 from dougong.watch.diagnose.hook import Watched, watch
-from dougong.watch.diagnose.rules import EXPLAINED, Finding
+from dougong.watch.diagnose.rules import EXPLAINED, Finding, _data
 
 
 class Net(nn.Module):
@@ -170,3 +171,14 @@ def test_every_cause_that_explains_or_is_explained_is_in_the_catalogue() -> None
 
     assert named <= set(CATALOGUE)
     assert sum(fault.multimodal for fault in CATALOGUE.values()) >= 10
+
+
+def test_a_modality_is_not_called_absent_while_batches_may_take_turns() -> None:
+    def flow(number: int, present: float) -> dict[str, Any]:
+        return {"step": 2**number, "inputs": {"tone": {"rows": 8.0, "present": present}}}
+
+    lacking = [flow(number, 0.0) for number in range(6)]
+
+    assert [found.cause for found in _data(History(flows=lacking[:5]))] == []
+    assert {found.cause for found in _data(History(flows=lacking))} == {"never present"}
+    assert [found.cause for found in _data(History(flows=[*lacking, flow(7, 0.5)]))] == []

@@ -106,8 +106,8 @@ def of_modalities(network: nn.Module, batch: Batch, loss: Loss) -> Conflicts:
 
 
 def conflicts_told(network: nn.Module, batch: Batch, terms_of: TermsOf) -> list[dict[str, Any]]:
-    """Of terms and of modalities, as FlowMeasured has them, by the first records of a batch; nothing of what there is
-    one only, or of modalities that teach nothing alone."""
+    """Of terms and of modalities, as FlowMeasured has them, by the first records of a batch; nothing of what asks
+    nothing, or of what there is one only."""
     few = first_records(batch, FEW)
 
     def whole(output: Any, given: Batch) -> Tensor:
@@ -124,9 +124,9 @@ def conflicts_told(network: nn.Module, batch: Batch, terms_of: TermsOf) -> list[
                 found = compare()
             except ConfigError:  # there is nothing to compare
                 continue
-        if not any(found.norm.values()):
-            continue
         for (one, other), cosine in found.cosine.items():
+            if cosine is None:
+                continue
             norms = {"one_norm": found.norm[one], "other_norm": found.norm[other]}
             told.append({"of": of, "one": one, "other": other, "cosine": cosine, **norms})
     return told

@@ -29,6 +29,7 @@ class Given(NamedTuple):
     """Which of its tokens are real."""
 
     present_B: Tensor | None = None
+    """Which records have it, for the answer or for a loss beside it."""
 
 
 def named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Given]:
@@ -38,7 +39,7 @@ def named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         for name, media in args[0].media.items():
             mask = media.values.get("mask_UT")
             value = next(v for key, v in media.values.items() if key != "mask_UT")
-            found[name] = Given(value, mask, media.present_B)
+            found[name] = Given(value, mask, media.present_B if media.there_B is None else media.there_B)
         return found
     names = list(inspect.signature(model.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -61,8 +61,8 @@ class FlowMeasured(Event):
     its tokens reordered."""
 
     conflicts: list[dict[str, Any]]
-    """Of each pair of modalities, and of each pair of the loss's terms: `of`, `one`, `other`, the cosine of what both
-    ask of shared weights (None where one asks nothing), and how long each gradient is."""
+    """Of each pair of modalities, and of each pair of the loss's terms, that ask something of shared weights: `of`,
+    `one`, `other`, the cosine of what they ask, and how long each gradient is."""
 
     exponents: dict[str, dict[str, dict[str, Any]]]
     """Of activations, gradients and weights, by modality or `shared`: how many numbers have each exponent of 2

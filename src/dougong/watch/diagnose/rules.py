@@ -23,6 +23,9 @@ WINDOW: Final = 8
 SURE: Final = 0.5
 """Confidence from which on a finding is told without being asked for more."""
 
+TURNS: Final = 6
+"""Measured steps after which a modality that none of them had is said to be in no record."""
+
 NORMS: Final = ("LayerNorm", "BatchNorm1d", "BatchNorm2d", "RMSNorm", "GroupNorm")
 
 
@@ -390,7 +393,8 @@ def _data(history: History) -> Iterator[Finding]:
                 yield Finding("not finite in records", name, 0.97, evidence, step)
             if told.get("present", 1.0) == 0.0:
                 seen = all(_inputs(one).get(name, {}).get("present", 1.0) == 0.0 for one in history.flows)
-                if seen and len(history.flows) >= 2:
+                # Batches may take turns in what they have.
+                if seen and len(history.flows) >= TURNS:
                     yield Finding("never present", name, 0.9, f"no record has {name}", step)
             if told.get("all_alike", 0.0) == 1.0 and told["rows"] >= 4:
                 yield Finding("constant input", name, 0.92, f"all {told['rows']:.0f} rows of {name} are alike", step)
