@@ -189,7 +189,7 @@ def prepare_model(
         layout.trained = {n: p for n, p in layout.trained.items() if n not in layout.spread} | layout.sharded.stepped
     if plan.reduction == "hierarchical":
         layout.hierarchy = _hierarchy(layout, plan, in_node)
-    copied = ranks.group is not None and layout.is_whole and plan.context == plan.expert == 1
+    copied = mesh.group("copies") is not None and layout.is_whole and plan.context == plan.expert == 1
     if copied and layout.shelved is None and layout.hierarchy is None:
         layout.early = apply_early_sums(list(layout.trained.values()))
     return layout

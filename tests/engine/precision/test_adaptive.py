@@ -26,7 +26,8 @@ def parts_of(
     def loss(output: Any, batch: Any) -> Tensor:
         return loss_of(output, batch) * (1.0 if factor is None else factor(adaptive.step))
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=0.0 if factor is None else 1e-30)
+    # So small that gradients of any scale step alike; not 0: where one is exactly 0, as fp16 makes some, that is 0 / 0.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-30)
     return TrainParts(model, loss, optimizer, precision="bf16", scaling=adaptive, max_grad_norm=None), adaptive
 
 
