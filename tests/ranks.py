@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 60.0
 GRACE_SECONDS = 1.0
 """For the other ranks, after one has failed: they may fail by themselves, or wait for it forever."""
 
