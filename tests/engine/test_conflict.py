@@ -92,7 +92,8 @@ def test_terms_of_a_loss_are_compared_by_one_forward() -> None:
 
 
 def test_in_training_both_are_told_and_random_state_and_buffers_are_as_they_were() -> None:
-    network = sandwich().train()
+    network, seen = sandwich().train(), []
+    network.register_forward_hook(lambda *_: seen.append(torch.rand(1)))  # who listens is not to hear of it
     before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
 
     told = conflicts_told(network, batch(0), terms)
@@ -101,6 +102,7 @@ def test_in_training_both_are_told_and_random_state_and_buffers_are_as_they_were
         ("objectives", "decision", "its opposite"),
         ("modalities", "photo", "words"),
     ]
+    assert seen == []
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())

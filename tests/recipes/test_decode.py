@@ -17,7 +17,7 @@ from ranks import run_ranks
 from tokenizers import Tokenizer
 
 import dougong
-from dougong.bundle.describer import load_describer, load_writing
+from dougong.bundle.describer import Describer, load_describer, load_writing
 from dougong.bundle.generator import load_generator
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
@@ -25,14 +25,17 @@ from dougong.core.errors import BundleError, ConfigError
 from dougong.core.events import read_events
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.table import open_table
+from dougong.engine.batches import to_tensors
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.weights import put_weights
 from dougong.model.deepseek import read_deepseek
 from dougong.model.sampling import SamplingConfig
+from dougong.nn.batch import MediaBatch
 from dougong.recipes.decode import run_decode
 from dougong.recipes.decoding import DecodeRecipe, caption_decoder
 from dougong.recipes.known import read_any_recipe, read_laid_out
 from dougong.recipes.settle import SETTINGS, lay_out, settle_recipe
+from dougong.watch.word_by_word import _arrays
 
 SMALL = [
     "train.steps=60",
@@ -291,6 +294,22 @@ def test_it_is_told_apart_from_other_kinds(run: Path, tmp_path: Path) -> None:
         read_any_recipe("caption-decoder", ["kind=paint"])
 
 
+def chances(model: Describer, captions: Path, record: dict[str, Any]) -> list[float]:
+    """Of the words that were written, as one forward of the whole text has them."""
+    table = open_table(captions / "test.parquet")
+    (cells,) = table.records([record["row"]], ["image", "caption"])
+    batch = to_tensors(_arrays(model, record["row"], cells, table.folder))
+    ids_BN = model.write_ids(batch)[:, : len(record["words"]) + 1]
+    own = MediaBatch(
+        {"ids_UT": ids_BN, "mask_UT": torch.ones_like(ids_BN, dtype=torch.bool)},
+        torch.zeros(1).long(),
+        torch.ones(1).bool(),
+    )
+    with torch.no_grad():
+        score_NV = model.network(batch._replace(media={**batch.media, "caption": own})).score_BNV[0]
+    return [float(score_V.softmax(0)[word]) for score_V, word in zip(score_NV, ids_BN[0, 1:], strict=False)]
+
+
 def test_a_page_tells_where_each_written_word_came_from(
     captions: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,7 +329,7 @@ def test_a_page_tells_where_each_written_word_came_from(
         for place, word in enumerate(record["words"]):
             assert sum(word["share"].values()) == pytest.approx(1.0, abs=1e-4)
             assert len(word["before"]["tokens"]) == place + 1
-            assert 0 < word["chance"] <= 1
+        assert [word["chance"] for word in record["words"]] == pytest.approx(chances(model, captions, record), rel=1e-3)
         # The first word has only what begins every text before it, so it came from the picture as well.
         assert record["words"][0]["share"]["image"] > 0.01
     assert "<script" not in written

@@ -42,7 +42,7 @@ class Deep(BlockStack[Any, Tensor]):
             x = torch.tanh(self.layers[place](x))
             if place == 1 and bool(media.present_B.any()):
                 x = x + self.layers[2](x) * media.present_B[:, None]
-            if place == 3 and self.gathers:
+            if place == 0 and self.gathers:  # after what some ranks lack, as a backward goes
                 x = _Gathered.apply(x)  # type: ignore[no-untyped-call]
         return x
 
