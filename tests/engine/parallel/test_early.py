@@ -1,6 +1,7 @@
 """Gradients that go out while the backward is under way, beside those that go out after it."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -88,8 +89,8 @@ def stepped(extras: list[str], gathers: bool, bucket_bytes: int) -> tuple[Any, .
     if group is None:
         parts = TrainParts(model, loss_of, SGD(model.parameters(), lr=0.05))
     else:
-        early.EARLY_BYTES = bucket_bytes  # type: ignore[misc]
-        layout = prepare_model(model, PlanConfig(), Ranks(group), accumulation=2)
+        with mock.patch.object(early, "EARLY_BYTES", bucket_bytes):  # ranks go on to other tests
+            layout = prepare_model(model, PlanConfig(), Ranks(group), accumulation=2)
         parts = layout.parts(loss_of, SGD(model.parameters(), lr=0.05))
         assert (layout.early is None) == (bucket_bytes > 2**20)
         if layout.early is not None:
