@@ -570,6 +570,7 @@ def test_a_saved_state_says_where_the_loader_stood(tmp_path: Path) -> None:
 # Memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_number_of_steps(tmp_path: Path) -> None:
     marks: dict[int, tuple[int, int]] = {}
 

@@ -144,6 +144,7 @@ def run_few(captions: Path, folder: Path, plan: dict[str, Any], resume: bool = F
     return figures
 
 
+@pytest.mark.slow
 def test_every_layout_has_the_losses_and_figures_of_one_process(captions: Path, tmp_path: Path) -> None:
     want = run_few(captions, tmp_path / "one", {})
     layouts: list[dict[str, Any]] = [

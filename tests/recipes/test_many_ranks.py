@@ -125,7 +125,13 @@ def trained(
     return after, losses, evaluate(model, loader, preparation.target, loss=exact_loss, ranks=ranks)
 
 
-@pytest.mark.parametrize("model_settings", [{}, {"bridge": {"kind": "merged"}}, {"fusion": "late"}])
+@pytest.mark.parametrize(
+    "model_settings",
+    [
+        {},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"bridge": {"kind": "merged"}}, {"fusion": "late"})),
+    ],
+)
 def test_whatever_modality_is_absent_where_every_step_is_that_of_one_process(
     table: Path, tmp_path: Path, model_settings: dict[str, Any]
 ) -> None:

@@ -50,11 +50,11 @@ def planned(recipe: Recipe) -> Planned:
 @pytest.mark.parametrize(
     "memory",
     [
-        {"recompute": "blocks"},
-        {"recompute": "cheap", "every": 2},
+        pytest.param({"recompute": "blocks"}, marks=pytest.mark.slow),
+        pytest.param({"recompute": "cheap", "every": 2}, marks=pytest.mark.slow),
         {"activations": "5MiB"},
-        {"offload": "disk"},
-        {"saved": "disk"},
+        pytest.param({"offload": "disk"}, marks=pytest.mark.slow),
+        pytest.param({"saved": "disk"}, marks=pytest.mark.slow),
         pytest.param({"recompute": "blocks", "every": 2, "saved": "disk"}, marks=pytest.mark.slow),
         pytest.param({"offload": "disk", "saved": "disk"}, marks=pytest.mark.slow),
         {"offload": "disk", "recompute": "blocks", "saved": "disk"},

@@ -139,6 +139,7 @@ def test_micro_batches_and_precision_vary_with_the_same_records_a_step(colour_ta
         check_layout(changed, found.choice.plan, 4)
 
 
+@pytest.mark.slow
 def test_what_is_held_in_bf16_and_other_micro_batches_is_as_rehearsed(colour_table: Path) -> None:
     recipe = recipe_for(colour_table)
     tables = open_tables(recipe.data, seed=recipe.seed)

@@ -102,6 +102,7 @@ def test_what_is_told_adds_up(result: ProfileResult) -> None:
     assert 1 <= len(told["offered"]) <= 3
 
 
+@pytest.mark.slow
 def test_a_recipe_that_saves_already_is_counted_so(
     colour_table: Path, result: ProfileResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

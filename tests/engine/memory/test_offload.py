@@ -61,8 +61,14 @@ def trained(kind: str, config: OffloadConfig | None, folder: Path, *, recompute:
     return After([r.loss for r in reports], [r.grad_norm for r in reports], state, account.bytes)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "sandwich", "convnet"])
-@pytest.mark.parametrize("where", ["optimizer", "gradients", "weights", "all"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        pytest.param(kind, where, marks=() if where == "all" or kind == "convnet" else pytest.mark.slow)
+        for kind in ("decoder", "sandwich", "convnet")
+        for where in ("optimizer", "gradients", "weights", "all")
+    ],
+)
 def test_a_step_is_bit_equal_wherever_its_state_lies(kind: str, where: str, tmp_path: Path) -> None:
     config = ALL if where == "all" else OffloadConfig.model_validate({where: "disk"})
     whole = trained(kind, None, tmp_path)
@@ -244,6 +250,7 @@ def differing(folder: Path) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_layouts_are_bit_equal_wherever_their_state_lies(tmp_path: Path) -> None:
     assert run_ranks(differing, tmp_path, world=2, limit_seconds=120.0) == [[], []]
 

@@ -54,7 +54,7 @@ class After:
     ("kind", "recompute", "precision"),
     [
         ("decoder", False, "fp32"),
-        ("sandwich", False, "bf16"),
+        pytest.param("sandwich", False, "bf16", marks=pytest.mark.slow),
         ("sandwich", True, "fp32"),
         ("convnet", False, "fp32"),
         ("convnet", True, "bf16"),
@@ -69,7 +69,7 @@ def test_a_step_is_bit_equal_with_what_is_saved_on_disk(kind: str, recompute: bo
         assert torch.equal(value, wanted), name
 
 
-@pytest.mark.parametrize(("recompute", "share"), [(False, 0.3), (True, 0.9)])
+@pytest.mark.parametrize(("recompute", "share"), [(False, 0.3), pytest.param(True, 0.9, marks=pytest.mark.slow)])
 def test_less_is_in_memory(recompute: bool, share: float) -> None:
     kept, moved = (After("sandwich", saved, recompute=recompute) for saved in ("kept", "disk"))
     assert moved.bytes < share * kept.bytes

@@ -111,7 +111,7 @@ def test_segments_are_the_blocks_within_rounding(size: int) -> None:
         assert torch.equal(model(numbers()), plain(numbers()))
 
 
-@pytest.mark.parametrize("saved_as", ["same", "bf16"])
+@pytest.mark.parametrize("saved_as", ["same", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_what_a_segment_was_given_can_lie_on_the_disk(tmp_path: Path, saved_as: SavedAs) -> None:
     plain, model, batch = stack(), stack(), numbers(256)
     apply_segments(plain, 2, backend=TRACED)

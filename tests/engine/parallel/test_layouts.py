@@ -249,26 +249,43 @@ FURTHER = {
     "zero1 over 4, zbv",
     "zero1 over 4, experts over 2, tensor 2",
     "zero1 over 8, context 4",
+    "context 2, tensor 2, data 2",
+    "context 4, zero3 over 8",
+    "context 2, experts over 4",
+    "context 2, pipeline 2, zero2 over 2",
+    "experts over 2, pipeline 2, zero2 over 4",
+    "experts over 2, zero3 over 4, tensor 2",
 }
 """Made of parts that other layouts have too."""
 
+OF_SANDWICH = {
+    "8x1x1",
+    "1x1x8",
+    "2x2x2 gpipe",
+    "2x2x2 dualpipev",
+    "8x1x1, by nodes of 4",
+    "zero1, hybrid 2x2, tensor 2",
+}
+OF_DECODER = LAYOUTS.keys() - FURTHER - {"2x2x2 gpipe", "2x2x2 dualpipev", "8x1x1, by nodes of 4"}
+"""The quick ones of each: what both can have, one of them shows."""
+
 CASES = [
-    pytest.param(kind, name, marks=pytest.mark.slow if name in FURTHER else ())
-    for kind in ("decoder", "sandwich")
+    pytest.param(kind, name, marks=() if name in quick else pytest.mark.slow)
+    for kind, quick in (("decoder", OF_DECODER), ("sandwich", OF_SANDWICH))
     for name, plan in LAYOUTS.items()
     if kind == "decoder" or plan.expert == plan.context == 1  # a sandwich has no experts, and no order of tokens
 ]
 CASES += [
-    pytest.param(BLIND, name, marks=pytest.mark.slow if name == "zero3 over 8" else ())
-    for name in (
-        "8x1x1",
-        "zero1 over 8",
-        "zero3 over 8",
-        "zero3 over 8, a few together",
-        "1f1b, zero2 over 2, tensor 2",
+    pytest.param(BLIND, name, marks=() if quick else pytest.mark.slow)
+    for name, quick in (
+        ("8x1x1", True),
+        ("zero1 over 8", True),
+        ("zero3 over 8", False),
+        ("zero3 over 8, a few together", True),
+        ("1f1b, zero2 over 2, tensor 2", False),
     )
 ]
-assert LAYOUTS.keys() >= FURTHER
+assert LAYOUTS.keys() >= FURTHER | OF_SANDWICH
 ANEW = [
     ("sandwich", "8x1x1"),
     ("sandwich", "2x2x2 1f1b"),

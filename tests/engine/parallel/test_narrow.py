@@ -146,7 +146,7 @@ CASES: dict[str, tuple[str, PlanConfig, PlanConfig, Weights, States]] = {
 }
 
 
-QUICK = ("copies", "zero2", "pipeline")
+QUICK = ("copies", "pipeline")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])

@@ -55,10 +55,20 @@ def counted(kind: str, plan: PlanConfig) -> StepBytes:
     return account.bytes
 
 
+QUICK = {
+    ("decoder", "tensor 2 x data 2"),
+    ("decoder", "context 2 x data 2"),
+    ("decoder", "zero1 over 4"),
+    ("sandwich", "copies"),
+    ("sandwich", "zero3 over 4, all gathered together"),
+    ("sandwich", "pipeline 2 zbv x data 2"),
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        pytest.param(kind, name, marks=pytest.mark.slow if (kind, name) == ("sandwich", "zero1 over 4") else ())
+        pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.slow)
         for kind in ("decoder", "sandwich")
         for name, plan in LAYOUTS.items()
         if kind == "decoder" or plan.context == 1
