@@ -8,9 +8,9 @@ Promise     only faults that did harm count (killed mutants): the twin learnt, a
             accurate on held-out records, or crashed, or was no longer finite. A twin that did not learn (below chance +
             three quarters of the way to its subject's best) drops its fault. Healthy runs are the twins, one for each
             fault, each with settings drawn anew, so that they are at least half. Thresholds were set on the training
-            half (`--part training`): sandwich and decoder of other sizes, data and seeds. The test half has also two
-            architectures that no rule was made on, and operators that the training half has not: they have rows of
-            their own.
+            half (`--part training`): sandwich, decoder and convolutions of other data and seeds. The test half also
+            has two architectures that no rule was made on, and operators that the training half has not: they
+            have rows of their own.
 
 A run counts as detected where a finding is at least as sure as .5 at any time; cause and place are those of the surest
 finding at the end. A place is right where the found path lies within the true one, or around it at most one level, or

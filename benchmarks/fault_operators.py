@@ -24,8 +24,9 @@ from dougong.nn.attention import Attention
 from dougong.nn.batch import Batch
 from dougong.nn.latent_attention import LatentAttention
 
-ALL: Final = ("sandwich", "decoder", "convolutions", "two towers")
+ALL: Final = ("sandwich", "decoder", "convolutions", "two towers", "waves")
 SEVERAL: Final = ("sandwich", "two towers")
+OF_NUMBERS: Final = ("sandwich", "convolutions", "two towers", "waves")
 ATTENTION: Final = ("sandwich", "decoder")
 
 
@@ -242,14 +243,14 @@ def _adapters(job: Job, _: np.random.Generator) -> str:
     return ""
 
 
-@_operator("detached in the middle", "gradient cut", ("sandwich", "convolutions", "two towers"))
+@_operator("detached in the middle", "gradient cut", OF_NUMBERS)
 def _detached(job: Job, random: np.random.Generator) -> str:
     if job.subject == "sandwich":
         name = _one(list(job.encoders), random)
         last = _finish(job, name)
         _wrapped(_module(job, last).project, lambda found, _: found.detach())
         return name
-    path = job.hidden[0] if job.subject == "convolutions" else "numbers.2"
+    path = {"convolutions": job.hidden[0], "waves": "blocks.2"}.get(job.subject, "numbers.2")
     _wrapped(_module(job, path), lambda found, _: found.detach())
     return path.partition(".")[0]
 
@@ -294,7 +295,7 @@ def _large(job: Job, random: np.random.Generator) -> str:
 def _all_large(job: Job, _: np.random.Generator) -> str:
     with torch.no_grad():
         for module in job.model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
                 module.weight.mul_(25)
     return ""
 
@@ -303,7 +304,7 @@ def _all_large(job: Job, _: np.random.Generator) -> str:
 def _small(job: Job, _: np.random.Generator) -> str:
     with torch.no_grad():
         for module in job.model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
                 module.weight.mul_(0.001)
     return ""
 
@@ -311,28 +312,33 @@ def _small(job: Job, _: np.random.Generator) -> str:
 # Activations, norms, residuals ---------------------------------------------------------------------------------------
 
 
-@_operator("ReLUs with biases of -8", "dead units", ("convolutions", "two towers", "sandwich"))
+@_operator("ReLUs with biases of -8", "dead units", OF_NUMBERS)
 def _dead(job: Job, _: np.random.Generator) -> str:
-    path = {"convolutions": "features.7", "two towers": "join"}.get(job.subject, job.head)
+    path = {"convolutions": "features.7", "two towers": "join", "waves": "last"}.get(job.subject, job.head)
     module = _module(job, path)
     with torch.no_grad():
         if job.subject == "sandwich":
             _wrapped(module, lambda found, _: functional.relu(found - 8.0))
         else:
             module.bias.fill_(-8.0)
-    return {"convolutions": "features.8", "two towers": ""}.get(job.subject, path)
+    return {"convolutions": "features.8", "two towers": "", "waves": "bend"}.get(job.subject, path)
 
 
-@_operator("saturated sigmoids", "saturated units", ("sandwich", "convolutions", "two towers"))
+def _in_the_middle(job: Job) -> str:
+    """A module whose numbers all that follows hangs on."""
+    return {"convolutions": "features", "two towers": "join", "waves": "last"}.get(job.subject, job.head)
+
+
+@_operator("saturated sigmoids", "saturated units", OF_NUMBERS)
 def _saturated(job: Job, _: np.random.Generator) -> str:
-    path = {"sandwich": job.head, "convolutions": "features", "two towers": "join"}[job.subject]
+    path = _in_the_middle(job)
     _wrapped(_module(job, path), lambda found, _: torch.sigmoid(60 * found))
     return path if job.subject != "sandwich" else ""
 
 
-@_operator("saturated tanhs", "saturated units", ("sandwich", "convolutions", "two towers"))
+@_operator("saturated tanhs", "saturated units", OF_NUMBERS)
 def _saturated_tanh(job: Job, _: np.random.Generator) -> str:
-    path = {"sandwich": job.head, "convolutions": "features", "two towers": "join"}[job.subject]
+    path = _in_the_middle(job)
     _wrapped(_module(job, path), lambda found, _: torch.tanh(100 * found))
     return path if job.subject != "sandwich" else ""
 
@@ -345,24 +351,24 @@ def _exploding(job: Job, random: np.random.Generator) -> str:
     return path
 
 
-@_operator("norms with an epsilon of 1e4", "norm", ("sandwich", "decoder", "convolutions"))
+@_operator("norms with an epsilon of 1e4", "norm", ("sandwich", "decoder", "convolutions", "waves"))
 def _epsilon_of_norms(job: Job, _: np.random.Generator) -> str:
     for module in job.model.modules():
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d | nn.GroupNorm):
             module.eps = 1e4
     return ""
 
 
-@_operator("norms with a gain of 0", "norm", ("sandwich", "decoder", "convolutions"))
+@_operator("norms with a gain of 0", "norm", ("sandwich", "decoder", "convolutions", "waves"))
 def _gain_of_norms(job: Job, _: np.random.Generator) -> str:
     for module in job.model.modules():
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d | nn.GroupNorm):
             with torch.no_grad():
                 module.weight.fill_(1e-3)
     return ""
 
 
-@_operator("dropout .95", "dropout too high", ("sandwich", "convolutions", "two towers"))
+@_operator("dropout .95", "dropout too high", OF_NUMBERS)
 def _dropout(job: Job, _: np.random.Generator) -> str:
     for module in job.model.modules():
         if isinstance(module, nn.Dropout):
@@ -489,7 +495,8 @@ def _changed(inputs: Any, name: str, change: Callable[[dict[str, Tensor]], dict[
 
 
 def _of_floats(job: Job, random: np.random.Generator) -> str:
-    return {"sandwich": ["photo", "tone"][int(random.integers(2))], "two towers": "numbers"}.get(job.subject, "pixels")
+    known = {"sandwich": ["photo", "tone"], "two towers": ["numbers"], "waves": ["samples"]}
+    return _one(known.get(job.subject, ["pixels"]), random)
 
 
 def _spoil_both(job: Job, spoil: Callable[[Any, Tensor, Generator], Example]) -> None:
@@ -599,7 +606,7 @@ def _random_labels(job: Job, _: np.random.Generator) -> str:
     return "targets"
 
 
-@_operator("labels of the record before", "labels", ("sandwich", "convolutions", "two towers"))
+@_operator("labels of the record before", "labels", OF_NUMBERS)
 def _rolled_labels(job: Job, _: np.random.Generator) -> str:
     job.spoil.append(lambda inputs, target, _: (inputs, target.roll(1)))
     return "targets"
@@ -611,7 +618,7 @@ def _renamed(job: Job, _: np.random.Generator) -> str:
     return "targets"
 
 
-@_operator("sorted by class", "not shuffled", ("sandwich", "convolutions", "two towers"))
+@_operator("sorted by class", "not shuffled", OF_NUMBERS)
 def _sorted(job: Job, _: np.random.Generator) -> str:
     steps = iter(range(10**9))
     batches = job.make
@@ -641,7 +648,7 @@ def _rows(inputs: Any, rows: Tensor) -> Any:
     return inputs[rows]
 
 
-@_operator("one batch again and again", "duplicates", ("sandwich", "convolutions", "two towers"))
+@_operator("one batch again and again", "duplicates", OF_NUMBERS)
 def _again(job: Job, _: np.random.Generator) -> str:
     first: list[Example] = []
     batches = job.make
@@ -657,7 +664,7 @@ def _again(job: Job, _: np.random.Generator) -> str:
     return "data"
 
 
-@_operator("few records, many times in a batch", "duplicates", ("sandwich", "convolutions", "two towers"))
+@_operator("few records, many times in a batch", "duplicates", OF_NUMBERS)
 def _few(job: Job, _: np.random.Generator) -> str:
     batches = job.make
 
@@ -681,7 +688,7 @@ def _same(job: Job, _: np.random.Generator) -> str:
     return "targets"
 
 
-@_operator("judged in training mode", "judged in training mode", ("sandwich", "convolutions", "two towers"))
+@_operator("judged in training mode", "judged in training mode", OF_NUMBERS)
 def _mode(job: Job, _: np.random.Generator) -> str:
     job.judges_in_eval = False
     for module in job.model.modules():
@@ -693,7 +700,7 @@ def _mode(job: Job, _: np.random.Generator) -> str:
 # Inputs --------------------------------------------------------------------------------------------------------------
 
 
-@_operator("an input 255 times too large", "normalisation", ("sandwich", "convolutions", "two towers"), multimodal=True)
+@_operator("an input 255 times too large", "normalisation", OF_NUMBERS, multimodal=True)
 def _not_normalised(job: Job, random: np.random.Generator) -> str:
     name = _of_floats(job, random)
 
@@ -706,9 +713,7 @@ def _not_normalised(job: Job, random: np.random.Generator) -> str:
     return name
 
 
-@_operator(
-    "an input far from a mean of 0", "normalisation", ("sandwich", "convolutions", "two towers"), multimodal=True
-)
+@_operator("an input far from a mean of 0", "normalisation", OF_NUMBERS, multimodal=True)
 def _not_centred(job: Job, random: np.random.Generator) -> str:
     name = _of_floats(job, random)
 
@@ -721,7 +726,7 @@ def _not_centred(job: Job, random: np.random.Generator) -> str:
     return name
 
 
-@_operator("an input of zeros", "constant input", ("sandwich", "convolutions", "two towers"), multimodal=True)
+@_operator("an input of zeros", "constant input", OF_NUMBERS, multimodal=True)
 def _zeros(job: Job, random: np.random.Generator) -> str:
     name = _of_floats(job, random)
 
@@ -772,9 +777,7 @@ def _channels(job: Job, _: np.random.Generator) -> str:
     return name
 
 
-@_operator(
-    "judging normalises otherwise", "input mismatch", ("sandwich", "convolutions", "two towers"), multimodal=True
-)
+@_operator("judging normalises otherwise", "input mismatch", OF_NUMBERS, multimodal=True)
 def _otherwise(job: Job, random: np.random.Generator) -> str:
     name = _of_floats(job, random)
 
@@ -788,7 +791,7 @@ def _otherwise(job: Job, random: np.random.Generator) -> str:
     return name
 
 
-@_operator("records with NaN", "not finite in records", ("sandwich", "convolutions", "two towers"), multimodal=True)
+@_operator("records with NaN", "not finite in records", OF_NUMBERS, multimodal=True)
 def _nan(job: Job, random: np.random.Generator) -> str:
     name = _of_floats(job, random)
 
@@ -970,7 +973,7 @@ def _never(job: Job, random: np.random.Generator) -> str:
 # Precision -----------------------------------------------------------------------------------------------------------
 
 
-@_operator("weights of 16 bits, small steps", "16-bit weights", ("two towers", "convolutions"))
+@_operator("weights of 16 bits, small steps", "16-bit weights", ("two towers", "convolutions", "waves"))
 def _narrow(job: Job, _: np.random.Generator) -> str:
     job.settings = job.settings._replace(optimizer="adamw", learning_rate=4e-5)
     job.model.to(torch.bfloat16)
@@ -997,7 +1000,7 @@ def _overflow(job: Job, _: np.random.Generator) -> str:
     return ""
 
 
-@_operator("a module's numbers overflow", "overflow", ("sandwich", "convolutions", "two towers", "decoder"))
+@_operator("a module's numbers overflow", "overflow", ALL)
 def _infinite(job: Job, random: np.random.Generator) -> str:
     path = _one(job.hidden, random)
     calls = iter(range(10**9))
@@ -1098,9 +1101,6 @@ def _numbers_changed(job: Job, name: str, change: Callable[[Tensor], Tensor]) ->
         ), target
 
     return spoil
-
-
-OF_NUMBERS: Final = ("sandwich", "convolutions", "two towers")
 
 
 @_operator("records with infinities", "not finite in records", OF_NUMBERS, multimodal=True, unseen=True)
@@ -1328,7 +1328,7 @@ def _no_statistics(job: Job, _: np.random.Generator) -> str:
 def _far_too_large(job: Job, _: np.random.Generator) -> str:
     with torch.no_grad():
         for module in job.model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
                 module.weight.mul_(1000)
     return ""
 

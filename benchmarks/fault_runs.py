@@ -28,10 +28,11 @@ from dougong.watch.diagnose.hook import Watched
 
 HARM: Final = 0.05
 JUDGED_EVERY: Final = 32
-BEST: Final = {"sandwich": 0.9, "decoder": 0.7, "convolutions": 0.9, "two towers": 0.9}
-CLASSES: Final = {"sandwich": 8, "decoder": 15, "convolutions": 6, "two towers": 6}
-SEEDS: Final = {"training": (0,), "test": (31,)}
-"""The test half's has not been run while rules were changed."""
+BEST: Final = {"sandwich": 0.9, "decoder": 0.7, "convolutions": 0.9, "two towers": 0.9, "waves": 0.9}
+CLASSES: Final = {"sandwich": 8, "decoder": 15, "convolutions": 6, "two towers": 6, "waves": 6}
+SEEDS: Final = {"training": (0,), "test": (47,)}
+"""The test half's has not been run while rules were changed. An earlier one, 31, was: its convolutional network showed
+a rule to be wrong, so that it was moved to the training half, and waves took its place."""
 
 
 class Ran(NamedTuple):
@@ -55,7 +56,7 @@ class One(NamedTuple):
 
 
 def jobs_of(half: str, every: int = 1) -> list[One]:
-    """All of a half. The training half knows two of the trainings, and no operator that is unseen.
+    """All of a half. The training half knows three of the trainings, and no operator that is unseen.
 
     Each has a seed of its own, so that healthy twins differ from each other as well.
     """

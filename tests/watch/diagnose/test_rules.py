@@ -12,7 +12,7 @@ from torch.nn import functional
 from dougong.watch.diagnose.catalogue import CATALOGUE
 from dougong.watch.diagnose.history import History
 from dougong.watch.diagnose.hook import Watched, watch
-from dougong.watch.diagnose.rules import EXPLAINED, Finding, _data
+from dougong.watch.diagnose.rules import EXPLAINED, Finding, _data, diagnose
 
 
 class Net(nn.Module):
@@ -182,3 +182,25 @@ def test_a_modality_is_not_called_absent_while_batches_may_take_turns() -> None:
     assert [found.cause for found in _data(History(flows=lacking[:5]))] == []
     assert {found.cause for found in _data(History(flows=lacking))} == {"never present"}
     assert [found.cause for found in _data(History(flows=[*lacking, flow(7, 0.5)]))] == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "found"),
+    [
+        (0.05, 0.5, True),  # told in training, and not where it is judged
+        (1.0, 0.5, False),  # not learnt yet, by anybody
+        (0.65, 0.5, False),  # learnt as well as it is judged
+        (0.05, 0.9, False),
+    ],
+)
+def test_what_one_input_tells_leaks_only_where_training_has_learnt_it(
+    loss: float, accuracy: float, found: bool
+) -> None:
+    pairs = {"photo": {"at 0": 0.9, "chance": 0.05, "right": 0.98}}
+    history = History(total_steps=100, steps=[*range(1, 41)], losses=[loss] * 40, learning_rates=[1e-3] * 40)
+    history.add({"kind": "Examined", "step": 24, "rows": 384, "pairs": pairs, "still_norms": []})
+    history.add({"kind": "Evaluated", "step": 40, "metrics": {"accuracy": accuracy}})
+
+    leaks = [one for one in diagnose(history) if one.cause == "target leak"]
+
+    assert [one.place for one in leaks] == (["photo"] if found else [])

@@ -460,6 +460,15 @@ def _own(history: History, name: str) -> bool:
     return told is not None and _tells(told, 0)
 
 
+def _better_trained(history: History, accuracy: float) -> bool:
+    """Whether targets are told better in training than this. One that has not learnt yet is judged low as well.
+
+    The mean chance of a right answer is at least exp(-loss), whatever else the loss holds that is not below 0.
+    """
+    loss = history.loss_about(-1)
+    return loss is not None and loss >= 0 and math.exp(-loss) > accuracy + 0.05
+
+
 def _examined(history: History) -> Iterator[Finding]:
     """What the first records say by themselves; see examine.py."""
     if history.examined is None:
@@ -475,7 +484,7 @@ def _examined(history: History) -> Iterator[Finding]:
             )
             yield Finding("swapped pairs", name, 0.93, evidence, step)
         judged = [metrics["accuracy"] for at, metrics in history.judged if at > step and "accuracy" in metrics]
-        if told["right"] > 0.9 and judged and judged[-1] < 0.75:
+        if told["right"] > 0.9 and judged and judged[-1] < 0.75 and _better_trained(history, judged[-1]):
             evidence = (
                 f"{name} alone tells {told['right']:.0%} of the targets to a straight line, in training; where judged, "
                 f"{judged[-1]:.0%} are right"
