@@ -12,7 +12,7 @@ from torch.nn import functional
 from dougong.watch.diagnose.catalogue import CATALOGUE
 from dougong.watch.diagnose.history import History
 from dougong.watch.diagnose.hook import Watched, watch
-from dougong.watch.diagnose.rules import EXPLAINED, Finding, _data, diagnose
+from dougong.watch.diagnose.rules import EXPLAINED, Finding, _data, _examined
 
 
 class Net(nn.Module):
@@ -185,22 +185,28 @@ def test_a_modality_is_not_called_absent_while_batches_may_take_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "accuracy", "found"),
+    ("loss", "accuracy", "later", "found"),
     [
-        (0.05, 0.5, True),  # told in training, and not where it is judged
-        (1.0, 0.5, False),  # not learnt yet, by anybody
-        (0.65, 0.5, False),  # learnt as well as it is judged
-        (0.05, 0.9, False),
+        (0.05, 0.5, 0.05, True),  # told in training, and not where it is judged
+        (1.0, 0.5, 1.0, False),  # not learnt yet, by anybody
+        (0.65, 0.5, 0.65, False),  # learnt as well as it is judged
+        (1.0, 0.5, 0.05, False),  # learnt since it was judged
+        (0.05, 0.9, 0.05, False),
+        (1.4, 0.15, 1.4, False),  # guessed, by both
+        (0.05, 0.02, 0.05, False),  # far less often right than by chance: other targets
     ],
 )
 def test_what_one_input_tells_leaks_only_where_training_has_learnt_it(
-    loss: float, accuracy: float, found: bool
+    loss: float, accuracy: float, later: float, found: bool
 ) -> None:
     pairs = {"photo": {"at 0": 0.9, "chance": 0.05, "right": 0.98}}
-    history = History(total_steps=100, steps=[*range(1, 41)], losses=[loss] * 40, learning_rates=[1e-3] * 40)
+    history = History(
+        total_steps=100, steps=[*range(1, 61)], losses=[loss] * 40 + [later] * 20, learning_rates=[1e-3] * 60
+    )
     history.add({"kind": "Examined", "step": 24, "rows": 384, "pairs": pairs, "still_norms": []})
     history.add({"kind": "Evaluated", "step": 40, "metrics": {"accuracy": accuracy}})
+    history.flows = [{"output": {"classes": 4.0}}]
 
-    leaks = [one for one in diagnose(history) if one.cause == "target leak"]
+    leaks = [one for one in _examined(history) if one.cause == "target leak"]
 
     assert [one.place for one in leaks] == (["photo"] if found else [])

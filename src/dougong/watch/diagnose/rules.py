@@ -10,6 +10,7 @@ Promise     every finding names the figures that it rests on. Thresholds stand h
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import median
@@ -460,13 +461,18 @@ def _own(history: History, name: str) -> bool:
     return told is not None and _tells(told, 0)
 
 
-def _better_trained(history: History, accuracy: float) -> bool:
-    """Whether targets are told better in training than this. One that has not learnt yet is judged low as well.
+def _better_trained(history: History, step: int, accuracy: float) -> bool:
+    """Whether targets were told in training, when this was judged, and better. One that has not learnt yet is judged
+    low as well; and one that is far less often right than by chance has learnt other targets, not none.
 
     The mean chance of a right answer is at least exp(-loss), whatever else the loss holds that is not below 0.
     """
-    loss = history.loss_about(-1)
-    return loss is not None and loss >= 0 and math.exp(-loss) > accuracy + 0.05
+    loss = history.loss_about(bisect.bisect_right(history.steps, step) - 1)
+    classes = (_last(history) or {}).get("output", {}).get("classes", 0.0)
+    if loss is None or loss < 0 or (accuracy * classes < 0.5 and classes > 1):
+        return False
+    # Smoothed labels leave a loss of about .5 to what has learnt all.
+    return math.exp(-loss) > max(0.4, accuracy + 0.05)
 
 
 def _examined(history: History) -> Iterator[Finding]:
@@ -483,11 +489,11 @@ def _examined(history: History) -> Iterator[Finding]:
                 f"(correlation {told[f'at {shift}']:.2f}), and not its own ({told['at 0']:.2f})"
             )
             yield Finding("swapped pairs", name, 0.93, evidence, step)
-        judged = [metrics["accuracy"] for at, metrics in history.judged if at > step and "accuracy" in metrics]
-        if told["right"] > 0.9 and judged and judged[-1] < 0.75 and _better_trained(history, judged[-1]):
+        judged = [(at, metrics["accuracy"]) for at, metrics in history.judged if at > step and "accuracy" in metrics]
+        if told["right"] > 0.9 and judged and judged[-1][1] < 0.75 and _better_trained(history, *judged[-1]):
             evidence = (
                 f"{name} alone tells {told['right']:.0%} of the targets to a straight line, in training; where judged, "
-                f"{judged[-1]:.0%} are right"
+                f"{judged[-1][1]:.0%} are right"
             )
             yield Finding("target leak", name, 0.92, evidence, step)
     still = history.examined["still_norms"]
@@ -723,7 +729,10 @@ EXPLAINED: Final[dict[str, tuple[str, ...]]] = {
         "frozen", "not in the optimizer", "gradient cut", "dead modality", "constant input", "never present",
     ),
     # Of the same few records, or of few targets that count, anything tells.
-    "target leak": ("causal mask", "duplicates", "not shuffled", "loss terms"),
+    "target leak": (
+        "causal mask", "duplicates", "not shuffled", "loss terms", "input mismatch", "normalisation", "norm statistics",
+        "judged in training mode",
+    ),
     "judging differs": (
         "input mismatch", "judged in training mode", "target leak", "norm statistics", "duplicates", "not shuffled",
     ),
