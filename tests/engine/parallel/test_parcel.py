@@ -1,3 +1,5 @@
+import gc
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -45,6 +47,19 @@ def same(found: Any, expected: Any) -> bool:
 
 def test_what_is_packed_is_unpacked() -> None:
     assert same(unpack(pack(value()), (Inner, Outer)), value())
+
+
+def test_nothing_holds_on_to_tensors_that_have_been_passed_on() -> None:
+    given = Outer({"a": Inner(torch.ones(3), "a")}, (torch.ones(2),), 1)
+    gc.collect()
+    gc.disable()  # what only it would free makes a step's memory a matter of luck
+    try:
+        held = [weakref.ref(given.rest[0]), weakref.ref(given.parts["a"].x)]
+        unpack(pack(given), (Inner, Outer))
+        del given
+        assert [each() for each in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def sent() -> list[bool]:

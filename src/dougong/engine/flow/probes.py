@@ -92,19 +92,21 @@ def _changes(name: str, one: Given, args: tuple[Any, ...], kwargs: Mapping[str, 
             yield "reorder", ((batch._replace(media={**batch.media, name: other}), *args[1:]), dict(kwargs))
         return
 
-    def put(value: Any) -> Any:
-        if value is one.value:
-            return replacement
-        if isinstance(value, Mapping):
-            return type(value)({key: put(each) for key, each in value.items()})  # type: ignore[call-arg]
-        return value
+    for change, new in (
+        ("exchange", one.value[rolled.to(one.value.device)]),
+        ("reorder", _reordered(one.value, one.mask)),
+    ):
+        if new is not None:
+            yield change, (tuple(_put(one.value, new, each) for each in args), _put(one.value, new, dict(kwargs)))
 
-    replacement = one.value[rolled.to(one.value.device)]
-    yield "exchange", (tuple(put(each) for each in args), {key: put(each) for key, each in kwargs.items()})
-    reordered = _reordered(one.value, one.mask)
-    if reordered is not None:
-        replacement = reordered
-        yield "reorder", (tuple(put(each) for each in args), {key: put(each) for key, each in kwargs.items()})
+
+def _put(old: Tensor, new: Tensor, within: Any) -> Any:
+    """The same value, with one tensor in another's place."""
+    if within is old:
+        return new
+    if isinstance(within, Mapping):
+        return type(within)({key: _put(old, new, each) for key, each in within.items()})  # type: ignore[call-arg]
+    return within
 
 
 def _reordered(value: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -32,45 +32,47 @@ class Parcel(NamedTuple):
 def pack(value: Any) -> Parcel:
     """Tensors, numbers, text and None, in named tuples, tuples, lists and dicts with text as keys."""
     tensors: list[Tensor] = []
+    return Parcel(_outline(value, tensors), tensors)
 
-    def outline(inner: Any) -> Any:
-        if isinstance(inner, Tensor):
-            tensors.append(inner)
-            return {"tensor": len(tensors) - 1}
-        if inner is None or isinstance(inner, bool | int | float | str):
-            return {"is": inner}
-        if isinstance(inner, dict):
-            assert all(isinstance(key, str) for key in inner), "a state's dicts have text as keys"
-            return {"dict": [[key, outline(each)] for key, each in inner.items()]}
-        if isinstance(inner, tuple) and hasattr(inner, "_fields"):
-            return {"named": type(inner).__name__, "of": [outline(each) for each in inner]}
-        if isinstance(inner, tuple | list):
-            return {"tuple" if isinstance(inner, tuple) else "list": [outline(each) for each in inner]}
-        raise TypeError(f"a state cannot hold a {type(inner).__name__} where stages of a pipeline pass it on")
 
-    return Parcel(outline(value), tensors)
+# Not a function within pack: one that calls itself holds what it closes over, all these tensors, until the garbage
+# collector comes by.
+def _outline(inner: Any, tensors: list[Tensor]) -> Any:
+    """Of a value, whose tensors are added to the list."""
+    if isinstance(inner, Tensor):
+        tensors.append(inner)
+        return {"tensor": len(tensors) - 1}
+    if inner is None or isinstance(inner, bool | int | float | str):
+        return {"is": inner}
+    if isinstance(inner, dict):
+        assert all(isinstance(key, str) for key in inner), "a state's dicts have text as keys"
+        return {"dict": [[key, _outline(each, tensors)] for key, each in inner.items()]}
+    if isinstance(inner, tuple) and hasattr(inner, "_fields"):
+        return {"named": type(inner).__name__, "of": [_outline(each, tensors) for each in inner]}
+    if isinstance(inner, tuple | list):
+        return {"tuple" if isinstance(inner, tuple) else "list": [_outline(each, tensors) for each in inner]}
+    raise TypeError(f"a state cannot hold a {type(inner).__name__} where stages of a pipeline pass it on")
 
 
 def unpack(parcel: Parcel, types: Sequence[type]) -> Any:
     """The value again; `types` are the named tuples that may be in it."""
-    known = {each.__name__: each for each in types}
+    return _value(parcel.outline, parcel.tensors, {each.__name__: each for each in types})
 
-    def value(outline: Mapping[str, Any]) -> Any:
-        if "tensor" in outline:
-            return parcel.tensors[outline["tensor"]]
-        if "is" in outline:
-            return outline["is"]
-        if "dict" in outline:
-            return {key: value(each) for key, each in outline["dict"]}
-        if "named" in outline:
-            if outline["named"] not in known:
-                raise TypeError(f"{outline['named']} is none of the model's state_types: {', '.join(known)}")
-            return known[outline["named"]](*(value(each) for each in outline["of"]))
-        if "tuple" in outline:
-            return tuple(value(each) for each in outline["tuple"])
-        return [value(each) for each in outline["list"]]
 
-    return value(parcel.outline)
+def _value(outline: Mapping[str, Any], tensors: Sequence[Tensor], known: Mapping[str, type]) -> Any:
+    if "tensor" in outline:
+        return tensors[outline["tensor"]]
+    if "is" in outline:
+        return outline["is"]
+    if "dict" in outline:
+        return {key: _value(each, tensors, known) for key, each in outline["dict"]}
+    if "named" in outline:
+        if outline["named"] not in known:
+            raise TypeError(f"{outline['named']} is none of the model's state_types: {', '.join(known)}")
+        return known[outline["named"]](*(_value(each, tensors, known) for each in outline["of"]))
+    if "tuple" in outline:
+        return tuple(_value(each, tensors, known) for each in outline["tuple"])
+    return [_value(each, tensors, known) for each in outline["list"]]
 
 
 def fresh(parcel: Parcel) -> Parcel:
