@@ -201,23 +201,23 @@ def _of_some(title: str, faults: Sequence[Fault]) -> Iterator[Figure]:
 
 
 def overhead(quick: bool) -> Iterator[Figure]:
-    """A step with measuring over one without, far into a run; turns interleaved. Of a machine with nothing else to
-    do."""
+    """A step with measuring over one without, far into a run; turns interleaved, both of a turn with the same model,
+    since where one comes to lie in memory changes its times by more. Of a machine with nothing else to do."""
     with_it: list[float] = []
     without: list[float] = []
     steps = 120 if quick else FlowConfig().probe_every
-    for turn in range(2 if quick else 5):
+    for turn in range(2 if quick else 9):
+        settings = Settings(1e-3, 32, 0.01, 0.0, 1.0, "adamw", "constant", 0.0)
+        job = SUBJECTS["sandwich"](turn, "test", settings)
+        optimizer = optimizer_of(job)
+        for step in range(3):
+            train_step(job, optimizer, step)
         for watching in (turn % 2 == 0, turn % 2 == 1):
-            settings = Settings(1e-3, 32, 0.01, 0.0, 1.0, "adamw", "constant", 0.0)
-            job = SUBJECTS["sandwich"](turn, "test", settings)
-            optimizer = optimizer_of(job)
             watched = Watched(job.model, optimizer) if watching else None
             if watched is not None:
                 watched.meter.steps = 2**20  # past the first steps, which are measured more often
                 while watched.examining:  # and looked at besides
                     watched.step(train_step(job, optimizer, 0))
-            for step in range(3):
-                train_step(job, optimizer, step)
             started = time.perf_counter()
             for step in range(steps):
                 loss = train_step(job, optimizer, step)
