@@ -14,6 +14,7 @@ import pytest
 import dougong
 from dougong.bundle.exported import GraphEngine
 from dougong.bundle.model import Model
+from dougong.bundle.runtime import compiled_by_openvino
 from dougong.cli.main import main
 from dougong.compress.backends import OnnxBackend
 from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
@@ -73,6 +74,12 @@ def test_openvino_answers_alike_whatever_a_record_lacks(
     alike(exported.predict(rows[:1]), model.predict(rows[:1]))
     for withheld in model.preparation.modalities:
         alike(exported.predict(rows[:5], withhold=[withheld]), model.predict(rows[:5], withhold=[withheld]))
+
+
+def test_openvino_computes_in_fp32_whatever_the_processor_has_units_for(openvino_export: Path) -> None:
+    spec = json.loads((openvino_export / "export.json").read_text())
+    compiled = compiled_by_openvino(spec, openvino_export / "graphs", 1)
+    assert {str(each.get_property("INFERENCE_PRECISION_HINT")) for each in compiled.values()} == {"<Type: 'float32'>"}
 
 
 def test_an_export_is_asked_and_judged_and_nothing_else(

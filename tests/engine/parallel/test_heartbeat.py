@@ -97,6 +97,30 @@ def test_a_process_that_does_not_even_look_is_named_though_it_stood_in_an_exchan
     assert found.rank == 1
 
 
+def test_one_that_looks_for_the_rank_that_was_lost_waits_while_files_keep_it(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, 0)
+    os.mkfifo(tmp_path / "rank-1")  # whoever opens it is kept until there is a writer
+    looking = threading.Thread(target=lost_rank, args=(tmp_path, 2, 0), daemon=True)
+    looking.start()
+    until = time.monotonic() + 30
+    thread = looking.ident
+    assert thread is not None
+    while "lost_rank" not in sign(tmp_path).where and "read_sign" not in sign(tmp_path).where:
+        assert time.monotonic() < until
+        heartbeat.look(thread)
+    time.sleep(LIMIT)
+    heartbeat.look(thread)
+
+    found = sign(tmp_path)
+    os.close(os.open(tmp_path / "rank-1", os.O_WRONLY))
+    (tmp_path / "rank-1").unlink()
+    looking.join(timeout=30)
+
+    assert found.waits
+    assert found.where.startswith("parallel/heartbeat.py:")
+    assert not looking.is_alive()
+
+
 def test_where_all_wait_the_one_that_is_least_far_is_named(tmp_path: Path) -> None:
     heartbeats = [Heartbeat(tmp_path, rank) for rank in range(2)]
     for step, heartbeat in zip((6, 5), heartbeats, strict=True):

@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -320,16 +321,28 @@ def watched(
 
 def _standing(thread: int) -> tuple[bool, str]:
     """Whether a thread waits for other ranks, and where it stands."""
-    frame: Any = sys._current_frames().get(thread)
-    if frame is None:
+    innermost: Any = sys._current_frames().get(thread)
+    if innermost is None:
         return False, ""
+    # Whoever asked Python's own library for something is what counts: a rank that looks for the one that was lost
+    # reads files.
+    frame = innermost
+    while frame is not None and _is_of_python(frame.f_code.co_filename):
+        frame = frame.f_back
+    frame = frame or innermost
     path = Path(frame.f_code.co_filename)
     # Every wait is called from torch's own functions, or from what is made of them here.
     waits = ("torch", "distributed") in zip(path.parts, path.parts[1:], strict=False) or path.parent == _HERE
     return waits, f"{path.parent.name}/{path.name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
+def _is_of_python(file: str) -> bool:
+    return file.startswith(("<frozen ", _PYTHON)) and not _INSTALLED.intersection(Path(file).parts)
+
+
 _HERE: Final = Path(__file__).parent
+_PYTHON: Final = sysconfig.get_path("stdlib") + os.sep
+_INSTALLED: Final = frozenset({"site-packages", "dist-packages"})
 
 
 @contextlib.contextmanager
