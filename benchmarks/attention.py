@@ -8,8 +8,9 @@ Elsewhere   the model, trained and kept (attention_model.py); the maps (watch/at
             (watch/faithful.py); options and the written result (harness.py).
 Promise     the shape is where pixels differ from the picture's median colour, which no map knows of. A patch of 8 x 8
             pixels hits where it covers some of the shape; `strictly`, where its middle lies in it. Chance is pointing
-            at any patch. Deletion takes away the picture's patches alone, or all tokens; its gain is how far the area
-            under its curve lies below that of random orders of the same records.
+            at any patch. Deletion takes away all tokens that a map is over, or the picture's patches alone; its gain is
+            how far the area under its curve lies below that of random orders of the same records. What
+            an answer gains that goes at once is told beside it: of patches little, as a question is answered without.
 
 Intervals are over batches of 100 records (bootstrap, 95 %), or Wilson's for shares; the model is one, of seed 0. What a
 batch shows is kept while model and maps stay as they are, so it can be stopped and gone on with.
@@ -73,7 +74,7 @@ def _maps(model: Model, table: Any, kept: Kept | None) -> Iterator[Figure]:
     yield from _pointing(hits, np.mean([row for one in asked for row in one["chance"]], axis=0))
     for name in asked[0]["gains"]:
         values = [one["gains"][name] for one in asked]
-        wanted = ">= 0.30" if name == "relevance: deletion of the picture's patches below chance" else None
+        wanted = ">= 0.30" if name == "relevance: deletion of all tokens below chance" else None
         low, high = _bootstrap(values)
         yield Figure(name=name, value=float(np.mean(values)), unit="", asked=wanted, low=low, high=high, seeds=right)
     checks = [one["sanity"] for one in asked if one["sanity"]]
@@ -102,6 +103,7 @@ def _asked(model: Model, number: int, arrays: Any, kept: Kept | None) -> dict[st
                 continue
             followed = curves(model.network, batch, each, inside.masks, inside.target_B, names=names, seed=number)
             gains[f"{name}: deletion of {what} below chance"] = followed.deletion_gain
+            gains[f"an answer that goes at once: deletion of {what} below chance"] = followed.full_gain
             more = followed.insertion.area / max(followed.random_insertion.area, 1e-9) - 1
             gains[f"{name}: insertion of {what} above chance"] = more
     told = {

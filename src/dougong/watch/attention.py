@@ -97,7 +97,8 @@ def look_inside(network: Sandwich, batch: Batch, target_B: Tensor | None = None)
     """Answer a batch and say where that came from. The network should be in evaluation mode.
 
     `relevance` is that of Chefer et al. 2021 (arXiv:2103.15679): in each attention the positive part of weight times
-    gradient, averaged over heads, is added along the way from what entered to the pooled vectors. We keep all
+    gradient, averaged over heads, is added along the way from what entered to the pooled vectors, and at each encoder's
+    end what it mixed is brought to the same weight as what was there before (their equations 8 and 9). We keep all
     modalities' tokens in one space, so that their four rules are one; the pooling, where they have a class token, is
     the last attention; and what a bottleneck passes on is walked through. `rollout` is that of Abnar and Zuidema 2020
     (arXiv:2005.00928), half identity and half attention, weighed at the end by pooling and gate.
@@ -271,14 +272,21 @@ class _SeenBlock(NamedTuple):
     block: int
     asking: str
     keys: tuple[tuple[str, int], ...]
-    weight_RHTS: Tensor
-    """Of media before they are joined to records."""
+    caught_RHTS: Tensor
+    """As it was computed, by which its gradient is known; of media before they are joined to records."""
 
     mask_RT: Tensor
     mask_RS: Tensor
     joined: bool
     gather: str = ""
     """Of a bottleneck that is being filled: from whom."""
+
+    rows: slice = slice(None)
+    """Which of its tokens ask: modalities that are merged were computed as one."""
+
+    @property
+    def weight_RHTS(self) -> Tensor:
+        return self.caught_RHTS.detach()[:, :, self.rows]
 
 
 class _Walk:
@@ -318,11 +326,11 @@ class _Walk:
     def maps(self, place: int) -> Map:
         one = self.seen[place]
         if one.joined:
-            return Map(one.block, one.asking, one.keys, one.weight_RHTS.detach(), one.mask_RT, one.mask_RS)
+            return Map(one.block, one.asking, one.keys, one.weight_RHTS, one.mask_RT, one.mask_RS)
         state = self.before[one.block]
         by_record = (
             _by_record(each, state, one.asking, self.network.names)
-            for each in (one.weight_RHTS.detach(), one.mask_RT, one.mask_RS)
+            for each in (one.weight_RHTS, one.mask_RT, one.mask_RS)
         )
         return Map(one.block, one.asking, one.keys, *by_record)
 
@@ -343,10 +351,13 @@ class _Walk:
         if isinstance(inner, MergedBlock) and here:
             counts = [state.tokens[name].shape[1] for name in here]
             mask_BS = torch.cat([state.masks[name] for name in here], dim=1)
-            rows = torch.split(by[id(inner.attention)], counts, dim=2)
-            for name, weight in zip(here, rows, strict=True):
-                keys: tuple[tuple[str, int], ...] = tuple(zip(here, counts, strict=True))
-                self.seen.append(_SeenBlock(number, name, keys, weight, state.masks[name], mask_BS, joined=True))
+            keys: tuple[tuple[str, int], ...] = tuple(zip(here, counts, strict=True))
+            weight, end = by[id(inner.attention)], 0
+            for name, count in keys:
+                rows = slice(end, end + count)
+                end += count
+                mask_BT = state.masks[name]
+                self.seen.append(_SeenBlock(number, name, keys, weight, mask_BT, mask_BS, joined=True, rows=rows))
         for name in here if isinstance(inner, CrossBlock | BottleneckBlock) else ():
             attention = inner.attention[name] if isinstance(inner, BottleneckBlock) or len(inner.names) > 1 else None
             if attention is None or id(attention) not in by:
@@ -425,14 +436,15 @@ class _Chain:
         """Whether what modalities decide by themselves is part of the answer."""
         return self.network.decide != "fused"
 
-    def _weight(self, weight: Tensor) -> Tensor:
+    def _weight(self, seen: _SeenBlock) -> Tensor:
         """Heads together."""
+        weight_RHTS = seen.weight_RHTS
         if self.method == "rollout":
-            return weight.detach().mean(dim=1)
-        gradient = self.gradients.get(id(weight))
+            return weight_RHTS.mean(dim=1)
+        gradient = self.gradients.get(id(seen.caught_RHTS))
         if gradient is None:
-            return torch.zeros_like(weight[:, 0])
-        return (weight.detach() * gradient).clamp(min=0).mean(dim=1)
+            return torch.zeros_like(weight_RHTS[:, 0])
+        return (weight_RHTS * gradient[:, :, seen.rows]).clamp(min=0).mean(dim=1)
 
     def _pooled(self, pool: nn.Module, state: SandwichState, name: str, counts: float | Tensor) -> Tensor:
         weight_RT = self.walk.caught.pooled[id(pool)]
@@ -454,7 +466,10 @@ class _Chain:
 
     def _step(self, number: int, block: nn.Module, state: SandwichState) -> None:
         if isinstance(block, FinishBlock) and block.name in self.held:
-            self.held[block.name] = _finished(block.finisher, self.held[block.name], state.masks[block.name])
+            held_UTN, mask_UT = self.held[block.name], state.masks[block.name]
+            if self.method == "relevance":
+                held_UTN = _evened(held_UTN, mask_UT)
+            self.held[block.name] = _finished(block.finisher, held_UTN, mask_UT)
         elif isinstance(block, JoinBlock):
             self.held = {name: self._entered(held, state, name) for name, held in self.held.items()}
             self.joined = True
@@ -467,13 +482,13 @@ class _Chain:
         before = dict(self.held)
         if isinstance(block, BridgeBlock) and isinstance(block.block, BottleneckBlock):
             filled = [each for each in self.walk.gathers if each.block == number]
-            weights = [self._weight(each.weight_RHTS) * each.mask_RS[:, None] for each in filled]
+            weights = [self._weight(each) * each.mask_RS[:, None] for each in filled]
             held = [weight @ before[each.gather] for weight, each in zip(weights, filled, strict=True)]
             before[BETWEEN] = torch.stack(held).mean(dim=0)
         for each in self.walk.seen:
             if each.block != number:
                 continue
-            weight_RTS = self._weight(each.weight_RHTS)
+            weight_RTS = self._weight(each)
             weight_RTS = weight_RTS * each.mask_RT[:, :, None] * each.mask_RS[:, None, :]
             start, added = 0, torch.zeros_like(before[each.asking])
             for name, count in each.keys:
@@ -492,6 +507,15 @@ class _Chain:
             if more > 0:
                 self.held[name] = functional.pad(self.held[name], (0, 0, 0, more))
         self.held = {name: held for name, held in self.held.items() if name in state.tokens}
+
+
+def _evened(held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
+    """What an encoder mixed into each token, made to count as much as what the token was (equations 8 and 9 of Chefer
+    et al.): gradients that came a long way are small, and without this the map were that of the identity."""
+    own_UTN = torch.eye(held_UTN.shape[1], device=held_UTN.device) * mask_UT[:, :, None]
+    mixed_UTN = (held_UTN - own_UTN).clamp(min=0)
+    sum_UT1 = mixed_UTN.sum(dim=2, keepdim=True)
+    return own_UTN + mixed_UTN / sum_UT1.clamp(min=torch.finfo(sum_UT1.dtype).tiny)
 
 
 def _finished(finisher: nn.Module, held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
@@ -521,7 +545,7 @@ def _flow(names: tuple[str, ...], walk: _Walk) -> Tensor:
     for each in walk.seen:
         if not each.joined or not isinstance(walk.network.blocks[each.block], BridgeBlock):
             continue
-        row_BT = each.weight_RHTS.detach().mean(dim=1) * each.mask_RT[:, :, None] * each.mask_RS[:, None]
+        row_BT = each.weight_RHTS.mean(dim=1) * each.mask_RT[:, :, None] * each.mask_RS[:, None]
         start, place = 0, names.index(each.asking)
         for name, count in each.keys:
             mass_B = row_BT[:, :, start : start + count].sum(dim=(1, 2)).cpu()

@@ -59,6 +59,12 @@ class Faithful(NamedTuple):
         """By how much of chance's area deletion is below it; 0.3 is 30 % below."""
         return 1 - self.deletion.area / max(self.random_deletion.area, 1e-9)
 
+    @property
+    def full_gain(self) -> float:
+        """`deletion_gain` of an answer that falls at once to what is left of it when everything that may be taken has
+        gone."""
+        return 1 - self.random_deletion.sure_K[-1] / max(self.random_deletion.area, 1e-9)
+
 
 def curves(
     network: Sandwich,
