@@ -201,31 +201,36 @@ def _of_some(title: str, faults: Sequence[Fault]) -> Iterator[Figure]:
 
 
 def overhead(quick: bool) -> Iterator[Figure]:
-    """A step with measuring over one without, far into a run; turns interleaved, both of a turn with the same model,
-    since where one comes to lie in memory changes its times by more. Of a machine with nothing else to do."""
+    """A step with measuring over one without, far into a run. Turns change every hundred steps, so that what else the
+    machine does falls on both alike; and both are of one model, since where one comes to lie in memory changes its
+    times by more. Of a machine with nothing else to do."""
     with_it: list[float] = []
     without: list[float] = []
-    steps = 120 if quick else FlowConfig().probe_every
+    settings = Settings(1e-3, 32, 0.01, 0.0, 1.0, "adamw", "constant", 0.0)
+    every, probe_every = FlowConfig().every, FlowConfig().probe_every
     for turn in range(2 if quick else 9):
-        settings = Settings(1e-3, 32, 0.01, 0.0, 1.0, "adamw", "constant", 0.0)
         job = SUBJECTS["sandwich"](turn, "test", settings)
         optimizer = optimizer_of(job)
         for step in range(3):
             train_step(job, optimizer, step)
-        for watching in (turn % 2 == 0, turn % 2 == 1):
-            watched = Watched(job.model, optimizer) if watching else None
-            if watched is not None:
-                watched.meter.steps = 2**20  # past the first steps, which are measured more often
-                while watched.examining:  # and looked at besides
+        seconds = {True: 0.0, False: 0.0}
+        for begun in range(0, every if quick else probe_every, every):
+            for watching in (True, False) if begun // every % 2 == turn % 2 else (False, True):
+                watched = Watched(job.model, optimizer) if watching else None
+                while watched is not None and watched.examining:  # the first records are looked at besides
                     watched.step(train_step(job, optimizer, 0))
-            started = time.perf_counter()
-            for step in range(steps):
-                loss = train_step(job, optimizer, step)
                 if watched is not None:
-                    watched.step(loss)
-            (with_it if watching else without).append((time.perf_counter() - started) / steps)
-            if watched is not None:
-                watched.close()
+                    watched.meter.steps = 2**20 * probe_every + begun  # past the first, which are measured more often
+                started = time.perf_counter()
+                for step in range(every):
+                    loss = train_step(job, optimizer, begun + step)
+                    if watched is not None:
+                        watched.step(loss)
+                seconds[watching] += time.perf_counter() - started
+                if watched is not None:
+                    watched.close()
+        with_it.append(seconds[True])
+        without.append(seconds[False])
     yield ratio("a step with measuring over one without", with_it, without, "<= 1.02")
 
 

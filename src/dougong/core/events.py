@@ -190,7 +190,7 @@ class EventFile:
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
-        self._file.write(json.dumps({"kind": event.kind, **asdict(event)}, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps({"kind": event.kind, **vars(event)}, ensure_ascii=False, default=asdict) + "\n")
         self._file.flush()
 
     def close(self) -> None:

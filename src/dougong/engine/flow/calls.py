@@ -93,6 +93,7 @@ def _hear_attention(to: Heard, _: Any, args: Any, kwargs: Any, __: Any) -> None:
     usual = query.shape[-1] ** -0.5
     scale = usual if given.get("scale") is None else float(given["scale"])
     score = query @ key.transpose(-1, -2) * scale
+    score_spread = float(score.std())
     mask = given.get("attn_mask")
     allowed: Tensor | None = None
     if isinstance(mask, Tensor):
@@ -111,7 +112,7 @@ def _hear_attention(to: Heard, _: Any, args: Any, kwargs: Any, __: Any) -> None:
         "holders": to.holders(),
         "scale_ratio": scale / usual,
         "entropy": float((entropy / most.clamp(min=0.1)).clamp(max=1).mean()),
-        "score_spread": float((query @ key.transpose(-1, -2) * scale).std()),
+        "score_spread": score_spread,
         "has_mask": allowed is not None,
         "forbidden": 0.0 if allowed is None else 1 - float(allowed.float().mean()),
         "num_keys": weight.shape[-1],

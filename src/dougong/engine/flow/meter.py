@@ -38,7 +38,7 @@ class FlowConfig(Config):
     every: int = Field(default=100, gt=0)
     """Steps; those that are powers of 2 are measured besides."""
 
-    probe_every: int = Field(default=400, gt=0)
+    probe_every: int = Field(default=1600, gt=0)
     """Steps after which the forward is also done again with inputs exchanged; powers of 4 besides."""
 
 

@@ -169,12 +169,13 @@ class StepMeter:
         for tensor in tensors_of(output):
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
-            if self.first_not_finite is None and not bool(tensor.isfinite().all()):
+            spread = _spread(tensor) if next(module.children(), None) is None else None
+            if self.first_not_finite is None and not _all_finite(tensor, spread):
                 rows = tensor.flatten(1).isfinite().all(dim=1) if tensor.ndim > 1 else tensor.isfinite()
                 bad = (~rows).nonzero()[:, 0][:8].tolist() if rows.ndim else []
                 self.first_not_finite = {"module": name, "kind": type(module).__name__, "rows": bad}
-            if next(module.children(), None) is None:  # what holds others is told of by them
-                self.heard.activations[name] = _spread(tensor)
+            if spread is not None:  # what holds others is told of by them
+                self.heard.activations[name] = spread
                 if self.probed:
                     self._count("activations", self._sides[name], tensor)
             return
@@ -374,7 +375,15 @@ def _settings(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _spread(tensor: Tensor) -> dict[str, float]:
     flat = tensor.detach().float()
-    return {"spread": float(flat.std(correction=0)), "largest": float(flat.abs().max())}
+    least, most = flat.aminmax()
+    return {"spread": float(flat.std(correction=0)), "largest": max(-float(least), float(most))}
+
+
+def _all_finite(tensor: Tensor, spread: dict[str, float] | None) -> bool:
+    """One pass that allocates nothing tells of nearly all; only a sum that is not finite leaves it open, since finite
+    numbers can have that too."""
+    told = float(tensor.sum()) if spread is None else spread["spread"]
+    return math.isfinite(told) or bool(tensor.isfinite().all())
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:

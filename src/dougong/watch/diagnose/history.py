@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from dougong.core.events import Event
@@ -57,7 +57,8 @@ class History:
 
     def add(self, event: Mapping[str, Any] | Event) -> None:
         """One more event."""
-        told = {"kind": event.kind, **asdict(event)} if isinstance(event, Event) else event
+        # As it is: `asdict` would copy all that a measured step tells, which takes a fifth of measuring it.
+        told = {"kind": event.kind, **vars(event)} if isinstance(event, Event) else event
         kind = told["kind"]
         if kind == "RunStarted":
             self.total_steps = told["total_steps"]
