@@ -1,10 +1,11 @@
 """Which task is a record of, where nobody says?
 
-Here        `frozen_features`, Traits (what is kept of each task) and `joined` ones, Recognition (who decides), Guess.
-Elsewhere   asking adapters how sure they are (continual/taught.py).
-Promise     it is decided in features of the frozen base, so that a task learnt later changes no feature of an earlier
-            one; what is kept of a task are sums, means and a few held-out features, never a record; "none of these" is
-            an answer.
+Here        `frozen_features`, `num_features`, Traits (what is kept of each task) and `joined` ones, Recognition (who
+            decides), Guess.
+Elsewhere   what a record is by itself (continual/surface.py); asking adapters how sure they are (continual/taught.py).
+Promise     it is decided in features of records themselves and of the frozen base, so that a task learnt later changes
+            no feature of an earlier one; what is kept of a task are sums, means and a few held-out features, never a
+            record; "none of these" is an answer.
 
 Distances are Mahalanobis's to the nearest class mean, with one covariance for all tasks (Lee et al. 2018,
 arXiv:1807.03888; kept as running sums as in Hayes and Kanan 2020, arXiv:1909.01520), modality by modality, so that
@@ -23,13 +24,20 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from dougong.continual.surface import SURFACE, surface_of
 from dougong.model.sandwich import EncoderBlock, FinishBlock, Sandwich
 from dougong.nn.batch import Batch
 
 HELD_OUT: Final = 64
 """Features that are kept of a task's held-out records."""
 
-SHRINK: Final = 0.05
+SHRINKS: Final = (0.005, 0.02, 0.08, 0.3)
+"""How much of the covariance is taken to be that of features that have nothing to do with each other."""
+
+BROAD: Final = 0.3
+"""The same where it is asked whether a record is of any task: so that what hardly ever differed among few records does
+not count a hundredfold."""
+
 FARTHER: Final = 1.3
 """Times a task's farthest held-out record: beyond that, a record is of none."""
 
@@ -37,11 +45,14 @@ FEWEST: Final = 20
 """Held-out records below which the farthest says little; then it is taken to be four standard deviations out."""
 
 SHARPNESS: Final = tuple(2.0**power for power in range(-9, 2))
+"""Of squared distances; 1 were right if features were as normal as is assumed."""
+
 KEY_WEIGHTS: Final = (0.0, 5.0, 20.0)
 
 
 class Features(NamedTuple):
-    """Of B records: mean and spread of each modality's tokens. Shapes: F = twice the base's width."""
+    """Of B records: each medium's surface, mean and spread of its tokens. Shapes: F = SURFACE and twice the base's
+    width."""
 
     x: dict[str, Tensor]
     """(B, F); zeros where a record lacks the modality."""
@@ -52,7 +63,8 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def frozen_features(base: Sandwich, batch: Batch) -> Features:
-    """What the base's encoders make of a batch, before modalities meet. The batch has all of the base's modalities."""
+    """What records are by themselves, and what the base's encoders make of them before modalities meet. The batch has
+    all of the base's modalities."""
     state = base.embed(batch)
     for block in base.blocks:
         if isinstance(block, EncoderBlock | FinishBlock):
@@ -60,20 +72,26 @@ def frozen_features(base: Sandwich, batch: Batch) -> Features:
     found, present = {}, {}
     for place, name in enumerate(base.names):
         present_B = state.present_BM[:, place]
-        x_BF = torch.zeros(len(present_B), 2 * base.width, device=present_B.device)
+        x_BF = torch.zeros(len(present_B), num_features(base), device=present_B.device)
         if name in state.tokens:
-            x_UF = _mean_and_spread(state.tokens[name].float(), state.masks[name])
+            mean_UD, spread_UD = _mean_and_spread(state.tokens[name].float(), state.masks[name])
+            x_UF = torch.cat([surface_of(batch.media[name].values), mean_UD, spread_UD], dim=1)
             x_BF = x_UF.index_select(0, state.medium[name]).masked_fill(~present_B[:, None], 0.0)
         found[name], present[name] = x_BF, present_B
     return Features(found, present)
 
 
-def _mean_and_spread(x_UTD: Tensor, mask_UT: Tensor) -> Tensor:
+def num_features(base: Sandwich) -> int:
+    """F."""
+    return SURFACE + 2 * base.width
+
+
+def _mean_and_spread(x_UTD: Tensor, mask_UT: Tensor) -> tuple[Tensor, Tensor]:
     x_UTD = x_UTD.masked_fill(~mask_UT[..., None], 0.0)
     count_U1 = mask_UT.sum(dim=1, keepdim=True).clamp(min=1)
     mean_UD = x_UTD.sum(dim=1) / count_U1
     spread_UD = ((x_UTD - mean_UD[:, None]).square() * mask_UT[..., None]).sum(dim=1) / count_U1
-    return torch.cat([mean_UD, spread_UD.clamp(min=0.0).sqrt()], dim=1)
+    return mean_UD, spread_UD.clamp(min=0.0).sqrt()
 
 
 class Traits(NamedTuple):
@@ -185,27 +203,62 @@ class Guess(NamedTuple):
     """Whether the record is no farther from the task than the task's own ever are."""
 
 
+class _Compared(NamedTuple):
+    """Shapes: B records, S tasks."""
+
+    distance_BS: Tensor
+    """To the nearest class, a mean over the modalities that both the record has and the task reads; infinite where
+    there is none."""
+
+    total_BS: Tensor
+    """A sum over all modalities that the record has."""
+
+    key_BS: Tensor
+    """How alike the record is to the task's key."""
+
+
+class _Metric(NamedTuple):
+    """How distances are measured."""
+
+    whiten: dict[str, Tensor]
+    """(F, F) by modality: after it distances are plain."""
+
+    means: list[dict[str, Tensor]]
+    """By task, of its classes after that."""
+
+
+class _Scale(NamedTuple):
+    """What distances and keys count."""
+
+    sharpness: float
+    key: float
+
+
 class Recognition:
     """Tells tasks apart. Made anew of what is kept of each task whenever one comes or goes."""
 
     def __init__(self, names: Sequence[str], traits: Sequence[Traits]) -> None:
         """`names` are the base's modalities."""
         self._names, self._traits = tuple(names), tuple(traits)
-        self._whiten = {name: self._whitening(name) for name in names}
-        self._means = [
-            {name: traits.mean[name] @ self._whiten[name] for name in traits.mean} for traits in self._traits
-        ]
-        self._sharpness, self._key_weight = SHARPNESS[0], 0.0
+        self._metric, self._scale = self._calibrated()
+        self._broad = self._measured_by(BROAD)
         self._farthest_S = self._own_farthest()
-        self._calibrate()
 
     def __call__(self, features: Features) -> Guess:
-        distance_BS, key_BS = self._compared(features)
-        score_BS = self._scored(features, distance_BS, key_BS)
+        compared = self._compared(features, self._metric)
+        score_BS = _scored(compared, self._pattern_chances(features.present), self._scale)
         # Infinite where a record has nothing that the task reads: then it is not of it.
-        return Guess(score_BS, distance_BS <= self._farthest_S)
+        return Guess(score_BS, self._compared(features, self._broad).distance_BS <= self._farthest_S)
 
-    def _whitening(self, name: str) -> Tensor:
+    def _measured_by(self, share: float) -> _Metric:
+        """Take this share of the covariance to be of features that have nothing to do with each other."""
+        whiten = {name: self._whitening(name, share) for name in self._names}
+        whiten = {name: each for name, each in whiten.items() if len(each)}
+        return _Metric(
+            whiten, [{name: traits.mean[name] @ whiten[name] for name in traits.mean} for traits in self._traits]
+        )
+
+    def _whitening(self, name: str, share: float) -> Tensor:
         """(F, F): after it distances are plain. Empty where no task reads the modality."""
         having = [traits for traits in self._traits if name in traits.scatter]
         if not having:
@@ -213,44 +266,48 @@ class Recognition:
         number = sum(traits.count[name] for traits in having)
         x_FF = torch.stack([traits.scatter[name].double() for traits in having]).sum(dim=0) / number
         size = len(x_FF)
-        # The more numbers there are beside few records, the less the sum is to be trusted.
-        share = max(SHRINK, size / (size + number))
-        level = float(x_FF.diagonal().mean()) + 1e-9
-        x_FF = (1 - share) * x_FF + share * level * torch.eye(size, dtype=torch.float64)
-        lower = torch.linalg.cholesky(x_FF)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(size, dtype=torch.float64), upper=False).t()
+        # What never differed among them may differ a little elsewhere and mean nothing.
+        deviation_F = (x_FF.diagonal() + 1e-4 * x_FF.diagonal().mean() + 1e-12).sqrt()
+        x_FF = x_FF / (deviation_F[:, None] * deviation_F)
+        one_FF = torch.eye(size, dtype=torch.float64)
+        lower, failed = torch.linalg.cholesky_ex((1 - share) * x_FF + share * one_FF)
+        while bool(failed):  # it was kept in half precision, and may have lost as much as it is shrunk by
+            share = min(1.0, 2 * share)
+            lower, failed = torch.linalg.cholesky_ex((1 - share) * x_FF + share * one_FF)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, one_FF, upper=False).t()
+        inverse = inverse / deviation_F[:, None]
         return inverse.float()
 
-    def _compared(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Distance to each task's nearest class, and how alike the record is to the task's key; (B, S) both."""
-        distances, keys = [], []
-        white = {name: features.x[name].float() @ self._whiten[name] for name in self._names if len(self._whiten[name])}
-        for means in self._means:
-            total: Tensor | None = None
-            alike = torch.zeros(len(next(iter(features.x.values()))))
-            seen = torch.zeros_like(alike)
-            for name, mean_CF in means.items():
-                there_B = features.present[name]
-                found_BC = torch.cdist(white[name], mean_CF).square() / mean_CF.shape[1]
+    def _compared(self, features: Features, metric: _Metric) -> _Compared:
+        count, num_tasks = len(next(iter(features.x.values()))), len(self._traits)
+        total_BS = torch.zeros(count, num_tasks)
+        own_BS, key_BS, seen_BS = torch.zeros_like(total_BS), torch.zeros_like(total_BS), torch.zeros_like(total_BS)
+        class_BC: dict[int, Tensor] = {}
+        for name in self._names:
+            reading = [place for place, means in enumerate(metric.means) if name in means]
+            if not reading:
+                continue
+            white_BF, there_B = features.x[name].float() @ metric.whiten[name], features.present[name]
+            nearest_BS = torch.full((count, num_tasks), -math.inf)
+            for place in reading:
+                mean_CF = metric.means[place][name]
+                found_BC = torch.cdist(white_BF, mean_CF).square()
+                nearest_BS[:, place] = found_BC.amin(dim=1)
                 found_BC = found_BC.masked_fill(~there_B[:, None], 0.0)
-                total = found_BC if total is None else total + found_BC
+                class_BC[place] = class_BC[place] + found_BC if place in class_BC else found_BC
                 key_F = torch.nn.functional.normalize(mean_CF.mean(dim=0), dim=0)
-                alike += (torch.nn.functional.normalize(white[name], dim=1) @ key_F).masked_fill(~there_B, 0.0)
-                seen += there_B
-            assert total is not None
-            distances.append((total.amin(dim=1) / seen.clamp(min=1)).masked_fill(seen == 0, math.inf))
-            keys.append(alike / seen.clamp(min=1))
-        return torch.stack(distances, dim=1), torch.stack(keys, dim=1)
-
-    def _scored(self, features: Features, distance_BS: Tensor, key_BS: Tensor) -> Tensor:
-        size = max((len(white) for white in self._whiten.values()), default=1)
-        # A task that reads nothing of a record is as far as can be, not infinitely: it may still be the only one.
-        near_BS = distance_BS.clamp(max=1e4)
-        return (
-            -0.5 * self._sharpness * size * near_BS
-            + self._key_weight * key_BS
-            + self._pattern_chances(features.present)
-        )
+                alike_B = torch.nn.functional.normalize(white_BF, dim=1) @ key_F
+                key_BS[:, place] += alike_B.masked_fill(~there_B, 0.0)
+                seen_BS[:, place] += there_B
+            # Whoever does not read it is as far as the farthest who does: all are compared by the same.
+            far_B1 = nearest_BS.amax(dim=1, keepdim=True).masked_fill(~there_B[:, None], 0.0)
+            unread = torch.tensor([place not in reading for place in range(num_tasks)])
+            total_BS = total_BS + far_B1 * unread
+        for place, found_BC in class_BC.items():
+            own_BS[:, place] = found_BC.amin(dim=1)
+        total_BS = total_BS + own_BS
+        distance_BS = (own_BS / seen_BS.clamp(min=1)).masked_fill(seen_BS == 0, math.inf)
+        return _Compared(distance_BS, total_BS, key_BS / seen_BS.clamp(min=1))
 
     def _pattern_chances(self, present: Mapping[str, Tensor]) -> Tensor:
         there_BM = torch.stack([present[name] for name in self._names], dim=1)
@@ -276,7 +333,7 @@ class Recognition:
         """How far a record may be from each task and still be of it."""
         farthest = []
         for place in range(len(self._traits)):
-            distance_H = self._compared(self._held_out(place))[0][:, place]
+            distance_H = self._compared(self._held_out(place), self._broad).distance_BS[:, place]
             log_H = distance_H[torch.isfinite(distance_H)].clamp(min=1e-6).log()
             if len(log_H) >= FEWEST:
                 farthest.append(FARTHER * float(log_H.max().exp()))
@@ -286,22 +343,27 @@ class Recognition:
                 farthest.append(math.inf)
         return torch.tensor(farthest)
 
-    def _calibrate(self) -> None:
-        """Choose the scale of distances and of keys by the likelihood of held-out features."""
-        if len(self._traits) < 2:
-            return
-        compared = [(self._held_out(place), place) for place in range(len(self._traits))]
-        known = [(features, *self._compared(features), place) for features, place in compared]
-        best = math.inf
-        for sharpness in SHARPNESS:
-            for weight in KEY_WEIGHTS:
-                self._sharpness, self._key_weight = sharpness, weight
+    def _calibrated(self) -> tuple[_Metric, _Scale]:
+        """Shrinkage and scales of distances and keys, by the likelihood of held-out features."""
+        held = [(self._held_out(place), place) for place in range(len(self._traits))]
+        held = [(features, place) for features, place in held if len(next(iter(features.x.values())))]
+        if len(held) < 2:
+            return self._measured_by(SHRINKS[1]), _Scale(SHARPNESS[0], 0.0)
+        chances = [self._pattern_chances(features.present) for features, _ in held]
+        least = math.inf
+        for share in SHRINKS:
+            metric = self._measured_by(share)
+            compared = [self._compared(features, metric) for features, _ in held]
+            for scale in (_Scale(sharpness, key) for sharpness in SHARPNESS for key in KEY_WEIGHTS):
                 losses = [
-                    -self._scored(features, distance, key).log_softmax(dim=1)[:, place].mean()
-                    for features, distance, key, place in known
-                    if len(distance)
+                    -_scored(one, chance_HS, scale).log_softmax(dim=1)[:, place].mean()
+                    for one, chance_HS, (_, place) in zip(compared, chances, held, strict=True)
                 ]
                 loss = float(torch.stack(losses).mean())
-                if loss < best:
-                    best, chosen = loss, (sharpness, weight)
-        self._sharpness, self._key_weight = chosen
+                if loss < least:
+                    least, best = loss, (metric, scale)
+        return best
+
+
+def _scored(compared: _Compared, chance_BS: Tensor, scale: _Scale) -> Tensor:
+    return -0.5 * scale.sharpness * compared.total_BS + scale.key * compared.key_BS + chance_BS

@@ -21,7 +21,7 @@ from torch import Tensor
 from dougong.bundle.files import load_network_from
 from dougong.bundle.model import BATCH_SIZE, Model, Prediction, Rows
 from dougong.continual.elastic import Elastic, ElasticOutput
-from dougong.continual.recognition import Features, Recognition, frozen_features
+from dougong.continual.recognition import Features, Recognition, frozen_features, num_features
 from dougong.continual.tasks import (
     ORIGINAL,
     Part,
@@ -33,7 +33,7 @@ from dougong.continual.tasks import (
     read_parts,
 )
 from dougong.core.bundle import Manifest, bundle_in, read_bundle
-from dougong.core.errors import ConfigError, DataError
+from dougong.core.errors import BundleError, ConfigError, DataError
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request, View
 from dougong.data.corruption import Corruption
@@ -115,6 +115,12 @@ class Taught:
         self.recognition = None
         if self._known:
             kept = [found for item in self._known if (found := traits[item.key]) is not None]
+            size = num_features(self.base)
+            if any(x_CF.shape[1] != size for each in kept for x_CF in each.mean.values()):
+                raise BundleError(
+                    f"{folder} keeps other traits of its tasks than are compared now, from an older version. "
+                    "Learn the tasks again, from the bundle that they were added to."
+                )
             self.recognition = Recognition(self.base.names, kept)
             self._sure = {item.key: found.sure for item, found in zip(self._known, kept, strict=True)}
         self.preparation = _with_extras(model.preparation, [part.task for part in self.parts])
