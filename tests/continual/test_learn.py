@@ -105,6 +105,12 @@ def test_a_record_of_none_of_the_tasks_has_no_answer(taught: Path) -> None:
     assert sum(answer.task is None and answer.answer is None for answer in answers) >= 8
 
 
+def test_traits_of_another_version_are_refused_in_one_line(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dougong.continual.taught.num_features", lambda base: 2 * base.width)
+    with pytest.raises(BundleError, match="keeps other traits .*Learn the tasks again"):
+        open_taught(taught)
+
+
 def test_removal_brings_back_what_was(taught: Path, copied: Path, mixed: tuple[Rows, list[str]]) -> None:
     rows, names = mixed
     before = open_taught(copied).predict(rows, names)
