@@ -143,6 +143,25 @@ def test_a_sandwichs_inputs_gate_and_attention_are_named() -> None:
     assert found.probes["photo"]["exchange_moves"] > 0
 
 
+def test_of_a_modality_that_a_whole_batch_lacks_nothing_is_told_by_exchanging_it() -> None:
+    """As in turns that show records by one view or the other; it was taken for one that counts for nothing."""
+    model: Any = build("sandwich")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    meter = FlowMeter(model, optimizer)
+    batch = batches("sandwich", WHOLE)[0]
+    words = batch.media["words"]
+    hidden = words._replace(present_B=torch.zeros_like(words.present_B))  # there, and hidden from the answer
+    batch = batch._replace(media={**batch.media, "words": hidden._replace(there_B=words.present_B)})
+    (loss_of(model(batch), batch) / 25).backward()
+    optimizer.step()
+    found = meter.step(1.0)
+    meter.close()
+
+    assert found is not None
+    assert found.probes["photo"]["exchange_moves"] > 0
+    assert found.probes["words"].keys() == {"usual"}
+
+
 def test_exponents_are_counted_by_modality_where_inputs_are_exchanged_too() -> None:
     model: Any = build("sandwich")
     with torch.no_grad():

@@ -23,7 +23,8 @@ from dougong.nn.batch import Batch
 def probe_inputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor | None]
 ) -> dict[str, dict[str, float]]:
-    """How far answer and loss hang on each input: its rows exchanged among the records, its tokens reordered."""
+    """How far answer and loss hang on each input: its rows exchanged among the records, its tokens reordered. Of a
+    modality that no record of the batch has, nothing is told."""
     given = named_inputs(model, args, kwargs)
     modes = [(module, module.training) for module in model.modules()]
     found: dict[str, dict[str, float]] = {}
@@ -83,6 +84,8 @@ def _changes(name: str, one: Given, args: tuple[Any, ...], kwargs: Mapping[str, 
     rolled = torch.arange(num).roll(max(1, num // 2))
     if args and isinstance(args[0], Batch):
         batch, media = args[0], args[0].media[name]
+        if not bool(media.present_B.any()):  # as in a batch that shows records by another view
+            return
         exchanged = media._replace(index_B=media.index_B[rolled], present_B=media.present_B[rolled])
         yield "exchange", ((batch._replace(media={**batch.media, name: exchanged}), *args[1:]), dict(kwargs))
         reordered = _reordered(one.value, one.mask)
