@@ -201,9 +201,12 @@ def _of_some(title: str, faults: Sequence[Fault]) -> Iterator[Figure]:
 
 
 def overhead(quick: bool) -> Iterator[Figure]:
-    """A step with measuring over one without, far into a run. Turns change every hundred steps, so that what else the
-    machine does falls on both alike; and both are of one model, since where one comes to lie in memory changes its
-    times by more. Of a machine with nothing else to do."""
+    """A step with measuring over one without, far into a run.
+
+    Turns change with each step that is measured, so that what else the machine does falls on both alike; and both are
+    of one model, since where one comes to lie in memory changes its times by more. Of a machine with nothing else to
+    do.
+    """
     with_it: list[float] = []
     without: list[float] = []
     settings = Settings(1e-3, 32, 0.01, 0.0, 1.0, "adamw", "constant", 0.0)
@@ -216,11 +219,8 @@ def overhead(quick: bool) -> Iterator[Figure]:
         seconds = {True: 0.0, False: 0.0}
         for begun in range(0, every if quick else probe_every, every):
             for watching in (True, False) if begun // every % 2 == turn % 2 else (False, True):
-                watched = Watched(job.model, optimizer) if watching else None
-                while watched is not None and watched.examining:  # the first records are looked at besides
-                    watched.step(train_step(job, optimizer, 0))
-                if watched is not None:
-                    watched.meter.steps = 2**20 * probe_every + begun  # past the first, which are measured more often
+                # Past the first steps, which are measured more often.
+                watched = Watched(job.model, optimizer, steps=2**20 * probe_every + begun) if watching else None
                 started = time.perf_counter()
                 for step in range(every):
                     loss = train_step(job, optimizer, begun + step)

@@ -95,8 +95,8 @@ class NoiseMeter:
                 return
             self._sums = [(p, torch.zeros_like(p)) for p in self._model.parameters() if p.requires_grad]
         fresh = [(total, p.grad.to_dense()) for p, total in self._sums if p.grad is not None]
-        for total, gradient in fresh:
-            total += gradient
+        if fresh:
+            torch._foreach_add_([total for total, _ in fresh], [gradient for _, gradient in fresh])
         self._squares.append(_square([gradient for _, gradient in fresh]))
 
 

@@ -36,6 +36,27 @@ def test_a_plain_script_that_forgot_zero_grad(tmp_path: Path, capsys: pytest.Cap
     assert told["measured"] == 5
 
 
+def test_a_training_that_goes_on_from_a_checkpoint_is_watched_from_there(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    watched = watch(model, optimizer, tmp_path, total_steps=1000, steps=598)
+    assert not watched.examining
+    for _ in range(4):
+        loss = functional.cross_entropy(model(torch.randn(16, 8)), torch.randint(3, (16,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        watched.step(loss)
+    watched.close()
+
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "StepDone"] == [599, 600, 601, 602]
+    assert [e["step"] for e in events if e["kind"] == "FlowMeasured"] == [600]
+    assert (events[0]["kind"], events[0]["step"], events[0]["resumed"]) == ("RunStarted", 598, True)
+    assert watched.history.progress == pytest.approx(0.602)
+
+
 def test_a_transformers_trainer_whose_encoder_was_frozen(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 

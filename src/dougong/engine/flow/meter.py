@@ -35,7 +35,7 @@ from dougong.engine.step import TermsOf
 class FlowConfig(Config):
     """When to measure. A measured step takes about twice as long as any other."""
 
-    every: int = Field(default=100, gt=0)
+    every: int = Field(default=200, gt=0)
     """Steps; those that are powers of 2 are measured besides."""
 
     probe_every: int = Field(default=1600, gt=0)

@@ -47,11 +47,13 @@ class Watched:
         folder: str | Path | None = None,
         *,
         total_steps: int | None = None,
+        steps: int = 0,
         config: FlowConfig | None = None,
         listener: Listener | None = None,
     ) -> None:
+        """See `watch`."""
         self._listener = listener
-        self._listening = Listening(model, optimizer, config)
+        self._listening = Listening(model, optimizer, config, steps=steps)
         self.meter = self._listening.meter
         self.history = History()
         self._file = None if folder is None else EventFile(Path(folder) / EVENTS)
@@ -61,7 +63,10 @@ class Watched:
         self.history.total_steps = total_steps
         if total_steps is not None:
             num = sum(p.numel() for p in model.parameters())
-            self._add(RunStarted(step=0, total_steps=total_steps, precision="fp32", num_parameters=num, resumed=False))
+            began = RunStarted(
+                step=steps, total_steps=total_steps, precision="fp32", num_parameters=num, resumed=steps > 0
+            )
+            self._add(began)
 
     def step(self, loss: float | Tensor) -> list[Finding]:
         """After each optimizer step, with its loss: what is known to be wrong so far, if this step was measured."""
@@ -162,10 +167,12 @@ def watch(
     folder: str | Path | None = None,
     *,
     total_steps: int | None = None,
+    steps: int = 0,
     config: FlowConfig | None = None,
 ) -> Watched:
-    """Watch a training; see above. With `folder`, what is measured is kept in its events.jsonl."""
-    return Watched(model, optimizer, folder, total_steps=total_steps, config=config)
+    """Watch a training; see above. With `folder`, what is measured is kept in its events.jsonl. Where the training goes
+    on from a checkpoint, `steps` have been taken before: then its first records are not looked at again."""
+    return Watched(model, optimizer, folder, total_steps=total_steps, steps=steps, config=config)
 
 
 def in_words(finding: Finding) -> str:
