@@ -1,6 +1,7 @@
 """Holds recipes/align.py to its promises: a run leaves all that was promised, and goes on to the same losses."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.bundle.aligner import load_aligner
+from dougong.bundle.model import load
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, parse
 from dougong.core.errors import BundleError, ConfigError, RunError
@@ -23,6 +25,7 @@ from dougong.nn.block_stack import BlockStack
 from dougong.recipes.align import run_align
 from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.known import read_any_recipe, read_recipe
+from dougong.serve.backend import load_backend
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +166,47 @@ def test_a_bundle_gives_the_same_vectors(run: Path, tables: Path) -> None:
         aligner.vectors(table, "words", ["remarks"])
 
 
+def test_a_page_says_why_media_are_alike_and_stands_alone(
+    run: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "alike.html"
+    data = tables / "test.parquet"
+    command = ["watch", run, "--data", data, "--record", "3", "--record", "4", "--out", page, "--json"]
+
+    assert main([str(part) for part in command]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    written = page.read_text(encoding="utf-8")
+    assert [record["row"] for record in told["records"]] == [3, 4]
+    vectors = {
+        side: load_aligner(run / "bundle").vectors(open_table(data), side, [column]).x_ND
+        for side, column in (("picture", "photo"), ("words", "remark"))
+    }
+    for record in told["records"]:
+        (pair,) = record["pairs"]
+        row = record["row"]
+        assert pair["alike"] == pytest.approx(float(vectors["picture"][row] @ vectors["words"][row]), abs=1e-4)
+        for given in pair["inputs"]:
+            assert sum(given["maps"]["relevance"]) == pytest.approx(1.0, abs=1e-3)
+    assert "<script" not in written
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", written)
+    assert "picture and words" in written
+    other = tmp_path / "other.parquet"
+    pq.write_table(pq.read_table(data).select(["remark"]), other)
+    assert main(["watch", str(run), "--data", str(other), "--record", "0", "--out", str(page)]) == 2
+    assert "has no column to read as picture. Give it one that is named photo" in capsys.readouterr().err
+
+
 def test_a_bundle_of_another_kind_is_refused(colour_run: Path) -> None:
     with pytest.raises(BundleError, match="is a bundle of another kind of model: load it with dougong.load"):
         load_aligner(colour_run / "bundle")
+
+
+def test_who_wants_a_model_that_decides_is_told_what_this_one_is(run: Path) -> None:
+    with pytest.raises(BundleError, match="holds a model that gives vectors, not a model that decides"):
+        load(run / "bundle")
+    with pytest.raises(ConfigError, match="gives vectors to media and answers nothing. Serve another one"):
+        load_backend(run / "bundle", {})
 
 
 def test_a_run_is_never_overwritten(run: Path, tables: Path) -> None:

@@ -50,6 +50,11 @@ class Aligner:
         self.preparation = preparation
         self.manifest = manifest
 
+    def columns(self, side: str) -> list[str]:
+        """Of a table like that which it was trained on, those that hold this side."""
+        known: dict[str, list[str]] = self.manifest.provenance.get("columns", {})
+        return known.get(side, [side])
+
     def vectors(self, table: Table, side: str, columns: Sequence[str]) -> Vectors:
         """Of each record the mean of the vectors of those columns, all read as `side`.
 
@@ -123,7 +128,7 @@ def load_aligner(folder: str | Path) -> Aligner:
     """
     folder = Path(folder)
     manifest = read_bundle(folder)
-    if manifest.provenance.get("kind") != KIND:
+    if manifest.kind != KIND:
         raise BundleError(f"{folder} is a bundle of another kind of model: load it with dougong.load.")
 
     def build() -> Dual:

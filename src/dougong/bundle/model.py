@@ -267,11 +267,12 @@ def load(folder: str | Path, engine: EngineConfig | None = None, *, trusted: boo
     """
     folder = Path(folder)
     manifest = read_bundle(folder)
-    if manifest.model.get("kind") == KIND:
+    if manifest.kind == KIND:
         preparation, network = open_exported(folder, manifest, engine, trusted=trusted)
         return Model(network, preparation, manifest)
-    if "kind" in manifest.model:
-        raise BundleError(f"{folder} holds a {manifest.model['kind']}, not a model that decides. See dougong --help.")
+    if manifest.kind is not None:
+        what = "model that gives vectors" if manifest.kind == "align" else manifest.kind
+        raise BundleError(f"{folder} holds a {what}, not a model that decides. See dougong --help.")
 
     def build() -> Sandwich:
         return parse(SandwichConfig, manifest.model, where="the bundle's model").build(manifest.signature)

@@ -89,23 +89,32 @@ def watch(
 
 
 def _look_at_records(what: Path, rows: list[int], data: Path | None, page: Path) -> dict[str, Any]:
-    """The page of what a model that decides, or writes, looked at."""
-    from dougong.bundle.describer import KIND, Describer, load_describer
+    """The page of what a model that decides, writes or compares looked at."""
+    from dougong.bundle import aligner, describer
     from dougong.bundle.files import load_network_from
     from dougong.core.bundle import bundle_in, is_bundle, kind_of
     from dougong.data.table import Table, open_table
     from dougong.recipes.judge import table_to_judge_on
     from dougong.watch.inside import look_at_records, write_inside
     from dougong.watch.pages import check_page
+    from dougong.watch.pairs import look_at_pairs, write_pairs
     from dougong.watch.word_by_word import look_at_texts, write_texts
 
     check_page(page)
     place = bundle_in(what)
-    model: Any = load_describer(place) if is_bundle(place) and kind_of(place) == KIND else load_network_from(what)
+    kind = kind_of(place) if is_bundle(place) else None
+    model: Any
+    look: Any
+    write: Any
+    if kind == describer.KIND:
+        model, look, write = describer.load_describer(place), look_at_texts, write_texts
+    elif kind == aligner.KIND:
+        model, look, write = aligner.load_aligner(place), look_at_pairs, write_pairs
+    else:
+        model, look, write = load_network_from(what), look_at_records, write_inside
     found = table_to_judge_on(what, data)
     table = found if isinstance(found, Table) else open_table(found)
-    look, write = (look_at_texts, write_texts) if isinstance(model, Describer) else (look_at_records, write_inside)
-    told = look(model, table, rows)
+    told: dict[str, Any] = look(model, table, rows)
     write(page, told)
     return told
 

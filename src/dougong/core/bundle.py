@@ -55,6 +55,12 @@ class Manifest(Config):
     files: dict[str, FileSum] = Field(default_factory=dict)
     """Every other file of the bundle."""
 
+    @property
+    def kind(self) -> str | None:
+        """What kind of model this is; None of one that decides."""
+        kind = self.model.get("kind", self.provenance.get("kind"))  # the latter of one that gives vectors
+        return None if kind is None else str(kind)
+
 
 @contextmanager
 def write_bundle(folder: Path, manifest: Manifest) -> Iterator[Path]:
@@ -100,8 +106,7 @@ def kind_of(folder: Path) -> str | None:
     Raises:
         BundleError: no bundle, or another format version.
     """
-    kind = _manifest(folder).model.get("kind")
-    return None if kind is None else str(kind)
+    return _manifest(folder).kind
 
 
 def bundle_in(folder: Path) -> Path:

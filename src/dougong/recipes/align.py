@@ -130,6 +130,7 @@ def run_align(recipe: AlignRecipe, folder: Path, *, resume: bool = False, quiet:
             "seed": recipe.seed,
             "trained on": f"{tables.train.num_rows} records",
             "judged on": f"{tables.test.num_rows} records",
+            "columns": {side: list(recipe.data.judged_columns(side)) for side in recipe.data.sides},
             "notes": list(notes),
         },
         metrics={name: found.metrics for name, found in evaluations.items()},

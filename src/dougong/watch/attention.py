@@ -315,7 +315,7 @@ class _Walk:
         """Which of the tokens that entered are real, by record; a picture's class token is left out."""
         state = self.before[0] if self.before else self.last
         return {
-            name: _by_record(mask_UT[:, self.num_classes(name) :], state, name, self.network.names)
+            name: by_record(mask_UT[:, self.num_classes(name) :], state, name, self.network.names)
             for name, mask_UT in state.masks.items()
         }
 
@@ -328,11 +328,11 @@ class _Walk:
         if one.joined:
             return Map(one.block, one.asking, one.keys, one.weight_RHTS, one.mask_RT, one.mask_RS)
         state = self.before[one.block]
-        by_record = (
-            _by_record(each, state, one.asking, self.network.names)
+        of_records = (
+            by_record(each, state, one.asking, self.network.names)
             for each in (one.weight_RHTS, one.mask_RT, one.mask_RS)
         )
-        return Map(one.block, one.asking, one.keys, *by_record)
+        return Map(one.block, one.asking, one.keys, *of_records)
 
     def _note(
         self, number: int, block: nn.Module, attended: Sequence[tuple[nn.Module | None, Tensor]], *, joined: bool
@@ -379,7 +379,7 @@ class _Walk:
             self.seen.append(_SeenBlock(number, name, keys, weight, state.masks[name], mask_BS, joined=True))
 
 
-def _by_record(x_U: Tensor, state: SandwichState, name: str, names: tuple[str, ...]) -> Tensor:
+def by_record(x_U: Tensor, state: SandwichState, name: str, names: tuple[str, ...]) -> Tensor:
     """Rows of media as rows of records; zeros where a record has none."""
     present_B = state.present_BM[:, names.index(name)]
     x_B = x_U.index_select(0, state.medium[name])
@@ -438,21 +438,10 @@ class _Chain:
 
     def _weight(self, seen: _SeenBlock) -> Tensor:
         """Heads together."""
-        weight_RHTS = seen.weight_RHTS
-        if self.method == "rollout":
-            return weight_RHTS.mean(dim=1)
-        gradient = self.gradients.get(id(seen.caught_RHTS))
-        if gradient is None:
-            return torch.zeros_like(weight_RHTS[:, 0])
-        return (weight_RHTS * gradient[:, :, seen.rows]).clamp(min=0).mean(dim=1)
+        return positive(seen.caught_RHTS, self.gradients, self.method)[:, :, seen.rows].mean(dim=1)
 
     def _pooled(self, pool: nn.Module, state: SandwichState, name: str, counts: float | Tensor) -> Tensor:
-        weight_RT = self.walk.caught.pooled[id(pool)]
-        if self.method == "rollout":
-            how_RT = weight_RT.detach()
-        else:
-            gradient = self.gradients.get(id(weight_RT))
-            how_RT = torch.zeros_like(weight_RT) if gradient is None else (weight_RT.detach() * gradient).clamp(min=0)
+        how_RT = positive(self.walk.caught.pooled[id(pool)], self.gradients, self.method)
         own_RN = (how_RT[:, None] @ self.held[name])[:, 0]
         if not self.joined:
             own_RN = self._entered(own_RN, state, name)
@@ -460,7 +449,7 @@ class _Chain:
 
     def _entered(self, own_UT: Tensor, state: SandwichState, name: str) -> Tensor:
         """From this modality's media and tokens to records, and the tokens of all modalities."""
-        own_B = _by_record(own_UT, state, name, self.network.names)
+        own_B = by_record(own_UT, state, name, self.network.names)
         span = self.spans[name]
         return functional.pad(own_B, (span.start, self.num_entered - span.stop))
 
@@ -468,8 +457,8 @@ class _Chain:
         if isinstance(block, FinishBlock) and block.name in self.held:
             held_UTN, mask_UT = self.held[block.name], state.masks[block.name]
             if self.method == "relevance":
-                held_UTN = _evened(held_UTN, mask_UT)
-            self.held[block.name] = _finished(block.finisher, held_UTN, mask_UT)
+                held_UTN = evened(held_UTN, mask_UT)
+            self.held[block.name] = finished(block.finisher, held_UTN, mask_UT)
         elif isinstance(block, JoinBlock):
             self.held = {name: self._entered(held, state, name) for name, held in self.held.items()}
             self.joined = True
@@ -509,7 +498,16 @@ class _Chain:
         self.held = {name: held for name, held in self.held.items() if name in state.tokens}
 
 
-def _evened(held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
+def positive(weight: Tensor, gradients: Mapping[int, Tensor], method: Method) -> Tensor:
+    """What counts of an attention that was caught: rollout takes it as it is, relevance the positive part of it times
+    its gradient, which is found by its identity."""
+    if method == "rollout":
+        return weight.detach()
+    gradient = gradients.get(id(weight))
+    return torch.zeros_like(weight) if gradient is None else (weight.detach() * gradient).clamp(min=0)
+
+
+def evened(held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
     """What an encoder mixed into each token, made to count as much as what the token was (equations 8 and 9 of Chefer
     et al.): gradients that came a long way are small, and without this the map were that of the identity."""
     own_UTN = torch.eye(held_UTN.shape[1], device=held_UTN.device) * mask_UT[:, :, None]
@@ -518,7 +516,7 @@ def _evened(held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
     return own_UTN + mixed_UTN / sum_UT1.clamp(min=torch.finfo(sum_UT1.dtype).tiny)
 
 
-def _finished(finisher: nn.Module, held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
+def finished(finisher: nn.Module, held_UTN: Tensor, mask_UT: Tensor) -> Tensor:
     """What an encoder's end does to tokens: a class token goes, neighbours are averaged."""
     if isinstance(finisher, ImageTail):
         held_UTN = held_UTN[:, 1:]

@@ -1,8 +1,9 @@
 """Whether a map of where a model looks is true: what becomes of the answer where it is followed.
 
-Here        `curves` (deletion and insertion, against chance), `sanity` (the same map of a model with random weights),
-            `captum_relevance`, `without`.
-Elsewhere   the maps (watch/attention.py); the page (watch/inside.py); easy-VQA's figures (benchmarks/attention.py).
+Here        `curves` (deletion and insertion, against chance), `followed` (the same of any figure), `sanity` (the same
+            map of a model with random weights), `captum_relevance`, `without`; `picture_tails`, `patches`.
+Elsewhere   the maps (watch/attention.py); the pages (watch/inside.py, watch/pairs.py); easy-VQA's figures
+            (benchmarks/attention.py).
 Promise     the same records and seed give the same curves; chance is measured on the same records with the same steps,
             never assumed; the model that is asked is left as it was.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -23,8 +24,10 @@ from torch import Tensor
 from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.engine.evaluate import evaluating
+from dougong.model.encoders.image import ImageTail
 from dougong.model.sandwich import FinishBlock, Sandwich
 from dougong.nn.batch import Batch, MediaBatch
+from dougong.nn.block_stack import BlockStack
 from dougong.watch.attention import METHODS, look_inside, unshared
 
 STEPS: Final = 10
@@ -86,10 +89,37 @@ def curves(
     column is unknown. What has gone before a network answers is all that differs.
     """
     batch = unshared(batch)
+    before_B = _sure(network, batch, target_B, None)
+    return followed(
+        network,
+        batch,
+        relevance,
+        masks,
+        lambda given: _sure(network, given, target_B, before_B),
+        names=names,
+        steps=steps,
+        random_orders=random_orders,
+        seed=seed,
+    )
+
+
+def followed(
+    network: BlockStack[Any, Any],
+    batch: Batch,
+    relevance: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    sure: Callable[[Batch], Tensor],
+    *,
+    names: Sequence[str] | None = None,
+    steps: int = STEPS,
+    random_orders: int = RANDOM_ORDERS,
+    seed: int = 0,
+) -> Faithful:
+    """The same of any model of encoders, and of any figure of its records: `sure` says it, (B,). Each record has media
+    of its own (`unshared`)."""
     chosen = [name for name in relevance if names is None or name in names]
     if not chosen:
         raise ConfigError(f"no tokens of {', '.join(names or ())} to take away. Use some of {', '.join(relevance)}.")
-    sure_before = _sure(network, batch, target_B, None)
 
     def both(score: Mapping[str, Tensor]) -> tuple[Curve, Curve]:
         rank = _ranks(score, masks, chosen)
@@ -97,12 +127,10 @@ def curves(
         going, coming = [], []
         for part in share:
             gone = {name: masks[name] & (rank[name] < part - 1e-9) for name in chosen}
-            going.append(_sure(network, without(network, batch, gone), target_B, sure_before))
+            going.append(float(sure(without(network, batch, gone)).mean()))
             absent = {name: masks[name] & ~(rank[name] < part - 1e-9) for name in chosen}
-            coming.append(_sure(network, without(network, batch, absent), target_B, sure_before))
-        return Curve(share, [float(each.mean()) for each in going]), Curve(
-            share, [float(each.mean()) for each in coming]
-        )
+            coming.append(float(sure(without(network, batch, absent)).mean()))
+        return Curve(share, going), Curve(share, coming)
 
     deletion, insertion = both(relevance)
     generator = torch.Generator().manual_seed(derive_seed(seed, "orders"))
@@ -189,7 +217,7 @@ def captum_relevance(network: Sandwich, batch: Batch, target_B: Tensor, *, steps
 # Taking away -------------------------------------------------------------------------------------------------------
 
 
-def without(network: Sandwich, batch: Batch, gone: Mapping[str, Tensor]) -> Batch:
+def without(network: BlockStack[Any, Any], batch: Batch, gone: Mapping[str, Tensor]) -> Batch:
     """The batch without some of the tokens that would enter; `gone` is (B, T) of records by modality.
 
     Each record must have media of its own (`unshared`).
@@ -201,11 +229,11 @@ def without(network: Sandwich, batch: Batch, gone: Mapping[str, Tensor]) -> Batc
     return batch._replace(media=media)
 
 
-def _spoilt(network: Sandwich, name: str, one: MediaBatch, gone_UT: Tensor) -> dict[str, Tensor]:
+def _spoilt(network: BlockStack[Any, Any], name: str, one: MediaBatch, gone_UT: Tensor) -> dict[str, Tensor]:
     values = dict(one.values)
     if "pixels_UCHW" in values:
         pixels_UCHW = values["pixels_UCHW"]
-        rows, columns = _patches(network, name)
+        rows, columns = patches(network)[name]
         height, width = pixels_UCHW.shape[2] // rows, pixels_UCHW.shape[3] // columns
         gone_UHW = gone_UT.view(-1, rows, columns).repeat_interleave(height, 1).repeat_interleave(width, 2)
         median_UC11 = pixels_UCHW.flatten(2).median(dim=2).values[..., None, None]
@@ -226,18 +254,15 @@ def _spoilt(network: Sandwich, name: str, one: MediaBatch, gone_UT: Tensor) -> d
     return values
 
 
-def _patches(network: Sandwich, name: str) -> tuple[int, int]:
-    """Rows and columns of the patches that enter, before neighbours are averaged."""
-    for block in network.blocks:
-        if isinstance(block, FinishBlock) and block.name == name:
-            grid: tuple[int, int] = getattr(block.finisher, "patches", network.grids[name])
-            return grid
-    return network.grids[name]
+def picture_tails(network: BlockStack[Any, Any]) -> dict[str, ImageTail]:
+    """The ends of its encoders of pictures: how many patches enter, and how many tokens leave."""
+    ends = {block.name: block.finisher for block in network.blocks if isinstance(block, FinishBlock)}
+    return {name: tail for name, tail in ends.items() if isinstance(tail, ImageTail)}
 
 
-def patches(network: Sandwich) -> dict[str, tuple[int, int]]:
+def patches(network: BlockStack[Any, Any]) -> dict[str, tuple[int, int]]:
     """Rows and columns of each picture's tokens as they enter."""
-    return {name: _patches(network, name) for name in network.grids}
+    return {name: tail.patches for name, tail in picture_tails(network).items()}
 
 
 # Measuring ---------------------------------------------------------------------------------------------------------

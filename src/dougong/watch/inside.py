@@ -1,7 +1,7 @@
 """What a model looked at in some records, as one page.
 
 Here        `look_at_records`: the answers, maps, contributions and their faithfulness as plain values; `write_inside`,
-            the page of them.
+            the page of them; `input_told`, `drawn_input`, `curves_as_json`, which other pages of maps show too.
 Elsewhere   the maps (watch/attention.py); whether they are true (watch/faithful.py); contributions
             (watch/contribution.py); how the page looks (watch/inside.html).
 Promise     the page refers to nothing outside itself and runs no script; what comes from data is shown as text, never
@@ -17,21 +17,21 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from dougong.bundle.aligner import Aligner
 from dougong.bundle.model import Model, Prediction
 from dougong.core.errors import ConfigError, DataError
 from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.modality.image import ImageModality
 from dougong.data.split import sample_table
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.engine.contribution import Probe
 from dougong.watch import charts
-from dougong.watch.attention import METHODS, Inside, Map, Survey, look_inside, survey
+from dougong.watch.attention import METHODS, Map, Survey, look_inside, survey
 from dougong.watch.cards import heat, relative, shaded_tokens, strip
 from dougong.watch.contribution import MOST_MODALITIES, ask_all, of_records
-from dougong.watch.faithful import Curve, Faithful, captum_relevance, curves, patches, sanity
+from dougong.watch.faithful import Curve, Faithful, captum_relevance, curves, picture_tails, sanity
 from dougong.watch.media import check_rows, show_medium, text_of
 from dougong.watch.pages import page_template
 
@@ -122,7 +122,7 @@ def _look(
             if with_captum:
                 raise
     faithful = {
-        method: _curves_as_json(curves(model.network, batch, each, found.masks, found.target_B, seed=seed))
+        method: curves_as_json(curves(model.network, batch, each, found.masks, found.target_B, seed=seed))
         for method, each in maps.items()
     }
     return {
@@ -131,7 +131,7 @@ def _look(
         "target": target,
         "probabilities": _most_likely(prediction),
         "gate": prediction.gate,
-        "inputs": [_input(model, name, arrays, record, maps, found) for name in model.preparation.modalities],
+        "inputs": [input_told(model, name, arrays, record, maps, found.masks) for name in model.preparation.modalities],
         "share": {
             method: {name: float(each.sum()) for name, each in found_by.items()} for method, found_by in maps.items()
         },
@@ -158,7 +158,9 @@ def _shapley(model: Model, batch: Any) -> dict[str, Any] | None:
     }
 
 
-def _curves_as_json(found: Faithful) -> dict[str, Any]:
+def curves_as_json(found: Faithful) -> dict[str, Any]:
+    """What following a map does, as plain values."""
+
     def one(curve: Curve) -> dict[str, Any]:
         return {"share": curve.share_K, "sure": curve.sure_K, "area": curve.area}
 
@@ -183,28 +185,29 @@ def _head_map(one: Map) -> dict[str, Any]:
     }
 
 
-def _input(
-    model: Model,
+def input_told(
+    model: Model | Aligner,
     name: str,
     arrays: BatchArrays,
     record: Mapping[str, Any],
     maps: Mapping[str, Mapping[str, Tensor]],
-    found: Inside,
+    masks: Mapping[str, Tensor],
 ) -> dict[str, Any]:
+    """One medium of a batch of one record, with the maps over it; `masks` say which tokens are real."""
     modality = model.preparation.modalities[name]
     told: dict[str, Any] = {"name": name, "kind": modality.signature().kind, "absent": True, "maps": {}}
     media = arrays.media[name]
-    if not media.present_B.any() or name not in found.masks:
+    if not media.present_B.any() or name not in masks:
         return told
-    real_T = found.masks[name][0]
+    real_T = masks[name][0]
     told["absent"] = False
     told["maps"] = {
         method: [round(float(weight), 6) for weight in each[name][0][real_T]] for method, each in maps.items()
     }
     told.update(show_medium(modality, media, record, num_tokens=int(real_T.sum())))
-    if isinstance(modality, ImageModality):
-        told["grid"] = list(patches(model.network)[name])
-        told["pooled_grid"] = list(model.network.grids[name])
+    tail = picture_tails(model.network).get(name)
+    if tail is not None:
+        told["grid"], told["pooled_grid"] = list(tail.patches), list(tail.grid)
     return told
 
 
@@ -217,7 +220,7 @@ def _most_likely(prediction: Prediction) -> dict[str, float]:
 
 def _drawn(record: Mapping[str, Any], place: int) -> dict[str, Any]:
     """A record as the template wants it."""
-    inputs = [_drawn_input(each) for each in record["inputs"]]
+    inputs = [drawn_input(each) for each in record["inputs"]]
     lines = []
     for number, found in enumerate(record["faithful"].values()):
         lines.append(charts.Line(found["deletion"]["share"], found["deletion"]["sure"], number))
@@ -231,7 +234,8 @@ def _drawn(record: Mapping[str, Any], place: int) -> dict[str, Any]:
     return {**record, "inputs": inputs, "curve": chart, "gains": gains, "heads": _drawn_heads(record)}
 
 
-def _drawn_input(given: Mapping[str, Any]) -> dict[str, Any]:
+def drawn_input(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A medium of `input_told`, with each map laid over it as templates want it."""
     shown = dict(given)
     shown["views"] = []
     for method, weights in given["maps"].items():
