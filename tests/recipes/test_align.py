@@ -171,7 +171,7 @@ def test_a_page_says_why_media_are_alike_and_stands_alone(
 ) -> None:
     page = tmp_path / "alike.html"
     data = tables / "test.parquet"
-    command = ["watch", run, "--data", data, "--record", "3", "--record", "4", "--out", page, "--json"]
+    command = ["watch", run, "--record", "3", "--record", "4", "--out", page, "--json"]
 
     assert main([str(part) for part in command]) == 0
 

@@ -8,22 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import dougong
-from dougong.bundle.generator import load_generator
+from dougong.bundle.generator import batch_of_cells, load_generator
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError, DataError, RunError
 from dougong.core.events import read_events
 from dougong.data.sources.captions import prepare_captions
+from dougong.data.table import open_table
 from dougong.engine import prepare
 from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.model.sampling import SamplingConfig
+from dougong.nn.batch import MediaBatch
 from dougong.nn.block_stack import BlockStack
 from dougong.recipes.generate import judge_writer, run_generation
 from dougong.recipes.generation import GenerateRecipe, pretrain_joint
 from dougong.recipes.known import read_any_recipe, read_recipe
+from dougong.watch.word_by_word import look_at_texts
 
 SMALL = [
     "train.steps=4",
@@ -223,3 +227,48 @@ def test_recipes_of_both_kinds_are_read_by_name_and_from_yaml(tmp_path: Path) ->
         read_any_recipe("vqa-generate", ["model.condition_dropped=0"])
     with pytest.raises(ConfigError, match="is of kind 'paint'. Use align, generate, decode, or leave it out"):
         read_any_recipe("vqa-generate", ["kind=paint"])
+
+
+def test_a_page_tells_where_each_word_of_a_caption_came_from(
+    captions: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "words.html"
+
+    assert main(["watch", str(run), "--record", "2", "--out", str(page), "--json"]) == 0
+
+    (record,) = json.loads(capsys.readouterr().out)["records"]
+    table, model = open_table(captions / "test.parquet"), load_generator(run)
+    picture = table.records([2], ["image"])[0]["image"]["bytes"]
+    assert record["text"] == model.caption([picture])[0]
+    assert "<script" not in page.read_text(encoding="utf-8")
+    with torch.no_grad():  # it has hardly learnt, and would end at once
+        model.network.out.bias[model.end] = -100.0
+
+    (record,) = look_at_texts(model, table, [2])["records"]
+
+    assert record["text"] == model.caption([picture])[0]
+    assert len(record["words"]) == min(32, record["num_words"]) > 3
+    batch = batch_of_cells(model.preparation, "image", [picture], 0, torch.device("cpu"))
+    ids_BN = model.write_ids(batch)
+    nothing_B, there_B = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool)
+    own = MediaBatch({"ids_UT": ids_BN, "mask_UT": torch.ones_like(ids_BN, dtype=torch.bool)}, nothing_B, there_B)
+    with torch.no_grad():
+        output = model.network(batch._replace(media={**batch.media, model.network.words: own}))
+    assert record["words"][0]["share"]["image"] > 0.01
+    chance_NV = output.written["caption"].score_RNV[0].softmax(dim=1)
+    for place, word in enumerate(record["words"]):
+        assert sum(word["share"].values()) == pytest.approx(1.0, abs=1e-4)
+        assert len(word["maps"]["image"]) == 16  # the mark before them stands for no place
+        assert word["chance"] == pytest.approx(float(chance_NV[place, ids_BN[0, place + 1]]), rel=1e-3)
+        assert len(word["before"]["tokens"]) == len(word["before"]["weights"]) == place + 1
+
+
+def test_a_model_that_only_draws_has_no_words_to_look_into(
+    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_generation(small(captions, "model.directions=[draw]"), tmp_path / "drawing", quiet=True)
+    command = ["watch", str(tmp_path / "drawing"), "--record", "0", "--out", str(tmp_path / "x.html")]
+
+    assert main(command) == 2
+
+    assert "has learnt to draw, not to caption" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_what_is_explained_is_the_decoders_own_answer(model: Decoder) -> None:
 
     found = look_at_word(model, batch())
 
-    torch.testing.assert_close(found.output.score_BNV, own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.score_BNV, own, rtol=1e-5, atol=1e-5)
     assert found.place_B.tolist() == [3, 5, 5]
     assert found.word_B.tolist() == [int(own[b, place].argmax()) for b, place in enumerate((3, 5, 5))]
     assert not any(parameter.grad is not None for parameter in model.parameters())

@@ -89,6 +89,18 @@ class Generator:
             return [self.text(ids_N) for ids_N in written]
         return self.pictures(self.network.pictures(written))
 
+    def write_ids(self, batch: Batch, *, sampling: SamplingConfig | None = None, seed: int = 0) -> Tensor:
+        """Captions as token ids (B, N), from the one that begins; what is shorter is filled up with the end's."""
+        generator = torch.Generator(self._device).manual_seed(derive_seed(seed, "caption"))
+        ids_BN = self.network.write(batch, "caption", sampling or self.sampling.caption, generator)
+        begin = int(self._text.tokenizer.encode("").ids[0])
+        return torch.cat([torch.full_like(ids_BN[:, :1], begin), ids_BN], dim=1)
+
+    @property
+    def end(self) -> int:
+        """The token id after a caption."""
+        return self.network.config.end_of_words
+
     def text(self, ids_N: Tensor) -> str:
         """Token ids as words."""
         return self._text.tokenizer.decode(ids_N.tolist())

@@ -90,7 +90,7 @@ def watch(
 
 def _look_at_records(what: Path, rows: list[int], data: Path | None, page: Path) -> dict[str, Any]:
     """The page of what a model that decides, writes or compares looked at."""
-    from dougong.bundle import aligner, describer
+    from dougong.bundle import aligner, describer, generator
     from dougong.bundle.files import load_network_from
     from dougong.core.bundle import bundle_in, is_bundle, kind_of
     from dougong.data.table import Table, open_table
@@ -106,8 +106,8 @@ def _look_at_records(what: Path, rows: list[int], data: Path | None, page: Path)
     model: Any
     look: Any
     write: Any
-    if kind == describer.KIND:
-        model, look, write = describer.load_describer(place), look_at_texts, write_texts
+    if kind in (describer.KIND, generator.KIND):
+        model, look, write = describer.load_writing(place), look_at_texts, write_texts
     elif kind == aligner.KIND:
         model, look, write = aligner.load_aligner(place), look_at_pairs, write_pairs
     else:

@@ -23,8 +23,10 @@ from dougong.core.errors import ConfigError
 from dougong.data.corruption import Corruption, check_corruptions
 from dougong.data.table import Table
 from dougong.engine.evaluate import Evaluation
+from dougong.recipes.align import open_align_tables
+from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.build import LaidOut, open_records
-from dougong.recipes.decoding import DecodeRecipe
+from dougong.recipes.known import KINDS
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.settle import SETTINGS
 
@@ -104,6 +106,7 @@ def _own_test_table(model: Path) -> Table:
     if not (run / SETTINGS).exists():
         raise ConfigError(f"{model} is a bundle without its run: name a table to judge on, with --data.")
     values = from_yaml((run / SETTINGS).read_text(encoding="utf-8"), where=SETTINGS)
-    kind = DecodeRecipe if values.get("kind") == "decode" else Recipe
-    recipe = cast(LaidOut, parse(kind, values, where=SETTINGS))
-    return open_records(recipe).test
+    recipe = parse(KINDS.get(str(values.get("kind")), Recipe), values, where=SETTINGS)
+    if isinstance(recipe, AlignRecipe):
+        return open_align_tables(recipe.data, seed=recipe.seed).test
+    return open_records(cast(LaidOut, recipe)).test

@@ -186,7 +186,7 @@ def unshared(batch: Batch) -> Batch:
 
 
 @dataclass
-class _Caught:
+class Caught:
     """Weights as they are computed; `by` is the module of ours that computes them, None for others'."""
 
     by: nn.Module | None = None
@@ -200,7 +200,7 @@ class _Caught:
 class _PlainAttention(TorchFunctionMode):
     """Carries fused attention out in its plain form."""
 
-    def __init__(self, caught: _Caught) -> None:
+    def __init__(self, caught: Caught) -> None:
         super().__init__()
         self._caught = caught
 
@@ -239,9 +239,9 @@ class _PlainAttention(TorchFunctionMode):
 
 
 @contextmanager
-def catching(network: nn.Module) -> Iterator[_Caught]:
+def catching(network: nn.Module) -> Iterator[Caught]:
     """While it lasts, every fused attention is carried out in its plain form, and its weights are kept."""
-    caught = _Caught()
+    caught = Caught()
 
     def begin(module: nn.Module, _: Any) -> None:
         caught.by = module
@@ -292,7 +292,7 @@ class _SeenBlock(NamedTuple):
 class _Walk:
     """A forward whose states are kept."""
 
-    def __init__(self, network: Sandwich, batch: Batch, caught: _Caught) -> None:
+    def __init__(self, network: Sandwich, batch: Batch, caught: Caught) -> None:
         self.network, self.batch, self.caught = network, batch, caught
         self.before: list[SandwichState] = []
         self.seen: list[_SeenBlock] = []

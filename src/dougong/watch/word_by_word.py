@@ -1,4 +1,4 @@
-"""How a decoder's text came about, word by word, as one page.
+"""How a text came about that a model wrote, word by word, as one page.
 
 Here        `look_at_texts`: what it wrote about some records, and where each word came from, as plain values;
             `write_texts`, the page of them.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dougong.bundle.describer import Describer
+from dougong.bundle.generator import Generator
 from dougong.core.errors import DataError
 from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
@@ -29,6 +30,7 @@ from dougong.model.decoder import Decoder
 from dougong.model.encoders.image import ImageTail
 from dougong.model.reading import ReadBlock
 from dougong.model.sandwich import FinishBlock
+from dougong.model.writer import Writer
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.watch.cards import heat, relative, shaded_tokens, strip
 from dougong.watch.media import check_rows, show_medium
@@ -39,7 +41,11 @@ MOST_WORDS: Final = 32
 """Tokens of a text that are looked into, from its beginning."""
 
 
-def look_at_texts(model: Describer, table: Table, rows: Sequence[int]) -> dict[str, Any]:
+Wording = Describer | Generator
+"""A model that writes words about what it reads."""
+
+
+def look_at_texts(model: Wording, table: Table, rows: Sequence[int]) -> dict[str, Any]:
     """Write about some records of a table, and say where each word came from.
 
     Raises:
@@ -49,11 +55,12 @@ def look_at_texts(model: Describer, table: Table, rows: Sequence[int]) -> dict[s
     check_rows(rows, table)
     columns = [column for column in model.preparation.columns if column in table.schema.names]
     cells = table.records(list(rows), columns)
+    writes, reads = _sides(model)
     return {
         "model": model.manifest.name,
         "table": table.path.name,
-        "writes": model.network.writes,
-        "reads": list(model.network.names),
+        "writes": writes,
+        "reads": reads,
         "records": [_look(model, row, record, table.folder) for row, record in zip(rows, cells, strict=True)],
     }
 
@@ -65,26 +72,26 @@ def write_texts(path: Path, told: Mapping[str, Any]) -> Path:
     return path
 
 
-def _look(model: Describer, row: int, record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _look(model: Wording, row: int, record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     arrays = _arrays(model, row, record, folder)
     batch = to_tensors(arrays, next(model.network.parameters()).device)
     ids_N = model.write_ids(batch)[0]
     ended = (ids_N == model.end).nonzero()
     num_words = int(ended[0, 0]) - 1 if len(ended) else len(ids_N) - 1
     shown = min(num_words, MOST_WORDS)
-    writes = model.network.writes
+    writes, reads = _sides(model)
     text = cast(TextModality, model.preparation.modalities[writes])
     return {
         "row": row,
         "text": model.text(ids_N[1 : num_words + 1]),
         "num_words": num_words,
         "target": None if record.get(text.config.column) is None else str(record[text.config.column]),
-        "inputs": [_input(model, name, arrays, record) for name in model.network.names],
+        "inputs": [_input(model, name, arrays, record) for name in reads],
         "words": [] if not shown else _words(model, batch, ids_N[: shown + 1]),
     }
 
 
-def _arrays(model: Describer, row: int, record: Mapping[str, Any], folder: Path) -> BatchArrays:
+def _arrays(model: Wording, row: int, record: Mapping[str, Any], folder: Path) -> BatchArrays:
     cells = {column: [record.get(column)] for column in model.preparation.columns}
     arrays = Collator(model.preparation, folder, seed=0)(Request(np.array([row]), cells, (0, 0)))
     if arrays.bad:
@@ -92,7 +99,7 @@ def _arrays(model: Describer, row: int, record: Mapping[str, Any], folder: Path)
     return arrays
 
 
-def _input(model: Describer, name: str, arrays: BatchArrays, record: Mapping[str, Any]) -> dict[str, Any]:
+def _input(model: Wording, name: str, arrays: BatchArrays, record: Mapping[str, Any]) -> dict[str, Any]:
     modality, media = model.preparation.modalities[name], arrays.media[name]
     told: dict[str, Any] = {"name": name, "kind": modality.signature().kind, "absent": not media.present_B.any()}
     if told["absent"]:
@@ -101,22 +108,31 @@ def _input(model: Describer, name: str, arrays: BatchArrays, record: Mapping[str
     return {**told, **show_medium(modality, media, record), "grid": None if grid is None else list(grid)}
 
 
-def _grids(network: Decoder) -> dict[str, tuple[int, int]]:
+def _sides(model: Wording) -> tuple[str, list[str]]:
+    """What it writes, and what it reads."""
+    if isinstance(model, Generator):
+        return model.network.words, [model.network.picture]
+    return model.network.writes, list(model.network.names)
+
+
+def _grids(network: Decoder | Writer) -> dict[str, tuple[int, int]]:
     """Rows and columns of each picture's tokens, as the words see them."""
     read = [block.block for block in network.blocks if isinstance(block, ReadBlock)]
     tails = {block.name: block.finisher for block in read if isinstance(block, FinishBlock)}
     return {name: tail.grid for name, tail in tails.items() if isinstance(tail, ImageTail)}
 
 
-def _words(model: Describer, batch: Batch, ids_N: torch.Tensor) -> list[dict[str, Any]]:
+def _words(model: Wording, batch: Batch, ids_N: torch.Tensor) -> list[dict[str, Any]]:
     """Of each token after the first. All are asked for at once: a record for each, of one text that grows."""
-    count, writes = len(ids_N) - 1, model.network.writes
+    count, (writes, _) = len(ids_N) - 1, _sides(model)
     nothing_B, there_B = torch.zeros_like(ids_N[:-1]), torch.ones_like(ids_N[:-1], dtype=torch.bool)
     media = {
         name: one._replace(index_B=one.index_B.expand(count), present_B=one.present_B.expand(count), there_B=None)
         for name, one in batch.media.items()
     }
-    begun = {"ids_UT": ids_N[None, :-1], "mask_UT": there_B[None]}
+    # A decoder is asked what follows each token; a writer's batch has the tokens that follow, too.
+    known_N = ids_N if isinstance(model, Generator) else ids_N[:-1]
+    begun = {"ids_UT": known_N[None], "mask_UT": torch.ones_like(known_N, dtype=torch.bool)[None]}
     media[writes] = MediaBatch(begun, nothing_B, there_B)
     found = look_at_word(model.network, Batch(media, None), torch.arange(count, device=ids_N.device), ids_N[1:])
     tokens = _tokens(model, ids_N)
@@ -132,14 +148,14 @@ def _words(model: Describer, batch: Batch, ids_N: torch.Tensor) -> list[dict[str
     ]
 
 
-def _tokens(model: Describer, ids_N: torch.Tensor) -> list[str]:
-    text = cast(TextModality, model.preparation.modalities[model.network.writes])
+def _tokens(model: Wording, ids_N: torch.Tensor) -> list[str]:
+    text = cast(TextModality, model.preparation.modalities[_sides(model)[0]])
     return [text.tokenizer.id_to_token(number) or "" for number in ids_N.tolist()]
 
 
 def _chance(found: Written, place: int) -> float:
     """Of the word, as the model itself saw it."""
-    score_V = found.output.score_BNV[place, place].float()
+    score_V = found.score_BNV[place, place].float()
     return float(score_V.softmax(dim=0)[found.word_B[place]])
 
 
