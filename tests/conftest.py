@@ -15,7 +15,7 @@ import soundfile
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # ranks
+sys.path.insert(0, str(Path(__file__).parent))  # ranks, photo_and_words
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 RATE = 4000

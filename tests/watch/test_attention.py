@@ -3,48 +3,26 @@ from typing import Any
 
 import pytest
 import torch
+from photo_and_words import ENCODERS, SIGNATURE, records
 from torch import Tensor
 
-from dougong.core.signature import ImageInput, Signature, Target, TextInput
 from dougong.model.bridge import BridgeConfig
-from dougong.model.encoders.image import ImageEncoderConfig
-from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sandwich import Sandwich, SandwichConfig
-from dougong.nn.batch import Batch, MediaBatch
+from dougong.nn.batch import Batch
 from dougong.watch.attention import METHODS, catching, look_inside, survey, unshared
 from dougong.watch.faithful import curves, sanity, without
 
 
 def network(fusion: str = "bridge", kind: str = "cross", **more: Any) -> Sandwich:
     torch.manual_seed(0)
-    signature = Signature(
-        inputs={"photo": ImageInput(height=16, width=16), "words": TextInput(vocabulary_size=40, max_tokens=9)},
-        target=Target(name="named", task="single_label", labels=("a", "b", "c")),
-    )
     config = SandwichConfig(
         fusion=fusion,  # type: ignore[arg-type]
         width=16,
         bridge=BridgeConfig(kind=kind, num_blocks=2, num_heads=2),  # type: ignore[arg-type]
-        encoders={
-            "photo": ImageEncoderConfig(width=16, num_layers=1, num_heads=2, patch_size=4, pool=2),
-            "words": TextEncoderConfig(width=16, num_layers=1, num_heads=2),
-        },
+        encoders=ENCODERS,
         **more,
     )
-    return config.build(signature).eval()
-
-
-def records() -> Batch:
-    """Four: whole, padded, without words, without a photo; the first two share a photo."""
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(2, 3, 16, 16, generator=generator)
-    ids = torch.randint(4, 40, (3, 9), generator=generator)
-    mask = torch.arange(9) < torch.tensor([9, 5, 7])[:, None]
-    photo = MediaBatch({"pixels_UCHW": pixels}, torch.tensor([0, 0, 1, 0]), torch.tensor([True, True, True, False]))
-    words = MediaBatch(
-        {"ids_UT": ids, "mask_UT": mask}, torch.tensor([0, 1, 0, 2]), torch.tensor([True, True, False, True])
-    )
-    return Batch({"photo": photo, "words": words}, torch.tensor([0, 1, 2, 0]))
+    return config.build(SIGNATURE).eval()
 
 
 KINDS: list[dict[str, Any]] = [
