@@ -1,6 +1,6 @@
 """Records' media as pages show them that look into single records.
 
-Here        `show_medium`, `text_of`; `check_rows`, of those that are asked for.
+Here        `show_medium`, `text_of`, `arrays_of`; `check_rows`, of those that are asked for.
 Elsewhere   the pages (watch/inside.py, watch/word_by_word.py); the cards of a report, which show files of a run's
             folder (watch/cards.py).
 Promise     what is shown is what the model was given, after it was cut and brought to its size.
@@ -11,20 +11,23 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import soundfile
 from PIL import Image
 
-from dougong.core.errors import ConfigError
-from dougong.data.batch import MediaArrays
+from dougong.core.errors import ConfigError, DataError
+from dougong.data.batch import BatchArrays, MediaArrays
+from dougong.data.collate import Collator, Request
 from dougong.data.modality.array import SignalModality
 from dougong.data.modality.audio import AudioModality
 from dougong.data.modality.image import ImageModality
 from dougong.data.modality.medium import Modality
 from dougong.data.modality.numbers import TableModality
 from dougong.data.modality.text import TextModality
+from dougong.data.preparation import Preparation
 from dougong.data.table import Table
 
 MOST_RECORDS: Final = 24
@@ -55,6 +58,19 @@ def show_medium(
     if isinstance(modality, TableModality):
         return {"values": {column: text_of(record.get(column)) for column in modality.columns}}
     return {}
+
+
+def arrays_of(preparation: Preparation, row: int, cells: Mapping[str, Any], folder: Path) -> BatchArrays:
+    """A batch of one record, whose cells these are by column.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    request = Request(np.array([row]), {column: [cell] for column, cell in cells.items()}, (0, 0))
+    arrays = Collator(preparation, folder, seed=0)(request)
+    if arrays.bad:
+        raise DataError(f"record {row} cannot be looked into: {arrays.bad[0].reason}. Choose another one.")
+    return arrays
 
 
 def text_of(value: Any) -> str:

@@ -16,14 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dougong.bundle.aligner import Aligner
-from dougong.core.errors import ConfigError, DataError
+from dougong.core.errors import ConfigError
 from dougong.core.files import write_atomic
-from dougong.data.collate import Collator, Request
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.engine.evaluate import evaluating
@@ -36,7 +34,7 @@ from dougong.watch import charts
 from dougong.watch.attention import METHODS, Method, by_record, catching, evened, finished, positive, unshared
 from dougong.watch.faithful import Faithful, followed
 from dougong.watch.inside import SAYS, curves_as_json, drawn_input, input_told
-from dougong.watch.media import check_rows
+from dougong.watch.media import arrays_of, check_rows
 from dougong.watch.pages import page_template
 
 
@@ -183,10 +181,7 @@ def look_at_pairs(model: Aligner, table: Table, rows: Sequence[int]) -> dict[str
 
 def _pairs(model: Aligner, row: int, record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     columns = {name: modality.columns[0] for name, modality in model.preparation.modalities.items()}
-    cells = {columns[name]: [record[name]] for name in columns}
-    arrays = Collator(model.preparation, folder, seed=0)(Request(np.array([row]), cells, (0, 0)))
-    if arrays.bad:
-        raise DataError(f"record {row} cannot be looked into: {arrays.bad[0].reason}. Choose another one.")
+    arrays = arrays_of(model.preparation, row, {columns[name]: record[name] for name in columns}, folder)
     batch = to_tensors(arrays, next(model.network.parameters()).device)
     told: list[dict[str, Any]] = []
     for left, right in model.network.pairs:

@@ -14,15 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
-import numpy as np
 import torch
 
 from dougong.bundle.describer import Describer
 from dougong.bundle.generator import Generator
-from dougong.core.errors import DataError
 from dougong.core.files import write_atomic
 from dougong.data.batch import BatchArrays
-from dougong.data.collate import Collator, Request
 from dougong.data.modality.text import TextModality
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
@@ -33,7 +30,7 @@ from dougong.model.sandwich import FinishBlock
 from dougong.model.writer import Writer
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.watch.cards import heat, relative, shaded_tokens, strip
-from dougong.watch.media import check_rows, show_medium
+from dougong.watch.media import arrays_of, check_rows, show_medium
 from dougong.watch.pages import page_template
 from dougong.watch.writing import Written, look_at_word
 
@@ -92,11 +89,8 @@ def _look(model: Wording, row: int, record: Mapping[str, Any], folder: Path) -> 
 
 
 def _arrays(model: Wording, row: int, record: Mapping[str, Any], folder: Path) -> BatchArrays:
-    cells = {column: [record.get(column)] for column in model.preparation.columns}
-    arrays = Collator(model.preparation, folder, seed=0)(Request(np.array([row]), cells, (0, 0)))
-    if arrays.bad:
-        raise DataError(f"record {row} cannot be looked into: {arrays.bad[0].reason}. Choose another one.")
-    return arrays
+    cells = {column: record.get(column) for column in model.preparation.columns}
+    return arrays_of(model.preparation, row, cells, folder)
 
 
 def _input(model: Wording, name: str, arrays: BatchArrays, record: Mapping[str, Any]) -> dict[str, Any]:
