@@ -2,6 +2,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +168,33 @@ def test_two_processes_lose_nothing_of_each_other_s(registry: Registry, taught: 
     versions = registry.versions("colours")
     assert [version.number for version in versions] == list(range(1, 9))
     assert len({version.tree for version in versions}) == 8
+
+
+DIES_WRITING = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA cache_size = 1")  # so that pages go to the file before the transaction ends
+connection.execute("BEGIN")
+connection.execute("DELETE FROM registered_model_aliases")
+connection.execute("DELETE FROM model_version_tags")
+connection.execute("CREATE TABLE large (x)")
+connection.executemany("INSERT INTO large VALUES (?)", [("x" * 4000,) for _ in range(200)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_writer_that_was_killed_in_the_midst_leaves_what_can_be_read(registry: Registry, taught: Path) -> None:
+    registry.register(taught, "m")
+    file = registry.folder / "mlflow.db"
+    before = registry.versions("m")
+
+    ended = subprocess.run([sys.executable, "-c", DIES_WRITING, str(file)], check=False)
+
+    assert ended.returncode == -signal.SIGKILL
+    assert file.with_name("mlflow.db-journal").stat().st_size > 512  # half of it is in the file
+    assert Registry(registry.folder).versions("m") == before
+    assert before[0].aliases == (CANDIDATE,)
+    registry.promote("m", CANDIDATE)
 
 
 def test_two_hundred_versions_are_listed_and_compared_in_a_second(registry: Registry, taught: Path) -> None:

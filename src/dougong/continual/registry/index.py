@@ -269,7 +269,10 @@ class _Reading:
 
     def __enter__(self) -> sqlite3.Connection:
         try:
-            self._connection = sqlite3.connect(f"{self._file.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
+            # May write, for SQLite alone: where a writer was killed, it is the next reader who takes back what was half
+            # written (a hot journal). What is asked through this connection writes nothing.
+            self._connection = sqlite3.connect(f"{self._file.resolve().as_uri()}?mode=rw", uri=True, timeout=60)
+            self._connection.execute("PRAGMA query_only = ON")
         except sqlite3.Error as error:
             raise RunError(f"{self._file} cannot be read ({error}). Copy the registry from a backup.") from None
         return self._connection
