@@ -3,6 +3,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from dougong.cli.main import main
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import Evaluated, EventFile, RunStarted, StepDone
+from dougong.watch import runs
+from dougong.watch.behind import Behind
+from dougong.watch.diagnose import rules
 from dougong.watch.runs import Reader, Runs, thinned
 
 pytest.importorskip("fastapi")
-from dougong.watch.dashboard import Pages, build_app
+from dougong.watch.dashboard import build_app
 
 TOKEN = "a-token-nobody-guesses"
 
@@ -75,6 +79,20 @@ def get(
     asyncio.run(ask())
     given = {key.decode().lower(): value.decode() for key, value in sent[0]["headers"]}
     return sent[0]["status"], given, b"".join(part.get("body", b"") for part in sent[1:]).decode()
+
+
+def listed(app: Any) -> tuple[int, int]:
+    """Of the only run: its step, and how many findings there are."""
+    (run,) = json.loads(get(app, "/api/runs")[2])
+    return run["step"], run["findings"]
+
+
+def soon(ask: Callable[[], Any], wanted: object) -> Any:
+    """What is told in the end."""
+    until = time.monotonic() + 20
+    while (told := ask()) != wanted and time.monotonic() < until:
+        time.sleep(0.01)
+    return told
 
 
 def test_runs_are_listed_and_shown(folder: Path) -> None:
@@ -221,7 +239,7 @@ def test_who_asks_for_a_run_that_has_grown_is_not_kept_waiting(tmp_path: Path) -
             assert go_on.wait(20)
         return f"{run} at {one.told()['step']}"
 
-    pages = Pages(draw)
+    pages = Behind(draw, 4)
     reader.read()
     assert pages.get(reader, "mine") == "mine at 5"
     assert pages.get(reader, "mine") == "mine at 5"
@@ -234,10 +252,87 @@ def test_who_asks_for_a_run_that_has_grown_is_not_kept_waiting(tmp_path: Path) -
     assert pages.get(reader, "mine") == "mine at 5"
     assert len(drawn) == 2
     go_on.set()
-    until = time.monotonic() + 20
-    while (page := pages.get(reader, "mine")) != "mine at 9" and time.monotonic() < until:
-        time.sleep(0.01)
-    assert page == "mine at 9"
+    assert soon(lambda: pages.get(reader, "mine"), "mine at 9") == "mine at 9"
+
+
+def test_the_list_does_not_wait_for_a_run_to_be_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 5)
+    go_on = threading.Event()
+    app = build_app(tmp_path)
+    assert listed(app) == (5, 0)
+
+    def slow(history: Any) -> list[rules.Finding]:
+        assert go_on.wait(20)
+        return [rules.Finding("loss_not_finite", "loss", 1.0, "", history.steps[-1])]
+
+    monkeypatch.setattr(runs, "diagnose", slow)
+    write(tmp_path, 9, first=5)
+
+    assert listed(app) == (9, 0)  # had it to be judged first, it would wait, and fail
+    assert json.loads(get(app, "/api/curves", query="run=.")[2])["loss"][-1][0] == 9
+    go_on.set()
+    assert soon(lambda: listed(app), (9, 1)) == (9, 1)
+
+
+def test_who_reads_on_waits_while_curves_are_copied(tmp_path: Path) -> None:
+    """numpy lets other threads go on while it copies an array, which then cannot grow (BufferError)."""
+    write(tmp_path, 5)
+    reader = Reader(tmp_path)
+    reader.read()
+    faults: list[Exception] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            try:
+                curves = reader.curves()
+                assert curves["loss"][-1][0] == curves["learning rate"][-1][0]
+                reader.told()
+            except Exception as error:
+                faults.append(error)
+                return
+
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    try:
+        line = json.dumps({"kind": "StepDone", "loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "seconds": 0.1})
+        with (tmp_path / "events.jsonl").open("a", encoding="utf-8", buffering=1) as file:
+            for start in range(6, 20_006, 500):
+                file.write("".join(f'{line[:-1]}, "step": {step}}}\n' for step in range(start, start + 500)))
+                reader.read()
+    finally:
+        ended.set()
+        for asker in askers:
+            asker.join(20)
+
+    assert not faults
+    assert reader.told()["step"] == 20_005
+
+
+def test_a_run_that_was_resumed_while_nobody_looked_is_read_anew(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    reader = Reader(tmp_path)
+    reader.read()
+    write(tmp_path, 40, first=4)  # by now the file is longer than it was
+
+    assert reader.read()
+    assert list(reader.steps) == list(range(1, 41))
+
+
+def test_a_line_that_no_training_wrote_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"a": 1}\n[3]\nno json}\n{"kind": "StepDone", "step": 5}\n{"kind": "FlowMeasured", ...}\n')
+    write_more = '{"kind": "StepDone", "step": 5, "loss": 1, "grad_norm": 1, "learning_rate": 1, "seconds": 1}\n'
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(write_more)
+    reader = Reader(tmp_path)
+    reader.read()
+
+    assert list(reader.steps) == [1, 2, 3, 4, 5]
+    assert len(reader.losses) == 5
+    assert reader.flows == []
 
 
 def test_of_many_measured_steps_only_those_that_are_shown_are_parsed(tmp_path: Path) -> None:

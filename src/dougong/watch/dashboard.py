@@ -1,8 +1,8 @@
 """Runs side by side in a browser, live, with what goes on inside them.
 
-Here        `build_app` (the pages and what they ask for), Pages, `serve`.
-Elsewhere   reading runs (watch/runs.py); what a run's page shows (watch/summary.py); how the page looks and what it
-            does (watch/dashboard.html).
+Here        `build_app` (the pages and what they ask for), `serve`.
+Elsewhere   reading runs (watch/runs.py), and keeping what is worked out of them (watch/behind.py); what a run's page
+            shows (watch/summary.py); how the page looks and what it does (watch/dashboard.html).
 Promise     nothing is asked of any other machine, and nothing is changed: every answer is read from the folder that was
             named. On another address than this machine's own nobody is answered who does not know the token; a browser
             that was led here under another name (DNS rebinding) is not answered either.
@@ -13,14 +13,14 @@ from __future__ import annotations
 import hmac
 import importlib
 import secrets
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from dougong.core.errors import ConfigError, RunError
+from dougong.watch.behind import Behind
 from dougong.watch.pages import page_template
-from dougong.watch.runs import Reader, Runs
+from dougong.watch.runs import MOST_RUNS, Reader, Runs
 from dougong.watch.summary import filled, summary_of, summary_template
 
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
@@ -31,42 +31,6 @@ MOST_PAGES: Final = 32
 
 STILL: Final = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 """A page that shows what stands in it and does nothing."""
-
-
-class Pages:
-    """Runs as they were last drawn. Who asks for one that has grown is given that, while it is drawn anew behind: of a
-    run that goes on there is always more by the time that a page is seen."""
-
-    def __init__(self, draw: Callable[[Reader, str], str]) -> None:
-        self._draw = draw
-        self._lock = threading.Lock()
-        self._known: dict[str, tuple[int, str]] = {}
-        self._drawing: set[str] = set()
-
-    def get(self, reader: Reader, run: str) -> str:
-        """The page; the first of a run is waited for."""
-        with self._lock:
-            known = self._known.get(run)
-            if known is not None:
-                if known[0] != reader.offset and run not in self._drawing:
-                    self._drawing.add(run)
-                    threading.Thread(target=self._renew, args=(reader, run), daemon=True).start()
-                return known[1]
-        return self._renew(reader, run)
-
-    def _renew(self, reader: Reader, run: str) -> str:
-        offset = reader.offset
-        try:
-            page = self._draw(reader, run)
-            with self._lock:
-                self._known.pop(run, None)
-                self._known[run] = (offset, page)
-                while len(self._known) > MOST_PAGES:
-                    del self._known[next(iter(self._known))]
-            return page
-        finally:
-            with self._lock:
-                self._drawing.discard(run)
 
 
 def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) -> Any:
@@ -91,7 +55,10 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
         told = summary_of(reader, run)
         return summary_template().render(**filled(told), whole=False)
 
-    pages = Pages(draw)
+    def count_findings(reader: Reader, _run: str) -> int:
+        return len(reader.findings())
+
+    pages, findings = Behind(draw, MOST_PAGES), Behind(count_findings, MOST_RUNS)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     def refuse(text: str, status: int) -> Any:
@@ -122,7 +89,9 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
         return responses.HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     def listed() -> Any:
-        return responses.JSONResponse([{"name": name, **runs.get(name).told()} for name in runs.names()])
+        readers = {name: runs.get(name) for name in runs.names()}
+        told = [{"name": run, **each.told(), "findings": findings.get(each, run)} for run, each in readers.items()]
+        return responses.JSONResponse(told)
 
     def curves(run: str) -> Any:
         try:

@@ -9,6 +9,7 @@ Promise     a run is only read, and never held in memory whole: of each step thr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -33,6 +34,8 @@ ENDED: Final = {"steps": "finished", "early": "stopped early: nothing was gained
 KEPT_FLOWS: Final = 24
 KEPT_OTHERS: Final = 400
 POINTS: Final = 400
+END_BYTES: Final = 256
+STEP_TELLS: Final = ("step", "loss", "grad_norm", "learning_rate", "seconds")
 FLOW: Final = b'{"kind": "FlowMeasured"'
 """How such an event's line begins (core/events.py)."""
 
@@ -60,6 +63,9 @@ class Reader:
         self.offset = 0
         """Bytes that are read: whoever keeps something of a run knows by it whether there is more."""
 
+        self._end = b""
+        """The last of these bytes. Are they others now, the file was written anew."""
+
         self._flows: list[tuple[int, int]] = []
         """Where in the file each of those that are kept lies, and how long it is."""
 
@@ -77,20 +83,22 @@ class Reader:
             size = path.stat().st_size
         except OSError:
             return False
-        if size < self.offset:
-            self._forget()  # resumed: steps after the checkpoint are trained again
         if size == self.offset:
             return False
         with path.open("rb") as file:
-            file.seek(self.offset)
+            file.seek(max(0, self.offset - len(self._end)))
+            if file.read(len(self._end)) != self._end:
+                self._forget()  # resumed: steps after the checkpoint are trained again
+                file.seek(0)
             for line in file:
-                if not line.endswith(b"}\n"):
+                if not line.endswith(b"\n"):
                     break
                 if line.startswith(FLOW):
                     self._take_flow(len(line))
                 else:
-                    self._take(json.loads(line))
+                    self._take(line)
                 self.offset += len(line)
+                self._end = line[-END_BYTES:]
         return True
 
     def _take_flow(self, length: int) -> None:
@@ -111,17 +119,25 @@ class Reader:
                 with (self.folder / EVENTS).open("rb") as file:
                     for offset, length in missing:
                         file.seek(offset)
-                        self._parsed[offset] = json.loads(file.read(length))
-            return [self._parsed[offset] for offset, _ in self._flows]
+                        # Else written anew since it was read: the next reading will see to it.
+                        with contextlib.suppress(ValueError):
+                            self._parsed[offset] = json.loads(file.read(length))
+            return [self._parsed[offset] for offset, _ in self._flows if offset in self._parsed]
 
-    def _take(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
+    def _take(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+            kind = event["kind"]
+            told = [event[name] for name in STEP_TELLS] if kind == "StepDone" else []
+        except (ValueError, TypeError, KeyError):
+            return  # nothing that a training wrote: the rest can still be read
         if kind == "StepDone":
-            self.steps.append(event["step"])
-            self.losses.append(event["loss"])
-            self.gradient_norms.append(event["grad_norm"])
-            self.rates.append(event["learning_rate"])
-            self.seconds += event["seconds"]
+            step, loss, gradient_norm, rate, seconds = told
+            self.steps.append(step)
+            self.losses.append(loss)
+            self.gradient_norms.append(gradient_norm)
+            self.rates.append(rate)
+            self.seconds += seconds
             self.finished = None
         else:
             if kind == "RunStarted":
@@ -135,48 +151,43 @@ class Reader:
     def findings(self) -> list[Finding]:
         """What is wrong so far; judged anew only when more was read."""
         with self._lock:
-            return self._judge()
-
-    def _judge(self) -> list[Finding]:
-        if self._found is None or self._found[0] != self.offset:
-            history = History(total_steps=self.total_steps)
+            if self._found is not None and self._found[0] == self.offset:
+                return self._found[1]
+            offset, history = self.offset, History(total_steps=self.total_steps)
             history.steps, history.losses = self.steps.tolist(), self.losses.tolist()
             history.gradient_norms, history.learning_rates = self.gradient_norms.tolist(), self.rates.tolist()
             for event in (*self.others, *self.flows):
                 history.add(event)
-            found = [finding for finding in diagnose(history) if finding.confidence >= SURE]
-            self._found = (self.offset, found)
-        return self._found[1]
-
-    def judged(self) -> list[dict[str, Any]]:
-        return [event for event in self.others if event["kind"] == "Evaluated"]
+        # Outside the lock: it takes long, and whoever asks for the rest meanwhile is not to wait for it.
+        found = [finding for finding in diagnose(history) if finding.confidence >= SURE]
+        with self._lock:
+            self._found = (offset, found)
+        return found
 
     def told(self) -> dict[str, Any]:
         """In a line of a list."""
-        judged = self.judged()
-        last = len(self.steps) - 1
-        return {
-            "step": self.steps[last] if last >= 0 else 0,
-            "total_steps": self.total_steps,
-            "loss": _number(self.losses[last]) if last >= 0 else None,
-            "state": ENDED.get(self.finished, self.finished) if self.finished else "going on",
-            "seconds": round(self.seconds, 1),
-            "metrics": judged[-1]["metrics"] if judged else {},
-            "findings": len(self.findings()),
-        }
+        with self._lock:
+            judged = _judged(self.others)
+            last = len(self.steps) - 1
+            return {
+                "step": self.steps[last] if last >= 0 else 0,
+                "total_steps": self.total_steps,
+                "loss": _number(self.losses[last]) if last >= 0 else None,
+                "state": ENDED.get(self.finished, self.finished) if self.finished else "going on",
+                "seconds": round(self.seconds, 1),
+                "metrics": judged[-1]["metrics"] if judged else {},
+            }
 
     def curves(self, points: int = POINTS) -> dict[str, Any]:
         """Losses, gradient norms and learning rates, thinned, and all that was judged."""
+        with self._lock:  # an array that is being copied cannot grow: the thread that reads on would fail
+            steps, others = self.steps[:], [*self.others]
+            series = {"loss": self.losses[:], "gradient norm": self.gradient_norms[:], "learning rate": self.rates[:]}
         judged: dict[str, list[list[float | None]]] = {}
-        for event in self.judged():
+        for event in _judged(others):
             for name, value in event["metrics"].items():
                 judged.setdefault(f"{event['condition']}: {name}", []).append([event["step"], _number(value)])
-        return {
-            "loss": thinned(self.steps, self.losses, points),
-            "gradient norm": thinned(self.steps, self.gradient_norms, points),
-            "learning rate": thinned(self.steps, self.rates, points),
-            "judged": judged,
-        }
+        return {**{name: thinned(steps, values, points) for name, values in series.items()}, "judged": judged}
 
 
 class Runs:
@@ -234,6 +245,10 @@ def thinned(steps: Sequence[int], values: Sequence[float], points: int) -> list[
         else:
             found.append([step, None, None, None])
     return found
+
+
+def _judged(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["kind"] == "Evaluated"]
 
 
 def _number(value: float) -> float | None:

@@ -10,7 +10,7 @@ Promise     the page refers to nothing outside itself and runs no script; what c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def summarise(run: Path, counted: Mapping[str, Any] | None = None) -> dict[str, 
 
 def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The same of one that is being read."""
-    flow = reader.flows[-1] if reader.flows else None
+    flows = reader.flows
+    flow = flows[-1] if flows else None
     return {
         "name": name,
         "run": reader.told(),
@@ -67,12 +68,12 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
             "probes": flow["probes"],
             "inputs": flow["inputs"],
         },
-        "conflicts": last_with(reader.flows, "conflicts"),
-        "ranges": _ranges(reader),
+        "conflicts": last_with(flows, "conflicts"),
+        "ranges": _ranges(flows),
         "pairs": _pairs(reader),
         "noise": next((event for event in reversed(reader.others) if event["kind"] == "NoiseMeasured"), None),
-        "balance": balance(reader.flows),
-        "gates": [{"step": each["step"], **each["gate"]} for each in reader.flows if each["gate"]],
+        "balance": balance(flows),
+        "gates": [{"step": each["step"], **each["gate"]} for each in flows if each["gate"]],
         "contribution": counted,
         "over_time": [
             {"step": e["step"], "all": e["with_all"], "none": e["with_none"], "without": e["without"]}
@@ -82,9 +83,9 @@ def summary_of(reader: Reader, name: str, counted: Mapping[str, Any] | None = No
     }
 
 
-def _ranges(reader: Reader) -> dict[str, Any] | None:
+def _ranges(flows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How large numbers are, of the last step in which they were counted."""
-    counted = last_with(reader.flows, "exponents")
+    counted = last_with(flows, "exponents")
     return None if counted is None else {"step": counted["step"], "rows": ranges(counted)}
 
 
