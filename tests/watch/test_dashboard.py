@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def test_who_asks_for_a_run_that_has_grown_is_not_kept_waiting(tmp_path: Path) -
             assert go_on.wait(20)
         return f"{run} at {one.told()['step']}"
 
-    pages = Behind(draw, 4)
+    pages = Behind(draw, ThreadPoolExecutor(1), 4)
     reader.read()
     assert pages.get(reader, "mine") == "mine at 5"
     assert pages.get(reader, "mine") == "mine at 5"

@@ -2,14 +2,16 @@
 
 Here        Behind: a value of each run as it was last worked out, renewed while nobody waits.
 Elsewhere   reading runs (watch/runs.py); what is kept so, pages and the number of findings (watch/dashboard.py).
-Promise     only the first asking of a run waits, and never does one run's value stand for another's. However often a
-            run is asked for, it is worked out once at a time.
+Promise     only the first asking of a run waits, and never does one run's value stand for another's. However often runs
+            are asked for, what one worker is given to do is done one after the other: who answers meanwhile shares the
+            interpreter with a single thread.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
 from dougong.watch.runs import Reader
@@ -21,9 +23,10 @@ class Behind(Generic[Value]):
     """Who asks for a run that has grown is given what was last known of it, while that is worked out anew behind: of a
     run that goes on there is always more by the time that an answer is seen."""
 
-    def __init__(self, work_out: Callable[[Reader, str], Value], most: int) -> None:
+    def __init__(self, work_out: Callable[[Reader, str], Value], worker: Executor, most: int) -> None:
         """`most`: runs of which a value is kept, those that were renewed last."""
         self._work_out = work_out
+        self._worker = worker
         self._most = most
         self._lock = threading.Lock()
         self._known: dict[str, tuple[int, Value]] = {}
@@ -36,7 +39,7 @@ class Behind(Generic[Value]):
             if known is not None:
                 if known[0] != reader.offset and run not in self._under_way:
                     self._under_way.add(run)
-                    threading.Thread(target=self._renew, args=(reader, run), daemon=True).start()
+                    self._worker.submit(self._renew, reader, run)
                 return known[1]
         return self._renew(reader, run)
 

@@ -14,6 +14,7 @@ import hmac
 import importlib
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +59,8 @@ def build_app(root: Path, *, host: str = "127.0.0.1", token: str | None = None) 
     def count_findings(reader: Reader, _run: str) -> int:
         return len(reader.findings())
 
-    pages, findings = Behind(draw, MOST_PAGES), Behind(count_findings, MOST_RUNS)
+    worker = ThreadPoolExecutor(1, thread_name_prefix="behind")
+    pages, findings = Behind(draw, worker, MOST_PAGES), Behind(count_findings, worker, MOST_RUNS)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     def refuse(text: str, status: int) -> Any:
