@@ -256,6 +256,26 @@ def test_who_asks_for_a_run_that_has_grown_is_not_kept_waiting(tmp_path: Path) -
     assert soon(lambda: pages.get(reader, "mine"), "mine at 9") == "mine at 9"
 
 
+def test_what_fails_behind_is_told_to_who_asks_next(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    reader = Reader(tmp_path)
+    reader.read()
+
+    def draw(one: Reader, run: str) -> str:
+        if one.told()["step"] > 5:
+            raise ValueError("cannot be drawn")
+        return "drawn"
+
+    with ThreadPoolExecutor(1) as worker:
+        pages = Behind(draw, worker, 4)
+        assert pages.get(reader, "mine") == "drawn"
+        write(tmp_path, 9, first=5)
+        reader.read()
+        pages.get(reader, "mine")
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        pages.get(reader, "mine")
+
+
 def test_the_list_does_not_wait_for_a_run_to_be_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 5)
     go_on = threading.Event()

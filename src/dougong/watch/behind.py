@@ -53,6 +53,10 @@ class Behind(Generic[Value]):
                 while len(self._known) > self._most:
                     del self._known[next(iter(self._known))]
             return value
+        except Exception:
+            with self._lock:  # who asks next works it out himself, and is told what is wrong
+                self._known.pop(run, None)
+            raise
         finally:
             with self._lock:
                 self._under_way.discard(run)
