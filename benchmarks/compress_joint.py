@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from harness import Kept
-from students import SEEDS, Taught, lessons, mean, measured_importance, teacher_of
+from students import EASY_VQA, SEEDS, Taught, lessons, mean, measured_importance, teacher_of
 
 from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
@@ -109,7 +109,7 @@ def figures(name: str, found: list[dict[str, float]]) -> Iterator[Figure]:
 
 def one_budget(share: float, seed: int, kept: Kept, quick: bool) -> dict[str, float]:
     """The accuracy of each way."""
-    taught = teacher_of(seed, kept, quick=quick)
+    taught = teacher_of(EASY_VQA, seed, kept, quick=quick)
     teacher, tables = taught.teacher, taught.tables
     judge = sample_table(tables.test, 200 if quick else TEST_RECORDS, seed=seed)
     structure = structure_of(teacher.network)

@@ -22,17 +22,19 @@ from large import large_batch, large_sandwich
 from paired import quartiles, ratio
 from parts import once
 from peers import ONE_CORE, peers_of
-from students import SEEDS, lessons, mean, measured_importance, quarter, student_of, teacher_of
+from students import SEEDS, SUBJECTS, lessons, mean, measured_importance, quarter, student_of, teacher_of
 
 from dougong.bundle.exported import Engine, EngineNetwork
 from dougong.bundle.model import Model
+from dougong.compress.backends import fastest_floats
 from dougong.compress.clock import interleaved
 from dougong.compress.delivery import uniform_plans
 from dougong.compress.distil import distil
 from dougong.compress.engines.eager import Eager
 from dougong.compress.export import Source, export, open_engine
 from dougong.compress.importance import ImportanceConfig, measure_importance
-from dougong.compress.quantise import Quantised, round_layers
+from dougong.compress.plan import Choice, Compute
+from dougong.compress.quantise import round_layers
 from dougong.compress.search import model_of
 from dougong.compress.sensitivity import observe
 from dougong.compress.structure import structure_of
@@ -52,30 +54,33 @@ TEST_RECORDS: Final = 2000
 CALIBRATION_RECORDS: Final = 256
 BASE: Final = "eager fp32"
 WHOLE: Final = "student, engine and int8"
+FLOATS: Final[Compute] = fastest_floats()
 PEERS: Final = ("NNCF default int8", "ONNX Runtime dynamic int8", "torchao int8, compiled")
 
 
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
     how = "quick" if quick else "whole"
-    found: list[dict[str, Any]] = []
-    for seed in range(1 if quick else SEEDS):
-        key = f"path {seed}, {how}"
-        values = kept.get(key)
-        if values is None:
-            values = one_seed(seed, kept, quick)
-            kept.put(key, values)
-        found.append(values)
-    yield from accuracies(found)
-    yield from once(kept, f"path, times on easy-VQA, {how}", lambda: times_of(kept, quick))
+    for subject in SUBJECTS:
+        found: list[dict[str, Any]] = []
+        for seed in range(1 if quick else SEEDS):
+            key = f"path, {subject}, {seed}, {how}"
+            values = kept.get(key)
+            if values is None:
+                values = one_seed(subject, seed, kept, quick)
+                kept.put(key, values)
+            found.append(values)
+        yield from accuracies(subject, found)
+        make = functools.partial(times_of, subject, kept, quick)
+        yield from once(kept, f"path, times on {subject}, {how}", make)
     yield from once(kept, f"path, times of the larger one, {how}", lambda: times_of_large(quick))
 
 
-def accuracies(found: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+def accuracies(subject: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     teacher = mean(each["accuracy"][BASE] for each in found)
     for way in found[0]["accuracy"]:
         values = [each["accuracy"][way] for each in found]
         yield Figure(
-            name=f"accuracy, {way}",
+            name=f"{subject}: accuracy, {way}",
             value=mean(values),
             unit="",
             low=min(values),
@@ -85,7 +90,7 @@ def accuracies(found: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         )
     lost = [each["accuracy"][BASE] - each["accuracy"][WHOLE] for each in found]
     yield Figure(
-        name="accuracy lost by all together",
+        name=f"{subject}: accuracy lost by all together",
         value=mean(lost),
         unit="",
         asked="<= 0.01",
@@ -98,14 +103,14 @@ def accuracies(found: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         after = [each["robust"][condition][1] for each in found]
         worse = [one - other for one, other in zip(before, after, strict=True)]
         yield Figure(
-            name=f"accuracy, {condition}: all together",
+            name=f"{subject}: accuracy, {condition}: all together",
             value=mean(after),
             unit="",
             seeds=len(after),
             baseline=mean(before),
         )
         yield Figure(
-            name=f"lost, {condition}",
+            name=f"{subject}: lost, {condition}",
             value=mean(worse),
             unit="",
             asked="<= 0.02",
@@ -115,10 +120,10 @@ def accuracies(found: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         )
 
 
-def one_seed(seed: int, kept: Kept, quick: bool) -> dict[str, Any]:
+def one_seed(subject: str, seed: int, kept: Kept, quick: bool) -> dict[str, Any]:
     """What every way answers of one teacher's test records, and how robust the first and the last are."""
-    taught = teacher_of(seed, kept, quick=quick)
-    teacher, student = taught.teacher, student_for(seed, kept, quick)
+    taught = teacher_of(subject, seed, kept, quick=quick)
+    teacher, student = taught.teacher, student_for(subject, seed, kept, quick)
     records = sample_table(taught.tables.test, 200 if quick else TEST_RECORDS, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
         calibration = batches(teacher, taught.tables.train, 32, CALIBRATION_RECORDS)
@@ -149,14 +154,14 @@ def answering(model: Model, engine: Engine) -> Model:
     return Model(cast(Sandwich, network), model.preparation, model.manifest)
 
 
-def student_for(seed: int, kept: Kept, quick: bool) -> Model:
+def student_for(subject: str, seed: int, kept: Kept, quick: bool) -> Model:
     """The teacher's student of a quarter of its parameters, taught once of the same sources."""
-    recipe, tables, teacher = teacher_of(seed, kept, quick=quick)
+    recipe, tables, teacher = teacher_of(subject, seed, kept, quick=quick)
     structure = structure_of(teacher.network)
     importance = measured_importance(teacher, structure, tables, seed)
     student = student_of(teacher, quarter(teacher, structure, importance), importance, seed)
     config = lessons(recipe, seed, taught=True, quick=quick).model_copy(update={"withhold": WITHHOLD})
-    folder = kept.folder / f"student-{seed}-{'quick' if quick else 'whole'}"
+    folder = kept.folder / f"student-{SUBJECTS.index(subject)}-{seed}-{'quick' if quick else 'whole'}"
     # Where it was taught before, it ends at once with its best weights.
     distil(
         student.network,
@@ -174,27 +179,30 @@ def student_for(seed: int, kept: Kept, quick: bool) -> Model:
 def ways(teacher: Model, student: Model, calibration: Sequence[Batch], scratch: Path) -> dict[str, Engine]:
     """Each step alone, all together, and the other quantisers of the teacher."""
     source, small = Source(teacher), Source(student)
+
+    def opened(choice: Choice, of: Source, name: str) -> Engine:
+        return open_engine(at_bits(choice, of, calibration, scratch / name), ONE_CORE)
+
     return {
         BASE: Eager(teacher.network),
         "engine alone": open_engine(export(source, scratch / "teacher", "openvino"), ONE_CORE),
-        "engine and int8": int8(source, calibration, scratch / "teacher-int8"),
+        f"engine and 16 bits in {FLOATS}": opened("w16a16", source, "teacher-16"),
+        "engine and int8": opened("w8a8", source, "teacher-int8"),
         "student alone": Eager(student.network),
         "student and engine": open_engine(export(small, scratch / "student", "openvino"), ONE_CORE),
-        WHOLE: int8(small, calibration, scratch / "student-int8"),
+        WHOLE: opened("w8a8", small, "student-int8"),
         **peers_of(source, calibration, scratch),
     }
 
 
-def int8(source: Source, calibration: Sequence[Batch], folder: Path) -> Engine:
-    """Weights and inputs of all layers in 8 bits."""
-    return open_engine(export(source, folder, "openvino", rounded(source, calibration)), ONE_CORE)
-
-
-def rounded(source: Source, calibration: Sequence[Batch]) -> Quantised:
+def at_bits(choice: Choice, source: Source, calibration: Sequence[Batch], folder: Path) -> Path:
+    """An export with all layers alike; what is left in floating point is computed in bf16 where the processor has units
+    for it, as the other quantisers' is."""
     layers = source.cut.layers
     linear = [name for name, layer in layers.items() if "w8a8" in layer.choices]
     seen = observe(source.model.network, linear, calibration)
-    return round_layers(layers, uniform_plans(layers)["w8a8"], seen)
+    rounded = round_layers(layers, uniform_plans(layers, FLOATS)[choice], seen)
+    return export(source, folder, "openvino", rounded)
 
 
 def batches(model: Model, table: Table, size: int, most: int) -> list[Batch]:
@@ -203,13 +211,13 @@ def batches(model: Model, table: Table, size: int, most: int) -> list[Batch]:
     return [to_tensors(arrays) for arrays in loader.one_pass() if len(arrays.row_B) == size]
 
 
-def times_of(kept: Kept, quick: bool) -> Iterator[Figure]:
-    taught = teacher_of(0, kept, quick=quick)
+def times_of(subject: str, kept: Kept, quick: bool) -> Iterator[Figure]:
+    taught = teacher_of(subject, 0, kept, quick=quick)
     with tempfile.TemporaryDirectory() as temporary:
         calibration = batches(taught.teacher, taught.tables.train, 32, CALIBRATION_RECORDS)
-        engines = ways(taught.teacher, student_for(0, kept, quick), calibration, Path(temporary))
+        engines = ways(taught.teacher, student_for(subject, 0, kept, quick), calibration, Path(temporary))
         timed = {size: without_target(batches(taught.teacher, taught.tables.test, size, size)[0]) for size in (1, 16)}
-        yield from times("easy-VQA", engines, timed, quick)
+        yield from times(subject, engines, timed, quick)
 
 
 def without_target(batch: Batch) -> Batch:

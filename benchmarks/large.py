@@ -7,6 +7,10 @@ Promise     the same weights and the same batch of a size, every time.
 
 from __future__ import annotations
 
+import string
+from typing import Final
+
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -22,9 +26,14 @@ from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sandwich import SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 
+PIECES: Final = 30_522
+"""As many as BERT-small knows."""
+
 
 def large_sandwich() -> Model:
-    tokenizer: Tokenizer = learn_tokenizer([f"word{number}" for number in range(4000)], 8000)
+    letters = np.random.default_rng(0).choice(list(string.ascii_lowercase), size=(30_000, 7))
+    words = ["".join(row) for row in letters]
+    tokenizer: Tokenizer = learn_tokenizer(words * 2, PIECES)  # what comes but once is no piece
     preparation = Preparation(
         {
             "photo": ImageModality(ImageConfig(column="photo", height=224, width=224)),
@@ -50,7 +59,7 @@ def large_sandwich() -> Model:
 def large_batch(size: int, tokens: int = 32) -> Batch:
     random = torch.Generator().manual_seed(size)
     every_B, all_B = torch.arange(size), torch.ones(size).bool()
-    ids = torch.randint(5, 1000, (size, tokens), generator=random)
+    ids = torch.randint(5, PIECES, (size, tokens), generator=random)
     pixels = torch.randn(size, 3, 224, 224, generator=random)
     return Batch(
         {

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress_path import CALIBRATION_RECORDS, batches, rounded, student_for
+from compress_path import CALIBRATION_RECORDS, at_bits, batches, student_for
 from harness import Kept
 from serve_asking import CALLERS, closed, opened, side, spread
-from students import teacher_of
+from students import EASY_VQA, teacher_of
 
-from dougong.compress.export import Source, export
+from dougong.compress.export import Source
 from dougong.core.figures import Figure
 from dougong.data.modality.medium import media_bytes
 from dougong.data.split import sample_table
@@ -55,13 +55,12 @@ def compressed(quick: bool) -> Iterator[Figure]:
 def _bundles(folder: Path, quick: bool) -> tuple[dict[str, Path], list[dict[str, Any]]]:
     """What is served, by name, and records to ask about."""
     kept = Kept("compress")
-    taught = teacher_of(0, kept, quick=quick)
-    student = student_for(0, kept, quick)
+    taught = teacher_of(EASY_VQA, 0, kept, quick=quick)
+    student = student_for(EASY_VQA, 0, kept, quick)
     calibration = batches(taught.teacher, taught.tables.train, 32, CALIBRATION_RECORDS)
     found = {"teacher, as it is": taught.teacher.save(folder / "teacher")}
     for way, model in {"teacher-int8": taught.teacher, "student-int8": student}.items():
-        source = Source(model)
-        found[way] = export(source, folder / way, "openvino", rounded(source, calibration))
+        found[way] = at_bits("w8a8", Source(model), calibration, folder / way)
     return found, _rows(sample_table(taught.tables.test, RECORDS, seed=0), taught.teacher.preparation.columns)
 
 

@@ -1,22 +1,24 @@
-"""A student with a quarter of its teacher's parameters, on easy-VQA.
+"""A student with a quarter of its teacher's parameters.
 
-Here        teachers of pictures and typed questions, one a seed; students that inherit and are taught, beside students
-            of the same shape without the one, the other, or both; accuracy on the collection's own test questions.
+Here        the subjects (easy-VQA: pictures and typed questions; digits that are seen and spoken, by a speaker that
+            nobody was taught); teachers, one a seed; students that inherit and are taught, beside students of the same
+            shape without the one, the other, or both; accuracy on the collections' own test records.
 Elsewhere   the parts (compress.py); what a student is (src/dougong/compress/).
 Promise     all students of a seed have the same shape, batches, augmentation and steps. The best weights are chosen by
-            records held out of training, by picture; test questions are asked once. The interval is from the lowest
-            seed to the highest.
+            records held out of training as the recipe says (pictures, speakers); test records are asked once. The
+            interval is from the lowest seed to the highest.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 from harness import Kept
+from lessons import SPOKEN
 
 from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
@@ -42,9 +44,11 @@ SEEDS: Final = 3
 SHARE: Final = 0.25
 """Of the teacher's parameters."""
 
-MODALITIES: Final = ("image", "question")
 TEACHER_STEPS: Final = 1500
 STUDENT_STEPS: Final = 1200
+EASY_VQA: Final = "easy-VQA"
+DIGITS: Final = "digits seen and spoken"
+SUBJECTS: Final = (EASY_VQA, *([DIGITS] if SPOKEN.is_dir() else []))
 
 WAYS: Final[dict[str, tuple[bool, bool]]] = {
     "inherits, taught": (True, True),
@@ -64,23 +68,29 @@ class Measured(NamedTuple):
 
 
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
-    found: list[Measured] = []
-    for seed in range(1 if quick else SEEDS):
-        key = f"student {seed} {'quick' if quick else 'whole'}"
-        values = kept.get(key)
-        if values is None:
-            values = one_seed(seed, kept, quick=quick)._asdict()
-            kept.put(key, values)
-        found.append(Measured(**values))
+    for subject in SUBJECTS:
+        found: list[Measured] = []
+        for seed in range(1 if quick else SEEDS):
+            key = f"student, {subject}, {seed} {'quick' if quick else 'whole'}"
+            values = kept.get(key)
+            if values is None:
+                values = one_seed(subject, seed, kept, quick=quick)._asdict()
+                kept.put(key, values)
+            found.append(Measured(**values))
+        yield from figures(subject, found)
+
+
+def figures(subject: str, found: Sequence[Measured]) -> Iterator[Figure]:
     count = len(found)
-    yield Figure(name="teacher's accuracy", value=mean(f.teacher for f in found), unit="", seeds=count)
-    largest = max(f.share for f in found)
-    yield Figure(name="student's share of the parameters", value=largest, unit="", asked=f"<= {SHARE}", seeds=count)
+    yield Figure(name=f"{subject}: teacher's accuracy", value=mean(f.teacher for f in found), unit="", seeds=count)
+    share = max(f.share for f in found)
+    name = f"{subject}: student's share of the parameters"
+    yield Figure(name=name, value=share, unit="", asked=f"<= {SHARE}", seeds=count)
     ours, *others = WAYS
     for way in WAYS:
         ratios = [f.accuracy[way] / f.teacher for f in found]
         yield Figure(
-            name=f"student's accuracy over the teacher's: {way}",
+            name=f"{subject}: student's accuracy over the teacher's: {way}",
             value=mean(ratios),
             unit="",
             asked=">= 0.985" if way == ours else None,
@@ -96,16 +106,21 @@ def mean(values: Iterable[float]) -> float:
     return sum(each) / len(each)
 
 
-def recipe_of(seed: int, *, quick: bool) -> Recipe:
-    """The named recipe of easy-VQA, of pictures and typed questions alone."""
-    values = read_recipe("vqa").model_dump(mode="json")
+def recipe_of(subject: str, seed: int, *, quick: bool) -> Recipe:
+    """The named recipe; that of easy-VQA for pictures and typed questions alone."""
+    if subject == EASY_VQA:
+        values = read_recipe("vqa").model_dump(mode="json")
+        pair = {"modalities": ["image", "question"], "views": [], "one_view_a_batch": False, "conditions": {}}
+        values["data"] |= pair
+        values["data"]["columns"]["speech"] = "ignore"
+        values["model"]["align"] = []
+        values["model"]["encoders"].pop("speech")
+        values["train"]["optimizer"]["multipliers"] = {}
+    else:
+        values = read_recipe("seen-and-spoken").model_dump(mode="json")
+        values["data"]["folder"] = str(SPOKEN)
     values |= {"name": "compress-teacher", "seed": seed}
-    values["data"] |= {"modalities": list(MODALITIES), "views": [], "one_view_a_batch": False, "conditions": {}}
-    values["data"]["columns"]["speech"] = "ignore"
-    values["model"]["align"] = []
-    values["model"]["encoders"].pop("speech")
     values["train"] |= {"steps": TEACHER_STEPS // (20 if quick else 1), "evaluate_every": 500, "keep": 1}
-    values["train"]["optimizer"]["multipliers"] = {}
     return parse(Recipe, values, where="teacher")
 
 
@@ -117,19 +132,19 @@ class Taught(NamedTuple):
     teacher: Model
 
 
-def teacher_of(seed: int, kept: Kept, *, quick: bool) -> Taught:
+def teacher_of(subject: str, seed: int, kept: Kept, *, quick: bool) -> Taught:
     """Trained once of the same sources."""
-    recipe = recipe_of(seed, quick=quick)
+    recipe = recipe_of(subject, seed, quick=quick)
     tables = open_tables(recipe.data, seed=seed)
-    folder = kept.folder / f"teacher-{seed}-{'quick' if quick else 'whole'}"
+    folder = kept.folder / f"teacher-{SUBJECTS.index(subject)}-{seed}-{'quick' if quick else 'whole'}"
     if not is_bundle(folder / "bundle"):
         run_recipe(recipe, folder, resume=(folder / "run.yaml").exists(), quiet=True, tables=tables)
     return Taught(recipe, tables, load_from(folder))
 
 
-def one_seed(seed: int, kept: Kept, *, quick: bool) -> Measured:
+def one_seed(subject: str, seed: int, kept: Kept, *, quick: bool) -> Measured:
     """A teacher and its students."""
-    recipe, tables, teacher = teacher_of(seed, kept, quick=quick)
+    recipe, tables, teacher = teacher_of(subject, seed, kept, quick=quick)
     whole = sum(p.numel() for p in teacher.network.parameters())
     structure = structure_of(teacher.network)
     importance = measured_importance(teacher, structure, tables, seed)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 import dougong
 from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
-from dougong.compress.backends import OnnxBackend, OpenVinoBackend, backends_named
+from dougong.compress.backends import OnnxBackend, OpenVinoBackend, backends_named, fastest_floats
 from dougong.compress.candidate import ALL, Runner
 from dougong.compress.sensitivity import divergence
 from dougong.core.bundle import Manifest
@@ -22,7 +22,7 @@ from dougong.data.preparation import Preparation
 from dougong.model.sandwich import SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
 
-pytest.importorskip("openvino")
+openvino = pytest.importorskip("openvino")
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,43 @@ def test_bits_by_layer_use_a_budget_up_and_are_shipped_as_they_ran(
         backend.fill(model, batches, batches[0], 0.5 * sizes["w4a16"], None)
 
 
+@pytest.mark.skipif(
+    fastest_floats() != "bf16", reason="this processor has no units for bfloat16, whose formats are read back"
+)
+def test_what_is_left_in_floating_point_may_be_computed_in_bf16(
+    model: Model, batches: list[Batch], tmp_path: Path
+) -> None:
+    backend = OpenVinoBackend(EngineConfig(threads=1), compute="bf16")
+
+    plain = backend.carry_out(model, {ALL: "w16a16"}, batches, tmp_path / "plain")
+    eight = backend.carry_out(model, {ALL: "w8a8"}, batches, tmp_path / "eight")
+
+    assert backend.name == "openvino-bf16"
+    assert {} not in backend.options()
+    assert 1e-9 < apart(model, plain, batches) < 1e-2
+    ran = plain.engine.precisions()  # type: ignore[attr-defined]
+    assert "bf16" in {found.split("/")[1] for found in ran.values()} <= {"bf16", "i32"}
+    assert "?" not in "".join(ran.values())
+    assert {"i8", "u8"} >= {found.split("/")[1] for found in eight.engine.precisions().values()} - {"i32"}  # type: ignore[attr-defined]
+    plain.ship(tmp_path / "shipped", model.manifest)
+    shipped = dougong.load(tmp_path / "shipped", EngineConfig(threads=1))
+    with torch.inference_mode():
+        torch.testing.assert_close(shipped.network(batches[0]).output_BC, plain(batches[0]).output_BC, rtol=0, atol=0)
+    assert "bfloat16" in (tmp_path / "shipped" / "README.md").read_text()
+
+
+def test_a_processor_without_bf16_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+
+    assert "openvino-bf16" not in [backend.name for backend in backends_named("auto")]
+    with pytest.raises(ConfigError, match="no units for bfloat16. Use --engine openvino"):
+        backends_named("openvino-bf16")
+
+
 def test_engines_are_named() -> None:
     assert [backend.name for backend in backends_named("auto")][:2] == ["eager", "openvino"]
     assert [backend.name for backend in backends_named("openvino")] == ["openvino"]
-    with pytest.raises(ConfigError, match="--engine 'warp' is none. Use one of auto, eager, openvino, onnx"):
+    with pytest.raises(ConfigError, match="--engine 'warp' is none. Use one of auto, eager, openvino, openvino-bf16"):
         backends_named("warp")
     with pytest.raises(ConfigError, match="rounds all layers alike. Use --engine openvino"):
         OnnxBackend().fill(None, [], None, 1.0, None)  # type: ignore[arg-type]  # refused before it looks

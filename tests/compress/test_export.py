@@ -19,7 +19,7 @@ from dougong.cli.main import main
 from dougong.compress.backends import OnnxBackend
 from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
 from dougong.compress.export import Source, answering_bytes, export, open_engine
-from dougong.compress.plan import Plan
+from dougong.compress.plan import Plan, read_plan
 from dougong.compress.quantise import QuantiseConfig, calibrate
 from dougong.continual.learn import learn
 from dougong.continual.taught import open_taught
@@ -288,11 +288,24 @@ def test_memory_of_answering_is_told(openvino_export: Path, tmp_path: Path) -> N
         ({"bits": "3"}, "'3' is no choice of bits"),
         ({"bits": "8", "to": "onnx"}, "chosen for openvino alone"),
         ({"to": "tflite"}, "to"),
+        ({"compute": "bf16"}, "Give --bits 16 too"),
+        ({"bits": "8", "compute": "f16"}, "compute"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         parse(ExportRequest, values, where="export")
+
+
+def test_a_plan_says_in_which_floating_point(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"plan": {"one": "w8a16"}, "compute": "bf16", "num_bytes": 3}))
+    assert read_plan(file) == Plan(layers={"one": "w8a16"}, compute="bf16")
+    file.write_text(json.dumps({"one": "w8a16"}))
+    assert read_plan(file) == Plan(layers={"one": "w8a16"})
+    file.write_text(json.dumps({"plan": {"one": "w8a16"}, "compute": "f8"}))
+    with pytest.raises(ConfigError, match=r"plan\.json"):
+        read_plan(file)
 
 
 def test_what_needs_records_says_so(colour_run: Path, tmp_path: Path) -> None:

@@ -210,9 +210,9 @@ def compiled_by_openvino(
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "PERF_COUNT": profile,
-        # Left to itself it computes in bf16 where the processor has units for that, and answers otherwise than what
-        # was measured.
-        "INFERENCE_PRECISION_HINT": "f32",
+        # As was asked of the export: left to itself it computes in bf16 where the processor has units for that, and
+        # answers otherwise than what was measured.
+        "INFERENCE_PRECISION_HINT": spec.get("compute", "f32"),
     }
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads

@@ -110,6 +110,9 @@ def export(
     plan: Annotated[
         Path | None, Option(help="In place of --bits: a JSON file with a choice for each layer, as --json tells it.")
     ] = None,
+    compute: Annotated[
+        str | None, Option(help="With bits: f32, or bf16, which processors with units for it do faster.")
+    ] = None,
     size: Annotated[str | None, Option(help="With --bits mixed: the graphs' most bytes, like 8MB.")] = None,
     latency: Annotated[str | None, Option(help="With --bits mixed: a batch's most time, like 5ms.")] = None,
     batch: Annotated[int, Option(min=1, max=64, help="Records of the batch that is timed.")] = 1,
@@ -138,6 +141,7 @@ def export(
         "to": to,
         "bits": bits,
         "plan": None if plan is None else read_plan(plan),
+        "compute": compute,
         "most_bytes": None if size is None else read_bytes(size),
         "most_seconds": None if latency is None else read_seconds(latency),
         "batch_size": batch,
@@ -209,8 +213,8 @@ def compress(
     engine: Annotated[
         str,
         Option(
-            help="What may carry it out: eager (torch), openvino, onnx, or auto, all that are installed. "
-            "The last three may end with graphs: an export, which is asked and served like any bundle."
+            help="What may carry it out: eager (torch), openvino, openvino-bf16, onnx, or auto, all that are here. "
+            "All but the first may end with graphs: an export, which is asked and served like any bundle."
         ),
     ] = "auto",
     time_limit: Annotated[str | None, Option(help="Like 10min: less is tried where time is short.")] = None,

@@ -1,6 +1,6 @@
 """Engines of exported graphs, as a search asks them.
 
-Here        OpenVinoBackend, OnnxBackend; `backends_named`, for what people write.
+Here        OpenVinoBackend, OnnxBackend; `fastest_floats`; `backends_named`, for what people write.
 Elsewhere   what the search wants of a back end, and torch itself (candidate.py); exports (export.py); bits by layer
             (quantise.py, delivery.py).
 Promise     a candidate is timed and judged as the very graphs that would be shipped; graphs of a model are converted
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,10 +20,11 @@ import torch
 from dougong.bundle.exported import EngineConfig, EngineNetwork
 from dougong.bundle.model import Model
 from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
-from dougong.compress.delivery import number_bytes, plan_within
+from dougong.compress.delivery import number_bytes, plan_within, uniform_plans
 from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
 from dougong.compress.needs import needed
-from dougong.compress.plan import Plan, read_choice
+from dougong.compress.parts import Layer
+from dougong.compress.plan import BF16, Compute, Plan, read_choice
 from dougong.compress.quantise import QuantiseConfig, Quantised, calibrate, round_layers
 from dougong.compress.recover import RecoverConfig, recover
 from dougong.compress.sensitivity import Seen, observe
@@ -33,9 +34,10 @@ from dougong.model.sandwich import SandwichOutput
 from dougong.nn.batch import Batch
 
 OPENVINO: Final = "openvino"
+OPENVINO_BF16: Final = "openvino-bf16"
 AUTO: Final = "auto"
 ONNX: Final = "onnx"
-ENGINES: Final = (AUTO, EAGER, OPENVINO, ONNX)
+ENGINES: Final = (AUTO, EAGER, OPENVINO, OPENVINO_BF16, ONNX)
 CALIBRATION_BATCHES: Final = 4
 ROOM: Final = 0.97
 """Of a time, what a plan is made for: it is measured again before it is shipped."""
@@ -82,20 +84,39 @@ class _Prepared:
         return observe(self.model.network.eval(), linear, self._calibration)
 
 
+def fastest_floats() -> Compute:
+    """bf16 where this processor has units for it."""
+    openvino = needed("openvino", "compress")
+    return "bf16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+
+
 class OpenVinoBackend:
-    """OpenVINO's kernels, with the bits of each layer."""
+    """OpenVINO's kernels, with the bits of each layer. In bfloat16 it counts as an engine of its own: what is left in
+    floating point takes half the time, and answers otherwise."""
 
-    name = OPENVINO
+    def __init__(
+        self,
+        engine: EngineConfig | None = None,
+        quantise: QuantiseConfig | None = None,
+        compute: Compute = "f32",
+    ) -> None:
+        """`engine`: None gives it as many threads as torch has, so that both are timed alike.
 
-    def __init__(self, engine: EngineConfig | None = None, quantise: QuantiseConfig | None = None) -> None:
-        """`engine`: None gives it as many threads as torch has, so that both are timed alike."""
+        Raises:
+            ConfigError: it is not installed, or this processor has no units for `compute`.
+        """
         needed("openvino", "compress")
+        self.name = OPENVINO if compute == "f32" else OPENVINO_BF16
+        if compute == BF16 and fastest_floats() != BF16:
+            raise ConfigError(f"{self.name}: this processor has no units for bfloat16. Use --engine {OPENVINO}.")
+        self._compute: Compute = compute
         self._engine = engine or EngineConfig(threads=torch.get_num_threads())
         self._quantise = quantise or QuantiseConfig()
         self._last: _Prepared | None = None
 
     def options(self) -> Sequence[Mapping[str, str]]:
-        return [{}, *({ALL: choice} for choice in ("w16a16", "w8a16", "w8a8", "w4a16"))]
+        rounded = [{ALL: choice} for choice in ("w16a16", "w8a16", "w8a8", "w4a16")]
+        return rounded if self._compute == BF16 else [{}, *rounded]
 
     def carry_out(
         self,
@@ -110,7 +131,7 @@ class OpenVinoBackend:
         layers = prepared.source.cut.layers
         quantised = None
         if bits:
-            plan = _plan(bits, layers)
+            plan = self._plan(bits, layers)
             needs = any(choice in ("w8a8", "w4a16") for choice in plan.layers.values())
             seen = prepared.seen if needs else None
             correct = self._quantise.error_correction and not nearest
@@ -121,7 +142,7 @@ class OpenVinoBackend:
         self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
     ) -> Model:
         prepared, task = self._prepared(model, calibration), model.preparation.target.task
-        plan = _plan(bits, prepared.source.cut.layers)
+        plan = self._plan(bits, prepared.source.cut.layers)
         taught = recover(model.network, plan, prepared.seen, calibration, task, config)
         return Model(taught, model.preparation, model.manifest)
 
@@ -144,11 +165,17 @@ class OpenVinoBackend:
                 Path(temporary),
                 most_bytes=most_bytes,
                 most_seconds=None if most_seconds is None else ROOM * most_seconds,
+                compute=self._compute,
                 quantise=self._quantise,
                 engine=self._engine,
                 counted=number_bytes,
             )
         return dict(plan.layers)
+
+    def _plan(self, bits: Mapping[str, str], layers: Mapping[str, Layer]) -> Plan:
+        if set(bits) == {ALL}:
+            return uniform_plans(layers, self._compute)[read_choice(bits[ALL])]
+        return Plan(layers={name: read_choice(choice) for name, choice in bits.items()}, compute=self._compute)
 
     def _prepared(self, model: Model, calibration: Sequence[Batch]) -> _Prepared:
         if self._last is None or self._last.model is not model:
@@ -199,12 +226,6 @@ class OnnxBackend:
         raise ConfigError("ONNX Runtime rounds all layers alike. Use --engine openvino for bits by layer.")
 
 
-def _plan(bits: Mapping[str, str], layers: Mapping[str, Any]) -> Plan:
-    if set(bits) == {ALL}:
-        return Plan.uniform(read_choice(bits[ALL]), {name: layer.choices for name, layer in layers.items()})
-    return Plan(layers={name: read_choice(choice) for name, choice in bits.items()})
-
-
 def backends_named(name: str) -> tuple[Backend, ...]:
     """What `--engine` says; auto is all that are installed.
 
@@ -214,7 +235,12 @@ def backends_named(name: str) -> tuple[Backend, ...]:
     if name not in ENGINES:
         raise ConfigError(f"--engine {name!r} is none. Use one of {', '.join(ENGINES)}.")
     found: list[Any] = [Eager()] if name in (AUTO, EAGER) else []
-    for engine, make in {OPENVINO: OpenVinoBackend, ONNX: OnnxBackend}.items():
+    makers: dict[str, Callable[[], Any]] = {
+        OPENVINO: OpenVinoBackend,
+        OPENVINO_BF16: functools.partial(OpenVinoBackend, compute=BF16),
+        ONNX: OnnxBackend,
+    }
+    for engine, make in makers.items():
         if name not in (AUTO, engine):
             continue
         try:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self, cast
 
@@ -30,7 +30,7 @@ from dougong.compress.engines.openvino import OpenVino
 from dougong.compress.export import Source, To, answering_bytes, export, fastest_kind, open_engine
 from dougong.compress.latency import LayerTimes, fit_layer_times
 from dougong.compress.parts import Layer
-from dougong.compress.plan import CHOICES, Choice, Plan, read_choice
+from dougong.compress.plan import CHOICES, Choice, Compute, Plan, read_choice
 from dougong.compress.quantise import (
     Announce,
     Budget,
@@ -71,6 +71,9 @@ class ExportRequest(Config):
     plan: Plan | None = None
     """A choice for each layer, in place of `bits`; layers that it does not name are stored in 16 bits."""
 
+    compute: Compute | None = None
+    """In which floating point all is computed that bits leave in it. None: as the plan says, float32 without one."""
+
     most_bytes: float | None = Field(default=None, gt=0)
     """Of all graphs together. With bits=mixed."""
 
@@ -107,6 +110,8 @@ class ExportRequest(Config):
             raise ValueError(
                 "a plan says all of the bits, and openvino alone carries it out. Leave --bits and --to out."
             )
+        if self.compute is not None and not self.rounds:
+            raise ValueError(f"--compute {self.compute} goes with bits that are chosen. Give --bits 16 too, or fewer.")
         if self.recover is not None and not self.rounds:
             raise ValueError("--recover teaches a model to live with its bits, and none are chosen. Give --bits too.")
         return self
@@ -149,6 +154,7 @@ class Delivered(NamedTuple):
             "folder": str(self.folder),
             "to": self.to,
             "plan": {} if self.plan is None else self.plan.layers,
+            "compute": "f32" if self.plan is None else self.plan.compute,
             "num_bytes": self.num_bytes,
             "figures": self.figures,
             "precisions": self.precisions,
@@ -201,15 +207,15 @@ def deliver(
                 Path(temporary),
                 most_bytes=request.most_bytes,
                 most_seconds=request.most_seconds,
+                compute=request.compute or "f32",
                 quantise=request.quantise,
                 engine=request.engine,
                 announce=announce,
             )
     elif request.plan is not None:
-        plan = request.plan
+        plan = request.plan.model_copy(update={"compute": request.compute or request.plan.compute})
     else:
-        choice = read_choice(cast(str, request.bits))
-        plan = Plan.uniform(choice, {name: layer.choices for name, layer in layers.items()})
+        plan = uniform_plans(layers, request.compute or "f32")[read_choice(cast(str, request.bits))]
     rounding = request.quantise
     if request.recover is not None:
         assert known is not None
@@ -276,6 +282,7 @@ def plan_within(
     *,
     most_bytes: float | None = None,
     most_seconds: float | None = None,
+    compute: Compute = "f32",
     quantise: QuantiseConfig = QuantiseConfig(),  # noqa: B008, frozen
     engine: EngineConfig = EngineConfig(),  # noqa: B008, frozen
     announce: Announce | None = None,
@@ -301,11 +308,12 @@ def plan_within(
         )
     times = None
     if most_seconds is not None:
-        times = layer_times(made, known, timed, quantise, engine, scratch, announce)
+        times = layer_times(made, known, timed, quantise, engine, scratch, announce, compute)
     allowed = most_seconds
     for number in range(ROUNDS):
         seconds = None if times is None or allowed is None else allowed - times.rest
         plan = choose(known.scores, costs, None if times is None else times.seconds, Budget(most, seconds))
+        plan = plan.model_copy(update={"compute": compute})
         tried = export_plan(made, scratch / f"tried-{number}", plan, known, quantise)
         over_bytes = 0.0 if most_bytes is None else counted(tried) / most_bytes
         over_time = 0.0
@@ -325,8 +333,10 @@ def plan_within(
     )
 
 
-def uniform_plans(layers: dict[str, Layer]) -> dict[Choice, Plan]:
-    return {choice: Plan.uniform(choice, {name: layer.choices for name, layer in layers.items()}) for choice in CHOICES}
+def uniform_plans(layers: Mapping[str, Layer], compute: Compute = "f32") -> dict[Choice, Plan]:
+    """The same bits for all layers, by these."""
+    known = {name: layer.choices for name, layer in layers.items()}
+    return {choice: Plan.uniform(choice, known, compute) for choice in CHOICES}
 
 
 def layer_times(
@@ -337,9 +347,10 @@ def layer_times(
     engine_config: EngineConfig,
     scratch: Path,
     announce: Announce | None = None,
+    compute: Compute = "f32",
 ) -> LayerTimes:
     """Times of every layer at every choice, from one export for each choice."""
-    plans = uniform_plans(made.cut.layers)
+    plans = uniform_plans(made.cut.layers, compute)
     profiles: dict[Choice, dict[str, float]] = {}
     engines: dict[str, Engine] = {}
     for place, (choice, plan) in enumerate(plans.items()):

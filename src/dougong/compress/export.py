@@ -31,7 +31,7 @@ from dougong.compress.engines.eager import Eager, fastest
 from dougong.compress.engines.openvino import OpenVino, apply_bits, name_layers, to_graph, write_graph
 from dougong.compress.needs import needed
 from dougong.compress.parts import Part, cut
-from dougong.compress.plan import CHOICES
+from dougong.compress.plan import BF16, CHOICES
 from dougong.compress.quantise import Quantised
 from dougong.core.bundle import Manifest, write_bundle
 from dougong.core.errors import ConfigError
@@ -111,6 +111,7 @@ def export(
         "format": "dougong-export",
         "format_version": 1,
         "to": to,
+        "compute": "f32" if quantised is None else quantised.plan.compute,
         **made.spec,
         "layers": {
             name: DYNAMIC
@@ -125,7 +126,7 @@ def export(
     manifest = Manifest(
         name=model.manifest.name,
         signature=model.manifest.signature,
-        model={"kind": KIND, "to": to, "layers": spec["layers"]},
+        model={"kind": KIND, "to": to, "compute": spec["compute"], "layers": spec["layers"]},
         provenance={**model.manifest.provenance, "exported_from": _origin(model.manifest)},
         metrics=model.manifest.metrics,
     )
@@ -290,5 +291,7 @@ def _card(manifest: Manifest, to: str, size: int, quantised: Quantised | None, m
     if quantised is not None:
         lines += ["## Bits of the layers", "", "| weights and activations | layers |", "|---|---|"]
         lines += [f"| {choice} | {count} |" for choice, count in quantised.plan.counts().items()]
+        if quantised.plan.compute == BF16:
+            lines += ["", "What is not computed in whole numbers is computed in bfloat16, where the processor has it."]
         lines.append("")
     return "\n".join(lines)

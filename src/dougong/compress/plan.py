@@ -1,6 +1,6 @@
 """How many bits each layer gets.
 
-Here        Choice, Plan, `read_plan`; what a choice means in bits and bytes.
+Here        Choice, Compute, Plan, `read_plan`; what a choice means in bits and bytes.
 Elsewhere   finding a plan (quantise.py); carrying it out (engines/); what really ran (engines/eager.py).
 Promise     a plan names layers as the model does, so that it can be read, written by hand, and held against what ran.
 """
@@ -17,8 +17,13 @@ from dougong.core.config import Config, parse
 from dougong.core.errors import ConfigError
 
 Choice = Literal["w16a16", "w8a16", "w8a8", "w4a16"]
-"""Bits of weights and of activations. a16 computes in the engine's own floating point: bfloat16 where the processor has
-it, else float32; w16 is stored as float16."""
+"""Bits of weights and of activations. a16 computes in the plan's floating point (Compute); w16 is stored as float16."""
+
+Compute = Literal["f32", "bf16"]
+"""Floating point in which all is computed that is not computed in whole numbers: float32, or bfloat16, which processors
+with units for it do about twice as fast, to three digits."""
+
+BF16: Final = "bf16"
 
 CHOICES: Final[tuple[Choice, ...]] = ("w16a16", "w8a16", "w8a8", "w4a16")
 UNIFORM: Final[dict[str, Choice]] = {"16": "w16a16", "8": "w8a8", "4": "w4a16", **{each: each for each in CHOICES}}
@@ -34,11 +39,14 @@ class Plan(Config):
     layers: dict[str, Choice] = {}
     """By the layers' names in the model."""
 
+    compute: Compute = "f32"
+
     @classmethod
-    def uniform(cls, choice: Choice, layers: Mapping[str, Iterable[Choice]]) -> Self:
+    def uniform(cls, choice: Choice, layers: Mapping[str, Iterable[Choice]], compute: Compute = "f32") -> Self:
         """The same for all; where a layer cannot have it (a look-up has no activations), its weights' bits alone."""
         weights_alone: Choice = "w8a16" if choice == "w8a8" else choice
-        return cls(layers={name: choice if choice in known else weights_alone for name, known in layers.items()})
+        chosen = {name: choice if choice in known else weights_alone for name, known in layers.items()}
+        return cls(layers=chosen, compute=compute)
 
     def counts(self) -> dict[str, int]:
         """How many layers have each choice."""
@@ -82,6 +90,7 @@ def read_plan(file: Path) -> Plan:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plan {file} cannot be read as JSON ({error}). Give layers' names with choices.") from None
+    compute = "f32"
     if isinstance(values, dict) and isinstance(values.get("plan"), dict):
-        values = values["plan"]
-    return parse(Plan, {"layers": values}, where=f"--plan {file.name}")
+        values, compute = values["plan"], values.get("compute", compute)
+    return parse(Plan, {"layers": values, "compute": compute}, where=f"--plan {file.name}")

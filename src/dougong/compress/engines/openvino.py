@@ -236,6 +236,8 @@ class OpenVino(GraphEngine):
 def _precision(operation: Any) -> str:
     """Of a compiled layer: its weights' format, and its inputs'. A look-up is given numbers of places alone."""
     sources = [operation.input_value(place).get_node() for place in range(operation.get_input_size())]
+    if _told(operation, "layerType") == "Convert":  # a change of format that follows a layer, and has its name
+        return _precision(sources[0])
     formats = [_told(node, "outputPrecisions") for node in sources if _told(node, "layerType") == "Const"]
     few = [found for found in formats if found in ("u4", "i4", "u8", "i8")]
     # Scales and zero points are constants too; without any of few bits, the widest is the weights'.
