@@ -1,5 +1,6 @@
 """Holds backends.py to its promises, on a model of words and pictures."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 import dougong
 from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
-from dougong.compress.backends import OnnxBackend, OpenVinoBackend, backends_named, fastest_floats
+from dougong.compress.backends import AlikeBackend, OpenVinoBackend, backends_named, fastest_floats
 from dougong.compress.candidate import ALL, Runner
 from dougong.compress.sensitivity import divergence
 from dougong.core.bundle import Manifest
@@ -126,10 +127,43 @@ def test_a_processor_without_bf16_is_not_asked_for_it(monkeypatch: pytest.Monkey
         backends_named("openvino-bf16")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
+@pytest.mark.parametrize("bits", [{}, {ALL: "dynamic-w8a8"}])
+def test_torch_s_compiler_carries_a_model_out(
+    model: Model, batches: list[Batch], bits: dict[str, str], tmp_path: Path
+) -> None:
+    backend = AlikeBackend("inductor", EngineConfig(threads=1))
+    assert bits in backend.options()
+
+    runner = backend.carry_out(model, bits, batches, tmp_path / "compiled")
+
+    assert (1e-9 if bits else 0) <= apart(model, runner, batches) < (1e-2 if bits else 1e-9)
+    runner.ship(tmp_path / "shipped", model.manifest)
+    with pytest.raises(ConfigError, match="compiled by AOTInductor, which is code"):
+        dougong.load(tmp_path / "shipped")
+    shipped = dougong.load(tmp_path / "shipped", EngineConfig(threads=1), trusted=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(shipped.network(batches[0]).output_BC, runner(batches[0]).output_BC, rtol=0, atol=0)
+        three = {
+            name: each._replace(index_B=each.index_B[:3], present_B=each.present_B[:3])
+            for name, each in batches[0].media.items()
+        }
+        few_BC = shipped.network(Batch(three, None)).output_BC
+        torch.testing.assert_close(few_BC, runner(batches[0]).output_BC[:3], rtol=1e-3, atol=1e-4)
+
+
+def test_what_has_no_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("nowhere-to-be-found",))
+    with pytest.raises(ConfigError, match="a C\\+\\+ compiler, and there is none here"):
+        backends_named("inductor")
+
+
 def test_engines_are_named() -> None:
+    assert "inductor" not in [backend.name for backend in backends_named("auto")]
     assert [backend.name for backend in backends_named("auto")][:2] == ["eager", "openvino"]
     assert [backend.name for backend in backends_named("openvino")] == ["openvino"]
     with pytest.raises(ConfigError, match="--engine 'warp' is none. Use one of auto, eager, openvino, openvino-bf16"):
         backends_named("warp")
     with pytest.raises(ConfigError, match="rounds all layers alike. Use --engine openvino"):
-        OnnxBackend().fill(None, [], None, 1.0, None)  # type: ignore[arg-type]  # refused before it looks
+        AlikeBackend("onnx").fill(None, [], None, 1.0, None)  # type: ignore[arg-type]  # refused before it looks

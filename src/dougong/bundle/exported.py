@@ -37,10 +37,13 @@ from dougong.nn.batch import Batch
 KIND: Final = "export"
 """What an export's manifest says that it is."""
 
-PACKAGES: Final = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
+PACKAGES: Final = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch", "inductor": "torch"}
 """What opens the graphs, by what they were exported for."""
 
-Kind = Literal["openvino", "onnx", "torch", "eager", "compiled"]
+CODE: Final = ("torch", "inductor")
+"""Kinds of export that are code: what opens them runs what stands in them."""
+
+Kind = Literal["openvino", "onnx", "torch", "inductor", "eager", "compiled"]
 
 
 class EngineConfig(Config):
@@ -169,7 +172,8 @@ def open_exported(
     """What an export's sums were just checked of (`read_bundle`): its preparation, and its graphs as a network.
 
     A torch.export package is opened only where it is `trusted`: torch evaluates expressions that stand in it, and
-    unpickles what it says is pickled, so it is code, and sums do not say whose.
+    unpickles what it says is pickled, so it is code, and sums do not say whose. So are compiled graphs, which are a
+    library of this machine's own instructions.
 
     Raises:
         BundleError: it lacks what an export has.
@@ -181,9 +185,10 @@ def open_exported(
     except (OSError, ValueError, KeyError, TypeError):
         raise BundleError(f"{folder} is no whole export. Take it from its source again.") from None
     # By what opens the graphs: not by what the manifest says.
-    if engine.kind == "torch" and not trusted:
+    if engine.kind in CODE and not trusted:
+        what = "a torch.export package" if engine.kind == "torch" else "compiled by AOTInductor"
         raise ConfigError(
-            f"{folder} is a torch.export package, which is code: torch runs what stands in it. Ask an export for "
+            f"{folder} is {what}, which is code: torch runs what stands in it. Ask an export for "
             "openvino or onnx, or, if it is your own, its run.py."
         )
     if importlib.util.find_spec(package) is None:  # not imported: some start threads, which outlive no fork

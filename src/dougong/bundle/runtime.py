@@ -7,7 +7,7 @@ Promise     it imports nothing of Dougong, so that its copy runs where Dougong i
             training; the encoder of a modality that no record has is not run; a record that cannot be read gets its
             reason, and its neighbours their answers.
 
-Beside NumPy it needs what the export was made for (openvino, onnxruntime or torch), and of the libraries that read
+Beside NumPy it needs what the export was made for (openvino, onnxruntime, or torch), and of the libraries that read
 media only those of the modalities at hand: tokenizers, Pillow, soundfile and soxr.
 """
 
@@ -179,13 +179,13 @@ def filled_up(part: Mapping[str, Any], values: Arrays) -> Arrays:
 
 def open_graphs(spec: Mapping[str, Any], graphs: Graphs, threads: int | None = None) -> Call:
     """Load every graph of an export, from its folder or from what was read of it."""
-    opened = {"openvino": _open_openvino, "onnx": _open_onnx, "torch": _open_torch}[spec["to"]]
-    return opened(spec, graphs, threads)
+    openers = {"openvino": _open_openvino, "onnx": _open_onnx, "torch": _open_torch, "inductor": _open_torch}
+    return openers[spec["to"]](spec, graphs, threads)
 
 
 def file_names(spec: Mapping[str, Any]) -> list[str]:
     """Of the files that graphs are opened from."""
-    endings = {"openvino": ("xml", "bin"), "onnx": ("onnx",), "torch": ("pt2",)}[spec["to"]]
+    endings = {"openvino": ("xml", "bin"), "onnx": ("onnx",), "torch": ("pt2",), "inductor": ("pt2",)}[spec["to"]]
     return [f"{name}.{ending}" for name in part_names(spec) for ending in endings]
 
 
@@ -260,12 +260,17 @@ def _open_onnx(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> 
 def _open_torch(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
     import torch
 
+    if spec["to"] == "inductor":
+        import torch._inductor
     if threads is not None:
         torch.set_num_threads(threads)
-    modules = {}
+    modules: dict[str, Any] = {}
     for name in part_names(spec):
         given = graphs / f"{name}.pt2" if isinstance(graphs, Path) else io.BytesIO(graphs[f"{name}.pt2"])
-        modules[name] = torch.export.load(given).module()
+        if spec["to"] == "torch":
+            modules[name] = torch.export.load(given).module()
+        else:
+            modules[name] = torch._inductor.aoti_load_package(given)
 
     def call(name: str, given: Arrays) -> Arrays:
         with torch.inference_mode():

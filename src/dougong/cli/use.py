@@ -101,7 +101,11 @@ def export(
     model: Annotated[Path, Argument(help="A bundle's or a run's folder.")],
     out: Annotated[Path, Option(help="The folder to write.")],
     to: Annotated[
-        str, Option(help="openvino, onnx, torch, or auto: whichever is measured to be fastest here.")
+        str,
+        Option(
+            help="openvino, onnx, torch, inductor (compiled for this machine), or auto: which of the first three is "
+            "measured to be fastest here."
+        ),
     ] = "auto",
     bits: Annotated[
         str | None,

@@ -1,6 +1,6 @@
 """Engines of exported graphs, as a search asks them.
 
-Here        OpenVinoBackend, OnnxBackend; `fastest_floats`; `backends_named`, for what people write.
+Here        OpenVinoBackend, AlikeBackend; `fastest_floats`; `backends_named`, for what people write.
 Elsewhere   what the search wants of a back end, and torch itself (candidate.py); exports (export.py); bits by layer
             (quantise.py, delivery.py).
 Promise     a candidate is timed and judged as the very graphs that would be shipped; graphs of a model are converted
@@ -13,7 +13,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from dougong.bundle.exported import EngineConfig, EngineNetwork
 from dougong.bundle.model import Model
 from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
 from dougong.compress.delivery import number_bytes, plan_within, uniform_plans
-from dougong.compress.export import DYNAMIC, Source, To, export, open_engine
+from dougong.compress.export import DYNAMIC, Source, To, check_installed, export, open_engine
 from dougong.compress.needs import needed
 from dougong.compress.parts import Layer
 from dougong.compress.plan import BF16, Compute, Plan, read_choice
@@ -37,7 +37,8 @@ OPENVINO: Final = "openvino"
 OPENVINO_BF16: Final = "openvino-bf16"
 AUTO: Final = "auto"
 ONNX: Final = "onnx"
-ENGINES: Final = (AUTO, EAGER, OPENVINO, OPENVINO_BF16, ONNX)
+INDUCTOR: Final = "inductor"
+ENGINES: Final = (AUTO, EAGER, OPENVINO, OPENVINO_BF16, ONNX, INDUCTOR)
 CALIBRATION_BATCHES: Final = 4
 ROOM: Final = 0.97
 """Of a time, what a plan is made for: it is measured again before it is shipped."""
@@ -183,14 +184,18 @@ class OpenVinoBackend:
         return self._last
 
 
-class OnnxBackend:
-    """ONNX Runtime: as it is, or all of it in 8 bits."""
+class AlikeBackend:
+    """An engine that carries a model out as it is, or rounds all layers to 8 bits alike: ONNX Runtime, or torch's
+    compiler with torchao."""
 
-    name = ONNX
-
-    def __init__(self, engine: EngineConfig | None = None) -> None:
-        for module in ("onnx", "onnxscript", "onnxruntime"):
-            needed(module, "compress")
+    def __init__(self, to: Literal["onnx", "inductor"], engine: EngineConfig | None = None) -> None:
+        """
+        Raises:
+            ConfigError: what it takes is not installed.
+        """
+        check_installed(to)
+        self.name: str = to
+        self._to: To = to
         self._engine = engine or EngineConfig(threads=torch.get_num_threads())
         self._last: Source | None = None
 
@@ -208,12 +213,12 @@ class OnnxBackend:
     ) -> Runner:
         if self._last is None or self._last.model is not model:
             self._last = Source(model)
-        return GraphRunner(self._last, "onnx", folder, self._engine, dynamic=bool(bits))
+        return GraphRunner(self._last, self._to, folder, self._engine, dynamic=bool(bits))
 
     def recover(
         self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
     ) -> Model:
-        raise ConfigError("ONNX Runtime rounds weights itself, as it likes. Use --engine openvino for recovery.")
+        raise ConfigError(f"{self.name} rounds weights itself, as it likes. Use --engine openvino for recovery.")
 
     def fill(
         self,
@@ -223,11 +228,12 @@ class OnnxBackend:
         most_bytes: float | None,
         most_seconds: float | None,
     ) -> Mapping[str, str]:
-        raise ConfigError("ONNX Runtime rounds all layers alike. Use --engine openvino for bits by layer.")
+        raise ConfigError(f"{self.name} rounds all layers alike. Use --engine openvino for bits by layer.")
 
 
 def backends_named(name: str) -> tuple[Backend, ...]:
-    """What `--engine` says; auto is all that are installed.
+    """What `--engine` says; auto is all that are installed, but for inductor: each candidate would be compiled for
+    minutes, and what comes of it is code, which opens only where it is trusted.
 
     Raises:
         ConfigError: it is none, or its library is not installed.
@@ -238,10 +244,11 @@ def backends_named(name: str) -> tuple[Backend, ...]:
     makers: dict[str, Callable[[], Any]] = {
         OPENVINO: OpenVinoBackend,
         OPENVINO_BF16: functools.partial(OpenVinoBackend, compute=BF16),
-        ONNX: OnnxBackend,
+        ONNX: functools.partial(AlikeBackend, ONNX),
+        INDUCTOR: functools.partial(AlikeBackend, INDUCTOR),
     }
     for engine, make in makers.items():
-        if name not in (AUTO, engine):
+        if name != engine and (name != AUTO or engine == INDUCTOR):
             continue
         try:
             found.append(make())

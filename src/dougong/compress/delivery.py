@@ -62,7 +62,7 @@ ROUNDS: Final = 4
 class ExportRequest(Config):
     """What the export is to be."""
 
-    to: Literal["auto", "openvino", "onnx", "torch"] = "auto"
+    to: Literal["auto", "openvino", "onnx", "torch", "inductor"] = "auto"
     """auto measures them; where bits are chosen it is openvino."""
 
     bits: str | None = None

@@ -1,18 +1,20 @@
 """A bundle as graphs that run without Dougong.
 
-Here        Source, `export` (ONNX, OpenVINO or torch.export, at a plan's bits), `open_engine`, `fastest_kind`,
-            `answering_bytes`.
+Here        Source, `export` (ONNX, OpenVINO, torch.export or AOTInductor, at a plan's bits), `open_engine`,
+            `fastest_kind`, `answering_bytes`.
 Elsewhere   where a model is cut into graphs (parts.py); answering with them here (bundle/exported.py) and anywhere
             (bundle/runtime.py); bits (quantise.py).
 Promise     the folder is a bundle: sums, signature, preparation, whole or absent. It answers as its source does, within
-            what its number formats round; two exports of one bundle are the same to the byte; nothing in it is a
-            pickle, and `run.py` in it needs no Dougong.
+            what its number formats round; two exports of one bundle are the same to the byte, but for those that a
+            compiler made of this machine's instructions; nothing in it is a pickle, and `run.py` in it needs no
+            Dougong.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import subprocess
 import sys
@@ -22,6 +24,9 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
+import torch._inductor
+from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 from dougong.bundle import runtime
 from dougong.bundle.exported import KIND, PACKAGES, Engine, EngineConfig, GraphEngine
@@ -40,7 +45,7 @@ from dougong.core.sizes import bytes_as_text
 from dougong.nn.batch import Batch
 
 RUNTIME: Final = "run.py"
-To = Literal["openvino", "onnx", "torch"]
+To = Literal["openvino", "onnx", "torch", "inductor"]
 OPSET: Final = 20
 DYNAMIC: Final = "dynamic-w8a8"
 """What export.json says of layers whose inputs are rounded by each batch's own range."""
@@ -50,7 +55,12 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "openvino": ("openvino",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "torch": (),
+    "inductor": (),
 }
+MEASURED: Final[tuple[To, ...]] = ("openvino", "onnx", "torch")
+"""What auto tries: compiling takes minutes, and what comes of it runs on this kind of machine alone."""
+
+ROUND_THEMSELVES: Final = ("onnx", "inductor")
 
 
 class Source:
@@ -81,6 +91,21 @@ class Source:
         return other
 
 
+def check_installed(to: To) -> None:
+    """
+    Raises:
+        ConfigError: what such exports are made with is not installed.
+    """
+    for module in _NEEDS[to]:
+        needed(module, "compress")
+    if to == "inductor":
+        builder = importlib.import_module("torch._inductor.cpp_builder")
+        try:
+            builder.get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ConfigError("inductor compiles with a C++ compiler, and there is none here. Install g++.") from None
+
+
 def export(
     source: Source,
     folder: Path,
@@ -93,19 +118,19 @@ def export(
     """Write the export; an older one at that place is replaced at once and whole.
 
     Without `quantised`, weights keep the bits that the bundle has. Bits are chosen for OpenVINO alone, whose kernels
-    carry out each of them; with `dynamic`, ONNX Runtime rounds weights to 8 bits, and what layers are given by each
-    batch's own range. `memory_bytes` is what its card says that answering takes.
+    carry out each of them; with `dynamic`, ONNX Runtime, or torchao before AOTInductor, rounds weights to 8 bits, and
+    what layers are given by each batch's own range. `memory_bytes` is what its card says that answering takes.
 
     Raises:
-        ConfigError: the library is not installed, bits are asked of another than OpenVINO, or an input has no graph.
+        ConfigError: the library or the compiler is not installed, bits are asked of another than OpenVINO, or an input
+            has no graph.
         BundleError: the folder holds something else.
     """
-    for module in _NEEDS[to]:
-        needed(module, "compress")
+    check_installed(to)
     if quantised is not None and to != "openvino":
         raise ConfigError(f"bits are chosen for openvino alone, and {to} was asked for. Use --to openvino.")
-    if dynamic and to != "onnx":
-        raise ConfigError(f"inputs are rounded by each batch's range for onnx alone, and {to} was asked for.")
+    if dynamic and to not in ROUND_THEMSELVES:
+        raise ConfigError(f"inputs are rounded by each batch's range for onnx or inductor, and {to} was asked for.")
     model, made = source.model, source.cut
     spec: dict[str, Any] = {
         "format": "dougong-export",
@@ -133,10 +158,17 @@ def export(
     with write_bundle(folder, manifest) as building:
         model.preparation.save(building)
         (building / runtime.GRAPHS).mkdir()
-        write = {"openvino": _write_openvino, "onnx": _write_onnx, "torch": _write_torch}[to]
-        write(source, building / runtime.GRAPHS, quantised)
-        if dynamic:
-            _round_by_batch(building / runtime.GRAPHS)
+        graphs = building / runtime.GRAPHS
+        if to == "openvino":
+            _write_openvino(source, graphs, quantised)
+        elif to == "onnx":
+            _write_onnx(source, graphs)
+            if dynamic:
+                _round_by_batch(graphs)
+        elif to == "torch":
+            _write_torch(source, graphs)
+        else:
+            _write_compiled(source, graphs, dynamic=dynamic)
         write_json(building / runtime.EXPORT, spec)
         write_atomic(building / RUNTIME, Path(runtime.__file__).read_text(encoding="utf-8"))
         size = sum(path.stat().st_size for path in (building / runtime.GRAPHS).iterdir())
@@ -160,7 +192,7 @@ def _write_openvino(source: Source, folder: Path, quantised: Quantised | None) -
         write_graph(graph, folder / f"{name}.xml", operations, half=quantised is not None)
 
 
-def _write_onnx(source: Source, folder: Path, quantised: Quantised | None) -> None:
+def _write_onnx(source: Source, folder: Path) -> None:
     for name in source.cut.parts:
         write_atomic(folder / f"{name}.onnx", _as_onnx(source.cut.parts[name], source.program(name)))
 
@@ -175,9 +207,28 @@ def _round_by_batch(folder: Path) -> None:
         rounded.replace(path)
 
 
-def _write_torch(source: Source, folder: Path, quantised: Quantised | None) -> None:
+def _write_torch(source: Source, folder: Path) -> None:
     for name in source.cut.parts:
         torch.export.save(source.program(name), folder / f"{name}.pt2")
+
+
+def _write_compiled(source: Source, folder: Path, *, dynamic: bool) -> None:
+    """Libraries of this processor's instructions, by AOTInductor; with `dynamic`, torchao rounds before."""
+    for name, part in source.cut.parts.items():
+        program = exported_program(_rounded_by_torchao(part) if dynamic else part)
+        program.example_inputs = ((part.example,), {})
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"))
+
+
+def _rounded_by_torchao(part: Part) -> Part:
+    quantization, subclasses = needed("torchao.quantization", "compress"), needed("torchao.utils", "compress")
+    module = copy.deepcopy(part.module)
+    config = quantization.Int8DynamicActivationInt8WeightConfig()
+    quantization.quantize_(module, config, filter_fn=lambda each, _: isinstance(each, nn.Linear))
+    subclasses.unwrap_tensor_subclass(module)
+    return part._replace(module=module)
 
 
 def exported_program(part: Part) -> torch.export.ExportedProgram:
@@ -246,9 +297,9 @@ def fastest_kind(source: Source, batch: Batch, config: EngineConfig | None = Non
     """Which engine answers this batch fastest here, and what was measured of each that is installed, eager beside."""
     with tempfile.TemporaryDirectory() as temporary:
         engines: dict[str, Engine] = {"eager": Eager(source.model.network, config)}
-        for to in _NEEDS:
+        for to in MEASURED:
             try:
-                engines[to] = open_engine(export(source, Path(temporary) / to, cast(To, to)), config)
+                engines[to] = open_engine(export(source, Path(temporary) / to, to), config)
             except ConfigError:
                 continue
         return fastest(engines, batch)
