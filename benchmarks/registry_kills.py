@@ -54,6 +54,7 @@ KILLS: Final = 800
 LEARNING_KILLS: Final = 200
 VERSIONS: Final = 200
 MEASURED_EVERY: Final = 10
+MOST_TASKS: Final = 4
 TURNS: Final = 2.0
 """Of the work, as long as one turn was measured to take here: a kill comes at any moment of them."""
 NAME: Final = "kills"
@@ -101,7 +102,7 @@ def work(registry: Path, bundle: Path, said: int, number: int, turns: int = 1000
         if turn % 2:
             with contextlib.suppress(DougongError):
                 kept.rollback(NAME)
-        if len(tasks_in(read_bundle(bundle))) > 4:
+        if len(tasks_in(read_bundle(bundle))) > MOST_TASKS:
             gone = tasks_in(read_bundle(bundle))[0].split("/")[1]
             tell(f"removing {gone}")
             remove_task(bundle, gone)
@@ -143,6 +144,10 @@ def measure_registry(quick: bool) -> Iterator[Figure]:
                 print(f"kill {number} after {seconds:.3f} s: {problem or sorted(missing)[:3]}", file=sys.stderr)
             if number % 50 == 49:
                 print(f"{number + 1} of {kills} kills, {len(here)} versions", file=sys.stderr)
+            # Who was killed has seldom removed what he added: without this the bundle would grow, and each turn with it.
+            for gone in sorted(there)[: max(0, len(there) - MOST_TASKS)]:
+                removed.add(gone)
+                remove_task(bundle, gone)
         yield Figure(
             name=f"{kills} kills: states that cannot be read", value=broken, unit="", asked="<= 0", seeds=kills
         )
