@@ -144,7 +144,7 @@ def measure_registry(quick: bool) -> Iterator[Figure]:
                 print(f"kill {number} after {seconds:.3f} s: {problem or sorted(missing)[:3]}", file=sys.stderr)
             if number % 50 == 49:
                 print(f"{number + 1} of {kills} kills, {len(here)} versions", file=sys.stderr)
-            # Who was killed has seldom removed what he added: without this the bundle would grow, and each turn with it.
+            # Who was killed has seldom removed what he added: without this the bundle would grow, and turns with it.
             for gone in sorted(there)[: max(0, len(there) - MOST_TASKS)]:
                 removed.add(gone)
                 remove_task(bundle, gone)
