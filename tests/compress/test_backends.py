@@ -3,6 +3,8 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
 from dougong.compress.backends import AlikeBackend, OpenVinoBackend, backends_named, fastest_floats
 from dougong.compress.candidate import ALL, Runner
+from dougong.compress.engines.openvino import _precision
 from dougong.compress.sensitivity import divergence
 from dougong.core.bundle import Manifest
 from dougong.core.errors import ConfigError
@@ -117,6 +120,30 @@ def test_what_is_left_in_floating_point_may_be_computed_in_bf16(
     with torch.inference_mode():
         torch.testing.assert_close(shipped.network(batches[0]).output_BC, plain(batches[0]).output_BC, rtol=0, atol=0)
     assert "bfloat16" in (tmp_path / "shipped" / "README.md").read_text()
+
+
+class Told:
+    """Of a compiled graph, as much as is asked of it."""
+
+    def __init__(self, kind: str, precision: str, *sources: "Told") -> None:
+        self.info = {"layerType": SimpleNamespace(astype=lambda _: kind)}
+        self.info["outputPrecisions"] = SimpleNamespace(astype=lambda _: precision)
+        self.sources = sources
+
+    def get_rt_info(self) -> dict[str, Any]:
+        return self.info
+
+    def get_input_size(self) -> int:
+        return len(self.sources)
+
+    def input_value(self, place: int) -> Any:
+        return SimpleNamespace(get_node=lambda: self.sources[place])
+
+
+def test_a_look_up_that_is_followed_by_a_change_of_format_tells_its_own() -> None:
+    look_up = Told("Gather", "f16", Told("Const", "f16"), Told("Input", "i32"))
+
+    assert _precision(Told("Convert", "bf16", look_up)) == "f16/i32"
 
 
 def test_a_processor_without_bf16_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
