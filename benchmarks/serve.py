@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -46,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Kept, run
+from parts import once
 from serve_asking import (
     CALLERS,
     PEERS,
@@ -63,7 +65,6 @@ from serve_asking import (
     spread,
 )
 
-from dougong.core.config import parse
 from dougong.core.errors import RunError
 from dougong.core.figures import Figure
 from dougong.serve.batcher import Batcher, BatcherConfig
@@ -92,14 +93,9 @@ def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
     }
     kept = Kept("serve")
     for part in parts:
-        key = f"{part} beside {os.environ.get('PEERS', 'no peers')}"
-        found = None if quick else kept.get(key)
-        if found is None:
-            print(f"{part} ...", file=sys.stderr)
-            found = [figure.model_dump(mode="json") for figure in known[part](quick)]
-            if not quick:
-                kept.put(key, found)
-        yield from (parse(Figure, figure, where=part) for figure in found)
+        print(f"{part} ...", file=sys.stderr)
+        make = functools.partial(known[part], quick)
+        yield from make() if quick else once(kept, f"{part} beside {os.environ.get('PEERS', 'no peers')}", make)
 
 
 def _policy(quick: bool) -> Iterator[Figure]:
