@@ -65,6 +65,7 @@ from serve_asking import (
     spread,
 )
 
+from dougong.core.config import parse
 from dougong.core.errors import RunError
 from dougong.core.figures import Figure
 from dougong.serve.batcher import Batcher, BatcherConfig
