@@ -7,7 +7,7 @@ Promise     it imports nothing of Dougong, so that its copy runs where Dougong i
             training; the encoder of a modality that no record has is not run; a record that cannot be read gets its
             reason, and its neighbours their answers.
 
-Beside NumPy it needs what the export was made for (openvino, onnxruntime or torch), and of the libraries that read
+Beside NumPy it needs what the export was made for (openvino, onnxruntime, or torch), and of the libraries that read
 media only those of the modalities at hand: tokenizers, Pillow, soundfile and soxr.
 """
 
