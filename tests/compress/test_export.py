@@ -16,7 +16,7 @@ from dougong.bundle.exported import GraphEngine
 from dougong.bundle.model import Model
 from dougong.bundle.runtime import compiled_by_openvino
 from dougong.cli.main import main
-from dougong.compress.backends import OnnxBackend
+from dougong.compress.backends import AlikeBackend
 from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
 from dougong.compress.export import Source, answering_bytes, export, open_engine
 from dougong.compress.plan import Plan, read_plan
@@ -136,7 +136,7 @@ def test_others_answer_alike(model: Model, source: Source, to: Any, rows: list[d
 
 @pytest.mark.slow
 def test_onnx_runtime_rounds_by_each_batch(model: Model, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    backend = OnnxBackend()
+    backend = AlikeBackend("onnx")
     whole, rounded = (
         backend.carry_out(model, bits, [], tmp_path / str(place)) for place, bits in enumerate(backend.options())
     )
