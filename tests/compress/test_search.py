@@ -455,7 +455,7 @@ def test_times_and_ratios_are_read_as_people_write_them() -> None:
         (["nowhere", "--data", "a.csv"], "no budget is given. Use --size 8MB, --latency 5ms or --speedup 10x."),
         (
             ["nowhere", "--data", "a.csv", "--size", "8MB", "--engine", "warp"],
-            "--engine 'warp' is none. Use one of auto, eager, openvino, onnx.",
+            "--engine 'warp' is none. Use one of auto, eager, openvino, openvino-bf16, onnx, inductor.",
         ),
         (["nowhere", "--data", "a.csv", "--size", "small"], "'small' is no number of bytes"),
         (["nowhere", "--data", "a.csv", "--latency", "5"], "--latency '5' is no time"),
