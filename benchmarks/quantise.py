@@ -9,8 +9,7 @@ Promise     every figure is of a graph that really computes with these bits: not
             training records, figures are of test records. Times are interleaved, medians, in an order drawn anew.
             What was measured of these sources is kept, so that a run that was stopped goes on.
 
-Models      easy-VQA (the recipe vqa-demo, pictures and typed questions; all of its steps, a tenth with --quick), and a
-            sandwich with the shapes of BERT-small (4 layers of 512) and ViT-small (12 of 384, 224 pixels) with random
+Models      easy-VQA (the teacher of students.py, of pictures and typed questions), and a sandwich with the shapes of BERT-small (4 layers of 512) and ViT-small (12 of 384, 224 pixels) with random
             weights, whose times alone are told.
 """
 
@@ -29,11 +28,11 @@ from large import large_batch, large_sandwich
 from paired import quartiles, ratio
 from parts import once
 from peers import ONE_CORE, peers_of
+from students import EASY_VQA, teacher_of
 from torch import Tensor, nn
 
 from dougong.bundle import runtime
 from dougong.bundle.exported import Engine, media_of
-from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
 from dougong.compress.clock import interleaved
 from dougong.compress.delivery import export_plan, graph_bytes, layer_times, time_engine, uniform_plans
@@ -46,16 +45,11 @@ from dougong.compress.plan import CHOICES, Choice, Plan
 from dougong.compress.quantise import Budget, Calibrated, Costs, QuantiseConfig, bytes_of, calibrate, choose
 from dougong.compress.sensitivity import Method, divergence
 from dougong.core.figures import Figure
-from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.nn.batch import Batch
-from dougong.recipes.known import read_recipe
-from dougong.recipes.run import run_recipe
-from dougong.recipes.tables import open_tables
 
-WRITTEN: Final = ("image", "question")
 CONFIG: Final = QuantiseConfig()
 BUDGETS: Final = 5
 RANDOM_PLANS: Final = 5
@@ -82,13 +76,8 @@ class Task(NamedTuple):
     one: Batch
 
 
-def easy_vqa(quick: bool, kept: Kept) -> Task:
-    recipe = read_recipe("vqa-demo", ["train.steps=82"] if quick else [])
-    folder = kept.folder / ("quick" if quick else "whole")
-    tables = open_tables(recipe.data, seed=recipe.seed)
-    if not (folder / "bundle").is_dir():
-        run_recipe(recipe, folder, tables=tables, resume=folder.exists())
-    model = load_from(folder)
+def easy_vqa(quick: bool) -> Task:
+    _, tables, model = teacher_of(EASY_VQA, 0, Kept("compress"), quick=quick)
     source = Source(model)
     calibration = batches(model, tables.train, 32, CALIBRATION_RECORDS)
     known = calibrate(model.network, source.cut.layers, calibration, "single_label", CONFIG)
@@ -97,7 +86,7 @@ def easy_vqa(quick: bool, kept: Kept) -> Task:
 
 
 def batches(model: Model, table: Table, size: int, most: int) -> list[Batch]:
-    loader = Loader(table, model.preparation, LoaderConfig(batch_size=size, workers=0), views=(View(keep=WRITTEN),))
+    loader = Loader(table, model.preparation, LoaderConfig(batch_size=size, workers=0))
     found: list[Batch] = []
     for arrays in loader.one_pass():
         if len(found) * size >= most:
@@ -153,7 +142,7 @@ def judged(exact: Sequence[Tensor], said: Sequence[Tensor], test: Sequence[Batch
 
 def budgets(quick: bool, kept: Kept) -> Iterator[Figure]:
     """Five sizes from uniform 4 bits to uniform 8, and five latencies, each beside uniform and random plans."""
-    task = easy_vqa(quick, kept)
+    task = easy_vqa(quick)
     layers = task.source.cut.layers
     sizes = bytes_of(layers)
     uniform = uniform_plans(layers)
@@ -265,7 +254,7 @@ def scores(quick: bool, kept: Kept) -> Iterator[Figure]:
 
 
 def scored(method: Method, quick: bool, kept: Kept) -> Iterator[Figure]:
-    task = easy_vqa(quick, kept)
+    task = easy_vqa(quick)
     layers = task.source.cut.layers
     sizes, uniform = bytes_of(layers), uniform_plans(layers)
     least, most = (total(sizes, uniform[choice]) for choice in ("w4a16", "w8a16"))
@@ -328,7 +317,7 @@ def _renewed(share: Any, choices: Sequence[Choice]) -> Any:
 def peers(quick: bool, kept: Kept) -> Iterator[Figure]:
     """Every engine on both models: times at batch 1 and 16 over eager fp32, and what was lost of easy-VQA."""
     how = "quick" if quick else "whole"
-    yield from once(kept, f"peers on easy-VQA, {how}", lambda: peers_on_easy_vqa(easy_vqa(quick, kept), quick))
+    yield from once(kept, f"peers on easy-VQA, {how}", lambda: peers_on_easy_vqa(easy_vqa(quick), quick))
     yield from once(kept, f"peers on the larger one, {how}", lambda: peers_on_large(quick))
 
 
