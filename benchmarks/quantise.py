@@ -9,8 +9,9 @@ Promise     every figure is of a graph that really computes with these bits: not
             training records, figures are of test records. Times are interleaved, medians, in an order drawn anew.
             What was measured of these sources is kept, so that a run that was stopped goes on.
 
-Models      easy-VQA (the teacher of students.py, of pictures and typed questions), and a sandwich with the shapes of BERT-small (4 layers of 512) and ViT-small (12 of 384, 224 pixels) with random
-            weights, whose times alone are told.
+Models      easy-VQA (the teacher of students.py, of pictures and typed questions), and a sandwich with the shapes of
+            BERT-small (4 layers of 512) and ViT-small (12 of 384, 224 pixels) with random weights, whose times alone
+            are told.
 """
 
 from __future__ import annotations
@@ -394,7 +395,7 @@ def forms(quick: bool, kept: Kept) -> Iterator[Figure]:
     """One graph for each encoder and one for the roof, against one graph for all; and skipping against zeros."""
     import openvino
 
-    task = easy_vqa(True, kept)
+    task = easy_vqa(True)
     for name, source, timed in (
         ("easy-VQA", task.source, {1: task.one, 16: first(task.test[0], 16)}),
         ("BERT-small and ViT-small", Source(large_sandwich()), {1: large_batch(1), 16: large_batch(16)}),
