@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,33 +53,25 @@ class Called(Engine):
 
 def nncf_default(folder: Path, calibration: Sequence[Batch]) -> Engine:
     import nncf
-    import openvino
 
-    spec = open_engine(folder, ONE_CORE).spec
+    engine = open_engine(folder, ONE_CORE)
     asked: dict[str, list[runtime.Arrays]] = {}
-    plain = open_engine(folder, ONE_CORE)
 
     def noting(name: str, given: runtime.Arrays) -> runtime.Arrays:
         asked.setdefault(name, []).append(given)
-        return plain.call(name, given)
+        return engine.call(name, given)
 
     for batch in calibration:
-        runtime.run_parts(spec, noting, *media_of(batch))
-    core = openvino.Core()
-    requests: dict[str, Any] = {}
-    for name in runtime.part_names(spec):
-        graph = core.read_model(folder / "graphs" / f"{name}.xml")
-        if name in asked:
-            graph = nncf.quantize(graph, nncf.Dataset(asked[name]), model_type=nncf.ModelType.TRANSFORMER)
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1}
-        compiled = core.compile_model(graph, "CPU", settings)
-        requests[name] = compiled.create_infer_request()
+        runtime.run_parts(engine.spec, noting, *media_of(batch))
 
-    def call(name: str, given: runtime.Arrays) -> runtime.Arrays:
-        found = requests[name].infer(given)
-        return {output: np.array(found[place]) for place, output in enumerate(runtime.outputs_of(spec, name))}
+    class Rounded(runtime.OpenVinoGraphs):
+        def written(self, name: str) -> Any:
+            graph = super().written(name)
+            if name not in asked:
+                return graph
+            return nncf.quantize(graph, nncf.Dataset(asked[name]), model_type=nncf.ModelType.TRANSFORMER)
 
-    return Called(spec, call)
+    return Called(engine.spec, Rounded(engine.spec, folder / runtime.GRAPHS, ONE_CORE.threads))
 
 
 def onnxruntime_dynamic(folder: Path, scratch: Path) -> Engine:

@@ -14,7 +14,7 @@ import pytest
 import dougong
 from dougong.bundle.exported import GraphEngine
 from dougong.bundle.model import Model
-from dougong.bundle.runtime import compiled_by_openvino
+from dougong.bundle.runtime import WHOLE, OpenVinoGraphs
 from dougong.cli.main import main
 from dougong.compress.backends import AlikeBackend
 from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph_bytes, records_of
@@ -78,8 +78,8 @@ def test_openvino_answers_alike_whatever_a_record_lacks(
 
 def test_openvino_computes_in_fp32_whatever_the_processor_has_units_for(openvino_export: Path) -> None:
     spec = json.loads((openvino_export / "export.json").read_text())
-    compiled = compiled_by_openvino(spec, openvino_export / "graphs", 1)
-    assert {str(each.get_property("INFERENCE_PRECISION_HINT")) for each in compiled.values()} == {"<Type: 'float32'>"}
+    compiled = OpenVinoGraphs(spec, openvino_export / "graphs", 1).open(WHOLE)
+    assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
 
 
 def test_an_export_is_asked_and_judged_and_nothing_else(

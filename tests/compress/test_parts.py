@@ -9,6 +9,8 @@ import torch
 
 from dougong.bundle import runtime
 from dougong.bundle.exported import media_of
+from dougong.compress.engines.openvino import MOST_AXES, to_graph
+from dougong.compress.needs import needed
 from dougong.compress.parts import Cut, cut
 from dougong.core.errors import ConfigError
 from dougong.core.signature import (
@@ -23,6 +25,7 @@ from dougong.core.signature import (
 )
 from dougong.model.bridge import BridgeConfig
 from dougong.model.completion import CompletionConfig
+from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.vector import VectorEncoderConfig
 from dougong.model.sandwich import Sandwich, SandwichConfig
 from dougong.nn.batch import Batch, MediaBatch
@@ -84,6 +87,8 @@ def batch(present: dict[str, list[bool]]) -> Batch:
     return Batch(media, None)
 
 
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+
 PRESENT = {
     "all": {},
     "some lack some": {"words": [True, False, True, True, False], "clip": [False, True, True, False, False]},
@@ -107,6 +112,21 @@ def carried_out(made: Cut, asked: list[str] | None = None) -> runtime.Call:
         return {key: value.numpy() for key, value in found.items()}
 
     return call
+
+
+class Converted(runtime.OpenVinoGraphs):
+    """A cut as OpenVINO's graphs, which are never written."""
+
+    def __init__(self, made: Cut) -> None:
+        super().__init__({"to": "openvino", **made.spec}, Path(), 1)
+        self._made, self._converted = made, dict[str, Any]()
+
+    def written(self, name: str) -> Any:
+        if name == runtime.WHOLE:
+            return super().written(name)
+        if name not in self._converted:
+            self._converted[name] = to_graph(self._made.parts[name])
+        return self._converted[name].clone()  # joining changes what it joins
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -208,3 +228,45 @@ def test_samples_are_filled_up_to_what_the_graph_divides(tmp_path: Path) -> None
     assert filled["mask_UT"].shape == (2, 14)
     assert not filled["mask_UT"][:, 12:].any()
     assert runtime.filled_up(part, filled)["mask_UT"].shape == (2, 14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["bridge", "completion", "late votes"])
+def test_as_one_graph_they_answer_as_one_after_the_other(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cut(model(CONFIGS[config]), signature())
+    graphs = Converted(made)
+    given = media_of(batch(PRESENT["some lack some"]))
+
+    joined = runtime.run_parts(graphs.spec, graphs, *given)
+    assert set(graphs.compiled) == {runtime.WHOLE}
+    monkeypatch.setattr(runtime, "joins", lambda spec: False)
+    apart = runtime.run_parts(graphs.spec, graphs, *given)
+    assert set(graphs.compiled) == {runtime.WHOLE, *made.parts}
+    assert joined.keys() == apart.keys()
+    for name, found in joined.items():
+        # Exact but for sums that one graph's layout orders otherwise.
+        np.testing.assert_allclose(found, apart[name], atol=1e-5)
+
+
+def test_what_somebody_lacks_altogether_is_asked_of_the_parts() -> None:
+    made = cut(model(CONFIGS["bridge"]), signature())
+    graphs = Converted(made)
+
+    runtime.run_parts(graphs.spec, graphs, *media_of(batch(PRESENT["words alone"])))
+    assert set(graphs.compiled) == {"encoder-0", "roof"}
+
+
+def test_a_mean_over_neighbours_is_one_that_kernels_know() -> None:
+    config = SandwichConfig(width=16, encoders={"photo": ImageEncoderConfig(patch_size=4, pool=2)})
+    part = cut(model(config), signature()).parts["encoder-1"]
+    graph = to_graph(part)
+
+    means = [each for each in graph.get_ordered_ops() if each.get_type_name() == "ReduceMean"]
+    assert means
+    assert all(len(each.input_value(0).get_partial_shape()) <= MOST_AXES for each in means)
+    pixels_UCHW = torch.randn(2, 3, 16, 16)
+    request = needed("openvino", "compress").Core().compile_model(graph, "CPU", EXACT).create_infer_request()
+    found = request.infer({"pixels_UCHW": pixels_UCHW.numpy()})
+    with torch.no_grad():
+        want = part.module({"pixels_UCHW": pixels_UCHW})
+    np.testing.assert_allclose(found[part.outputs.index("x_UTD")], want["x_UTD"], atol=1e-5)

@@ -5,7 +5,7 @@ Here        Runtime (records in, answers out), `run_parts` (which graph is fed w
 Elsewhere   making the export (compress/export.py); the same preparation for training (data/modality/).
 Promise     it imports nothing of Dougong, so that its copy runs where Dougong is not installed; records are read as in
             training; the encoder of a modality that no record has is not run; a record that cannot be read gets its
-            reason, and its neighbours their answers.
+            reason, and its neighbours their answers; graphs that are run as one answer as they do one after the other.
 
 Beside NumPy it needs what the export was made for (openvino, onnxruntime, or torch), and of the libraries that read
 media only those of the modalities at hand: tokenizers, Pillow, soundfile and soxr.
@@ -27,6 +27,7 @@ import numpy as np
 EXPORT = "export.json"
 PREPARATION = "preparation.json"
 GRAPHS = "graphs"
+WHOLE = "whole"
 BATCH_SIZE = 64
 LARGEST_BYTES = 256 * 2**20
 LARGEST_CHARACTERS = 1_000_000
@@ -137,25 +138,35 @@ def run_parts(spec: Mapping[str, Any], call: Call, media: Media, quality: Arrays
     """From media to the model's answer: each encoder on its distinct media, then the roof that joins them.
 
     The encoder of a modality that no record has is not run: masked tokens stand in their place, which leave no
-    trace. `quality` has the (U, Q) figures of modalities whose gate reads them.
+    trace. `quality` has the (U, Q) figures of modalities whose gate reads them. Where every modality is there, graphs
+    that can be joined are run as one (`joins`).
     """
     given: Arrays = {}
+    joined = joins(spec) and all(present_B.any() for _, _, present_B in media.values())
     for place, part in enumerate(spec["encoders"]):
         values, index_B, present_B = media[part["name"]]
         figures = None if quality is None else quality.get(part["name"])
         if present_B.any():
-            found = call(part["graph"], filled_up(part, values))
+            filled = filled_up(part, values)
+            found = filled if joined else call(part["graph"], filled)
         else:
             found = {
                 name: np.zeros((1, *shape), np.bool_ if name == "mask_UT" else np.float32)
                 for name, shape in part["nothing"].items()
             }
             index_B, figures = np.zeros_like(index_B), None
-        found["index_B"], found["present_B"] = index_B, present_B
+        found = {**found, "index_B": index_B, "present_B": present_B}
         if part["quality"]:
             found["quality_UQ"] = np.zeros((1, part["quality"]), np.float32) if figures is None else figures
         given |= {f"{name}_{place}": value for name, value in found.items()}
+    if joined:
+        return call(WHOLE, given)
     return call(spec["roof"]["graph"], {name: given[name] for name in spec["roof"]["inputs"]})
+
+
+def joins(spec: Mapping[str, Any]) -> bool:
+    """Whether graphs of this kind can be joined: from one to the next, a small model takes longer than in either."""
+    return bool(spec.get("to") == "openvino")
 
 
 def filled_up(part: Mapping[str, Any], values: Arrays) -> Arrays:
@@ -179,7 +190,12 @@ def filled_up(part: Mapping[str, Any], values: Arrays) -> Arrays:
 
 def open_graphs(spec: Mapping[str, Any], graphs: Graphs, threads: int | None = None) -> Call:
     """Load every graph of an export, from its folder or from what was read of it."""
-    openers = {"openvino": _open_openvino, "onnx": _open_onnx, "torch": _open_torch, "inductor": _open_torch}
+    openers: dict[str, Callable[..., Call]] = {
+        "openvino": OpenVinoGraphs,
+        "onnx": _open_onnx,
+        "torch": _open_torch,
+        "inductor": _open_torch,
+    }
     return openers[spec["to"]](spec, graphs, threads)
 
 
@@ -197,45 +213,73 @@ def part_names(spec: Mapping[str, Any]) -> list[str]:
 def outputs_of(spec: Mapping[str, Any], name: str) -> list[str]:
     """What a graph says, in its order."""
     parts = {part["graph"]: part["outputs"] for part in (*spec["encoders"], spec["roof"])}
-    return list(parts[name])
+    return list(parts[spec["roof"]["graph"] if name == WHOLE else name])
 
 
-def compiled_by_openvino(
-    spec: Mapping[str, Any], graphs: Graphs, threads: int | None, profile: bool = False
-) -> dict[str, Any]:
-    """Its compiled models by name; `profile` has it count the time of each operation, which takes some itself."""
+class OpenVinoGraphs:
+    """Each graph is compiled when it is first asked, and so is WHOLE."""
+
+    def __init__(
+        self, spec: Mapping[str, Any], graphs: Graphs, threads: int | None = None, *, profile: bool = False
+    ) -> None:
+        """`profile` has it count the time of each operation, which takes some itself."""
+        import openvino
+
+        self.spec, self._graphs = spec, graphs
+        self._core = openvino.Core()
+        self._settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "PERF_COUNT": profile,
+            # As was asked of the export: left to itself it computes in bf16 where the processor has units for that,
+            # and answers otherwise than what was measured.
+            "INFERENCE_PRECISION_HINT": spec.get("compute", "f32"),
+        }
+        if threads is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = threads
+        self.compiled: dict[str, Any] = {}
+        self.requests: dict[str, Any] = {}
+
+    def __call__(self, name: str, given: Arrays) -> Arrays:
+        self.open(name)
+        found = self.requests[name].infer(given, share_inputs=True)
+        # By place: a name may belong to an input that is passed on.
+        return {output: np.array(found[place]) for place, output in enumerate(outputs_of(self.spec, name))}
+
+    def open(self, name: str) -> Any:
+        """A graph, compiled."""
+        if name not in self.compiled:
+            self.compiled[name] = self._core.compile_model(self.written(name), "CPU", self._settings)
+            self.requests[name] = self.compiled[name].create_infer_request()
+        return self.compiled[name]
+
+    def written(self, name: str) -> Any:
+        """A graph as the export has it; WHOLE is made of those."""
+        if name == WHOLE:
+            return joined_by_openvino(self.spec, self.written)
+        if isinstance(self._graphs, Path):
+            return self._core.read_model(self._graphs / f"{name}.xml")
+        return self._core.read_model(self._graphs[f"{name}.xml"], self._graphs[f"{name}.bin"])
+
+
+def joined_by_openvino(spec: Mapping[str, Any], read: Callable[[str], Any]) -> Any:
+    """All graphs as one: what the encoders give goes straight into the roof. Its inputs are the encoders' and those of
+    the roof that no encoder gives, each with its encoder's place behind its name."""
     import openvino
 
-    core = openvino.Core()
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "PERF_COUNT": profile,
-        # As was asked of the export: left to itself it computes in bf16 where the processor has units for that, and
-        # answers otherwise than what was measured.
-        "INFERENCE_PRECISION_HINT": spec.get("compute", "f32"),
-    }
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    found: dict[str, Any] = {}
-    for name in part_names(spec):
-        if isinstance(graphs, Path):
-            model = core.read_model(graphs / f"{name}.xml")
-        else:
-            model = core.read_model(graphs[f"{name}.xml"], graphs[f"{name}.bin"])
-        found[name] = core.compile_model(model, "CPU", settings)
-    return found
-
-
-def _open_openvino(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:
-    compiled = compiled_by_openvino(spec, graphs, threads)
-    requests = {name: each.create_infer_request() for name, each in compiled.items()}
-
-    def call(name: str, given: Arrays) -> Arrays:
-        found = requests[name].infer(given)
-        # By place: a name may belong to an input that is passed on.
-        return {output: np.array(found[place]) for place, output in enumerate(outputs_of(spec, name))}
-
-    return call
+    roof = read(spec["roof"]["graph"])
+    awaited = dict(zip(spec["roof"]["inputs"], roof.get_parameters(), strict=True))
+    given: list[Any] = []
+    for place, part in enumerate(spec["encoders"]):
+        encoder = read(part["graph"])
+        for name, parameter in zip(part["inputs"], encoder.get_parameters(), strict=True):
+            parameter.output(0).set_names({f"{name}_{place}"})
+            given.append(parameter)
+        for name, result in zip(part["outputs"], encoder.get_results(), strict=True):
+            parameter = awaited.pop(f"{name}_{place}", None)
+            if parameter is not None:  # a roof of votes reads no tokens
+                for target in parameter.output(0).get_target_inputs():
+                    target.replace_source_output(result.input_value(0))
+    return openvino.Model(roof.get_results(), [*given, *awaited.values()], WHOLE)
 
 
 def _open_onnx(spec: Mapping[str, Any], graphs: Graphs, threads: int | None) -> Call:

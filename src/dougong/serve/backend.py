@@ -99,11 +99,14 @@ class BundleBackend:
                 modality.config = modality.config.model_copy(update={"largest_seconds": shorter})
 
     def warm(self) -> None:
-        record = {}
-        for modality in self.model.preparation.modalities.values():
-            record.update(dict.fromkeys(modality.columns, sample(modality.signature())))
+        cells = [
+            dict.fromkeys(modality.columns, sample(modality.signature()))
+            for modality in self.model.preparation.modalities.values()
+        ]
+        record = {column: value for each in cells for column, value in each.items()}
         for number in WARM_SIZES:
-            for warmed in (record, {}):
+            # Alone as well: an export opens an encoder by itself only when a record first lacks another.
+            for warmed in (record, *cells, {}):
                 self.model.predict([warmed] * number)
 
     def answer(self, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
