@@ -69,6 +69,8 @@ def nncf_default(folder: Path, calibration: Sequence[Batch]) -> Engine:
             graph = super().written(name)
             if name not in asked:
                 return graph
+            for place, operation in enumerate(graph.get_ordered_ops()):
+                operation.set_friendly_name(f"{operation.get_type_name()}_{place}")  # NNCF wants each to have its own
             return nncf.quantize(graph, nncf.Dataset(asked[name]), model_type=nncf.ModelType.TRANSFORMER)
 
     return Called(engine.spec, Rounded(engine.spec, folder / runtime.GRAPHS, ONE_CORE.threads))
