@@ -25,14 +25,19 @@ WAIT_SECONDS = 0.002
 Compute = Callable[[Sequence[Any]], list[Any]]
 
 
-def device() -> Compute:
-    """A simulated accelerator: 4 milliseconds and a tenth for each record, without the processor."""
+def device(fixed: float = 0.004, item: float = 0.0001) -> Compute:
+    """A simulated accelerator: seconds of a batch and of each record, without the processor."""
 
     def compute(values: Sequence[float]) -> list[float]:
-        time.sleep(0.004 + 0.0001 * len(values))
+        time.sleep(fixed + item * len(values))
         return [2.0 * value for value in values]
 
     return compute
+
+
+def large_device() -> Compute:
+    """With a large model: slow enough that one core can ask for twice as much as it can answer."""
+    return device(0.02, 0.002)
 
 
 def perceptron() -> Compute:
@@ -78,7 +83,12 @@ def bundle() -> Compute:
     return compute
 
 
-MODELS: Mapping[str, Callable[[], Compute]] = {"device": device, "perceptron": perceptron, "bundle": bundle}
+MODELS: Mapping[str, Callable[[], Compute]] = {
+    "device": device,
+    "large-device": large_device,
+    "perceptron": perceptron,
+    "bundle": bundle,
+}
 
 
 def run_side(arguments: Sequence[str]) -> None:

@@ -20,6 +20,10 @@ DEVICE, PERCEPTRON = affine(0.004, 0.0001), affine(0.0003, 0.00055)
 """A device that likes large batches, and a small network on one core: what benchmarks/serve.py serves too."""
 
 
+TOO_MUCH = ((0.002, 0.001, 0.06, 25), (0.004, 0.0001, 0.05, 32), (0.02, 0.002, 0.25, 32), (0.0003, 0.00055, 0.05, 32))
+"""Seconds of a batch and of a record, the objective, and the largest batch that can be waited for twice within it."""
+
+
 def batcher(service: Service | None = None, *, replicas: int = 1, **settings: object) -> Batcher:
     known = ServiceTime()
     for number in (1, 2, 4, 8, 16, 32) * 5 if service else ():
@@ -84,15 +88,19 @@ def test_a_step_in_the_load_is_met_as_by_one_who_knew_of_it() -> None:
     assert len(found.seconds) - found.late >= 0.99 * best
 
 
-def test_twice_too_much_is_refused_at_once_and_the_rest_is_answered_in_time() -> None:
-    service = affine(0.002, 0.001)
-    most = 25 / service({Shape(): 25})  # 2 * (2 + n) = 54 milliseconds: the largest batch that can be waited for twice
-    load = open_load([(3.0, 2 * most)], seed=5)
+@pytest.mark.parametrize("factor", [1.2, 2.0, 5.0])
+@pytest.mark.parametrize(("fixed", "item", "slo", "largest"), TOO_MUCH)
+def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered_in_time(
+    fixed: float, item: float, slo: float, largest: int, factor: float
+) -> None:
+    service = affine(fixed, item)
+    most = largest / service({Shape(): largest})
+    load = open_load([(4.0, factor * most)], seed=5)
 
-    found = run(service, load, refuse_late=True, slo_seconds=0.06)
+    found = run(service, load, refuse_late=True, slo_seconds=slo)
 
     in_time = len(found.seconds) - found.late
-    assert in_time >= 0.95 * 3.0 * most
+    assert in_time >= 0.95 * 4.0 * most
     assert found.expired == 0
     assert in_time + found.late + found.refused == len(load.arrivals)
 

@@ -1,13 +1,14 @@
 import asyncio
 import contextlib
 import random
+import time
 from pathlib import Path
 
 import pytest
 from serving import Slow, serving
 
 from dougong.core.errors import ConfigError, RunError
-from dougong.serve.loadtest import Asker, LoadConfig, draw_load, load_test, made_up, read_mix, run_load
+from dougong.serve.loadtest import Asker, LoadConfig, LoadResult, draw_load, load_test, made_up, read_mix, run_load
 from dougong.serve.models import Wanted
 from dougong.serve.workers import ThreadWorkers
 
@@ -61,6 +62,27 @@ def test_a_server_that_stands_still_is_charged_for_all_who_would_have_asked() ->
         return found.quantiles["0.9"]
 
     assert asyncio.run(whole()) > 0.7  # 100 milliseconds is what each took from its sending
+
+
+def test_an_asker_that_cannot_keep_up_says_so() -> None:
+    async def whole() -> LoadResult:
+        async def at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while await reader.readuntil(b"\r\n\r\n{}"):
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            writer.close()
+
+        server = await asyncio.start_server(at_once, "127.0.0.1", 0)
+        asker = Asker(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", most=4)
+        request = asker.frame("/", b"{}", "application/json")
+        found = await run_load(asker, [request], 100.0, 0.3, 0.15, 1, seen=lambda *_: time.sleep(0.05))
+        asker.close()
+        await asyncio.sleep(0.05)
+        server.close()
+        await server.wait_closed()
+        return found
+
+    assert asyncio.run(whole()).behind_quantile > 0.1  # about thirty, of 50 milliseconds each, in 300
 
 
 def test_who_is_not_there_or_is_no_server_is_told() -> None:

@@ -403,9 +403,17 @@ def print_load(found: Sequence[LoadResult]) -> None:
     held = max(each.most_waiting for each in found)
     if held:
         console.print(f"{held} requests waited for a connection at once: give more --connections", highlight=False)
+    behind = max(each.behind_quantile for each in found)
+    if behind > _BEHIND_SECONDS:
+        console.print(
+            f"requests were made up to {1e3 * behind:.3g} ms late (99 of 100 less): this machine cannot ask so fast, "
+            "and its lateness is in the figures",
+            highlight=False,
+        )
 
 
 _SHARES = (0.5, 0.9, 0.99, 0.999)
+_BEHIND_SECONDS = 0.02
 
 
 def print_diagnosis(found: Diagnosis, trials: Sequence[Trial]) -> None:

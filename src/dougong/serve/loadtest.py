@@ -92,6 +92,9 @@ class LoadResult(Config):
     most_waiting: int
     """Requests that waited for a connection at once, at most: above 0 the load was held up by --connections."""
 
+    behind_quantile: float
+    """Seconds, 99 of 100, from when a request was due until this side came to make it: what it adds itself."""
+
 
 class Asker:
     """Connections to one server, kept open: HTTP/1.1 by hand, since a client must cost less than what it measures."""
@@ -281,6 +284,7 @@ async def run_load(
     dice, loop = random.Random(seed), asyncio.get_running_loop()  # noqa: S311, no secret
     took: list[float] = []
     refused: list[float] = []
+    behind: list[float] = []
     statuses: Counter[str] = Counter()
     tasks: set[asyncio.Task[None]] = set()
     asker.most_waiting = 0
@@ -310,6 +314,7 @@ async def run_load(
             break
         if (ahead := due - loop.time()) > 0:
             await asyncio.sleep(ahead)
+        behind.append(max(0.0, loop.time() - due))
         task = loop.create_task(one(due, dice.randrange(len(requests))))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -326,6 +331,7 @@ async def run_load(
         refused_quantile=quantile(refused, 0.99) if refused else None,
         statuses=dict(sorted(statuses.items())),
         most_waiting=asker.most_waiting,
+        behind_quantile=quantile(behind, 0.99) if behind else 0.0,
     )
 
 
