@@ -9,7 +9,7 @@ import bentoml  # only in the peers' environment
 from serve_sides import MODELS, MOST
 
 
-@bentoml.service(workers=1)  # type: ignore[untyped-decorator, unused-ignore]
+@bentoml.service(workers=1, logging={"access": {"enabled": False}})  # type: ignore[untyped-decorator, unused-ignore]
 class Served:
     """One model, batched."""
 

@@ -235,29 +235,12 @@ def _none(port: int, model: str, *rest: str) -> None:
 
 
 def _litserve(port: int, model: str, *rest: str) -> None:
-    import litserve  # only in the peers' environment
+    import os
 
-    class Api(litserve.LitAPI):  # type: ignore[misc, unused-ignore]
-        def setup(self, device: Any) -> None:
-            self.compute = MODELS[model]()
+    os.environ["SIDE_MODEL"] = model
+    import serve_litserve  # only in the peers' environment
 
-        def decode_request(self, request: Any) -> Any:
-            return request["x"]
-
-        def batch(self, inputs: Any) -> Any:
-            return list(inputs)
-
-        def predict(self, inputs: Any) -> Any:
-            return self.compute(inputs)
-
-        def unbatch(self, output: Any) -> Any:
-            return output
-
-        def encode_response(self, output: Any) -> Any:
-            return {"answer": output}
-
-    api = Api(max_batch_size=MOST, batch_timeout=WAIT_SECONDS)
-    litserve.LitServer(api, accelerator="cpu", workers_per_device=1).run(port=port, generate_client_file=False)
+    serve_litserve.run(port)
 
 
 def _bentoml(port: int, model: str, *rest: str) -> None:
@@ -273,7 +256,9 @@ def _ray(port: int, model: str, *rest: str) -> None:
     import ray  # only in the peers' environment
     from ray import serve
 
-    @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})  # type: ignore[untyped-decorator, unused-ignore]
+    @serve.deployment(  # type: ignore[untyped-decorator, unused-ignore]
+        max_ongoing_requests=256, ray_actor_options={"num_cpus": 1}, logging_config={"enable_access_log": False}
+    )
     class Served:
         def __init__(self) -> None:
             self.compute = MODELS[model]()
@@ -294,16 +279,9 @@ def _ray(port: int, model: str, *rest: str) -> None:
 
 
 def _mosec(port: int, model: str, *rest: str) -> None:
-    import mosec  # only in the peers' environment
+    import os
 
-    class Served(mosec.Worker):  # type: ignore[misc, unused-ignore]
-        def __init__(self) -> None:
-            self.compute = MODELS[model]()
+    os.environ["SIDE_MODEL"] = model
+    import serve_mosec  # only in the peers' environment
 
-        def forward(self, data: Any) -> Any:
-            return [{"answer": value} for value in self.compute([each["x"] for each in data])]
-
-    sys.argv = ["mosec", "--port", str(port), "--address", "127.0.0.1", "--timeout", "10000"]
-    server = mosec.Server()
-    server.append_worker(Served, num=1, max_batch_size=MOST, max_wait_time=2)
-    server.run()
+    serve_mosec.run(port)

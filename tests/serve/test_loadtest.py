@@ -85,6 +85,34 @@ def test_an_asker_that_cannot_keep_up_says_so() -> None:
     assert asyncio.run(whole()).behind_quantile > 0.1  # about thirty, of 50 milliseconds each, in 300
 
 
+def test_an_answer_in_chunks_is_read_whole_and_the_next_one_too() -> None:
+    pieces = [
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nab",
+        b"c\r\nA;x=y\r\n0123456789\r\n0",
+        b"\r\n\r\n",
+    ]
+
+    async def whole() -> list[tuple[int, bytes]]:
+        async def in_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while await reader.readuntil(b"\r\n\r\n{}"):
+                    for piece in pieces:
+                        writer.write(piece)
+                        await asyncio.sleep(0.01)
+            writer.close()
+
+        server = await asyncio.start_server(in_pieces, "127.0.0.1", 0)
+        asker = Asker(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", most=1)
+        found = [await asker.ask(asker.frame("/", b"{}", "application/json")) for _ in range(2)]
+        asker.close()
+        await asyncio.sleep(0.05)
+        server.close()
+        await server.wait_closed()
+        return found
+
+    assert asyncio.run(whole()) == [(200, b"abc0123456789")] * 2
+
+
 def test_who_is_not_there_or_is_no_server_is_told() -> None:
     with pytest.raises(RunError, match="no server answers at http://127.0.0.1:9"):
         load_test(LoadConfig(url="http://127.0.0.1:9"))

@@ -208,15 +208,18 @@ class _Connection(asyncio.Protocol):
             return
         head = self._held[:end].lower()
         at = head.find(b"content-length:")
-        if at < 0:
-            size = 0
-        else:
+        if at >= 0:
             stop = head.find(b"\r\n", at)
             size = int(head[at + 15 : stop if stop >= 0 else None])
-        if len(self._held) < end + 4 + size or self._answer is None:
+            whole = self._held[end + 4 : end + 4 + size] if len(self._held) >= end + 4 + size else None
+        elif b"transfer-encoding: chunked" in head:
+            whole, size = _of_chunks(self._held, end + 4)
+        else:
+            whole, size = b"", 0
+        if whole is None or self._answer is None:
             return
         self.ends = b"connection: close" in head
-        body, self._held = self._held[end + 4 : end + 4 + size], self._held[end + 4 + size :]
+        body, self._held = whole, self._held[end + 4 + size :]
         if not self._answer.done():
             self._answer.set_result((int(head[9:12]), body))
 
@@ -234,6 +237,20 @@ class _Connection(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+
+
+def _of_chunks(held: bytes, at: int) -> tuple[bytes | None, int]:
+    """The body whose chunks begin there, None where they have not all come, and how many bytes they take."""
+    found, begin = b"", at
+    while (line := held.find(b"\r\n", at)) >= 0:
+        size = int(held[at:line].partition(b";")[0], 16)
+        at = line + 2 + size + 2
+        if len(held) < at:
+            break
+        if not size:
+            return found, at - begin
+        found += held[line + 2 : at - 2]
+    return None, 0
 
 
 def load_test(
