@@ -67,6 +67,7 @@ from dougong.core.errors import RunError
 from dougong.core.figures import Figure
 from dougong.serve.batcher import Batcher, BatcherConfig
 from dougong.serve.engine import Engine
+from dougong.serve.event_loop import run_fast
 from dougong.serve.loadtest import Asker, quantile, run_load
 from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
 
@@ -182,7 +183,7 @@ def _throughput(quick: bool) -> Iterator[Figure]:
                         with side(
                             each, model, *([bundle] if each == "ours" else []), folder=folder, **where
                         ) as started:
-                            found.setdefault(each, []).append(asyncio.run(closed(started, each, CALLERS, seconds)))
+                            found.setdefault(each, []).append(run_fast(closed(started, each, CALLERS, seconds)))
                             before = started.cpu_seconds()
                             time.sleep(1.0 if quick else 5.0)
                             idle[each] = (started.cpu_seconds() - before) / (1.0 if quick else 5.0)
@@ -219,7 +220,7 @@ def _with_a_bundle(quick: bool) -> Iterator[Figure]:
         for _ in range(repeats):
             for each in ("ours", "minimal", "none"):
                 with side(each, "bundle", str(bundle), folder=folder) as started:
-                    found.setdefault(each, []).append(asyncio.run(closed(started, each, CALLERS, seconds, rows)))
+                    found.setdefault(each, []).append(run_fast(closed(started, each, CALLERS, seconds, rows)))
     rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
     for name, runs in found.items():
         yield spread(f"mixed bundle, {name}: answered", [each.rate for each in runs], "1/s")
@@ -246,7 +247,7 @@ def _latency(quick: bool) -> Iterator[Figure]:
             most: dict[str, float] = {}
             for each in ("minimal", "none", *(PEERS if python else ())):
                 with contextlib.suppress(RunError), _other(each, model, bundle, folder, python) as started:
-                    most[each] = asyncio.run(closed(started, each, CALLERS, seconds)).rate
+                    most[each] = run_fast(closed(started, each, CALLERS, seconds)).rate
             peers = [each for each in most if each in PEERS] or ["minimal"]
             best = max(peers, key=most.__getitem__)
             few: dict[str, list[float]] = {}
@@ -255,12 +256,10 @@ def _latency(quick: bool) -> Iterator[Figure]:
                 for each in ("ours", *most):
                     with _other(each, model, bundle, folder, python) as started:
                         if each in ("ours", "none"):
-                            calm = asyncio.run(
-                                opened(started, 0.2 * most["none"], seconds, 1.0, seed=repeat, name=each)
-                            )
+                            calm = run_fast(opened(started, 0.2 * most["none"], seconds, 1.0, seed=repeat, name=each))
                             few.setdefault(each, []).append(1e3 * calm.quantiles["0.5"])
                         if each != "none":
-                            busy = asyncio.run(opened(started, 0.8 * most[best], seconds, 1.0, seed=repeat, name=each))
+                            busy = run_fast(opened(started, 0.8 * most[best], seconds, 1.0, seed=repeat, name=each))
                             many.setdefault(each, []).append(1e3 * busy.quantiles["0.99"])
             alone = statistics.median(few["none"])
             asked = {"baseline": alone, "asked": f"<= {1.15 * alone:.4g}"}
@@ -296,7 +295,7 @@ def _cells(quick: bool) -> Iterator[Figure]:
                         more = [bundle, "" if wait is None else str(wait)]
                         with side("ours", model, *more, folder=folder) as started:
                             found.setdefault(wait, []).append(
-                                asyncio.run(opened(started, share * most, seconds, 1.0, seed=repeat))
+                                run_fast(opened(started, share * most, seconds, 1.0, seed=repeat))
                             )
                 for key in ("0.5", "0.99"):
                     ours = [1e3 * each.quantiles[key] for each in found[None]]
@@ -313,7 +312,7 @@ def _step(quick: bool) -> Iterator[Figure]:
         shares, lasts = [], []
         for seed in range(1 if quick else 3):
             with side("ours", "device", bundle, "", str(slo), folder=folder) as started:
-                share, last = asyncio.run(_stepped(started, slo, 0.7 if quick else 3.0, seed))
+                share, last = run_fast(_stepped(started, slo, 0.7 if quick else 3.0, seed))
             shares.append(share)
             lasts.append(last)
         asked = "device, 50-500-50 a second: in time, of the oracle"
@@ -323,8 +322,8 @@ def _step(quick: bool) -> Iterator[Figure]:
         goods, refusals, behind = [], [], []
         for seed in range(1 if quick else 3):
             with side("ours", "large-device", bundle, "", "0.25", folder=folder) as started:
-                most = asyncio.run(closed(started, "ours", 64, seconds)).rate
-                found = asyncio.run(opened(started, 2 * most, seconds, 0.25, seed=seed))
+                most = run_fast(closed(started, "ours", 64, seconds)).rate
+                found = run_fast(opened(started, 2 * most, seconds, 0.25, seed=seed))
             goods.append(found.good_per_second / most)
             refusals.append(1e3 * (found.refused_quantile or 0.0))
             behind.append(1e3 * found.behind_quantile)
@@ -402,9 +401,9 @@ def _swap(quick: bool) -> Iterator[Figure]:
 
     with tempfile.TemporaryDirectory() as name:
         bundle = mixed_bundle(Path(name))
-        swapped, back, after = asyncio.run(under_load(bundle))
+        swapped, back, after = run_fast(under_load(bundle))
         with side("ours", "bundle", str(bundle), "", "1.0", folder=Path(name)) as started:
-            sent, lost, status = asyncio.run(_ended(started))
+            sent, lost, status = run_fast(_ended(started))
     failed = sum(status != 200 for status, _ in swapped)
     yield Figure(name=f"{swaps} swaps under 100 a second: failed", value=failed, unit="requests", asked="<= 0")
     versions = {json.loads(body)["version"] for status, body in swapped if status == 200}
@@ -456,8 +455,8 @@ def _attack(quick: bool) -> Iterator[Figure]:
         folder = Path(name)
         bundle = str(mixed_bundle(folder))
         with side("ours", "bundle", bundle, "", "1.0", folder=folder) as started:
-            calm = asyncio.run(opened(started, 50.0, seconds, 1.0, rows=mixed_rows()))
-            before, under, refused = asyncio.run(_attacked(started, idle, seconds))
+            calm = run_fast(opened(started, 50.0, seconds, 1.0, rows=mixed_rows()))
+            before, under, refused = run_fast(_attacked(started, idle, seconds))
             alive = started.process.poll() is None
     ratio = under.quantiles["0.99"] / calm.quantiles["0.99"]
     yield Figure(
@@ -497,7 +496,7 @@ def _leak(quick: bool) -> Iterator[Figure]:
         folder = Path(name)
         bundle = mixed_bundle(folder)
         with side("ours", "bundle", str(bundle), "", "1.0", folder=folder) as started:
-            wrong, statuses, grown = asyncio.run(_mixed(started, bundle, number, rate))
+            wrong, statuses, grown = run_fast(_mixed(started, bundle, number, rate))
     yield Figure(name=f"{number} mixed requests: wrong answers", value=wrong, unit="answers", asked="<= 0")
     broken = sum(count for status, count in statuses.items() if status[0] == "5" or not status.isdigit())
     yield Figure(name=f"{number} mixed requests: 5xx or broken", value=broken, unit="requests", asked="<= 0")

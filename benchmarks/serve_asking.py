@@ -21,12 +21,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 from harness import ROOT
 
 from dougong.core.errors import RunError
 from dougong.core.figures import Figure
+from dougong.serve.event_loop import run_fast
 from dougong.serve.loadtest import Asker, picture, run_load
 
 PEERS = ("mosec", "litserve", "bentoml", "ray")
@@ -80,7 +82,7 @@ def side(name: str, model: str, *more: str, folder: Path, python: str = sys.exec
             found = found._replace(path="/inference")
         if name == "litserve":
             found = found._replace(path="/predict")
-        asyncio.run(_wait_for(found, name, log.name))
+        run_fast(_wait_for(found, name, log.name))
         yield found
     finally:
         process.send_signal(signal.SIGTERM)
@@ -143,22 +145,22 @@ async def closed(
     requests = [body_of(asker, found.path, place / 7, name) for place in range(64)]
     if rows:
         requests = [asker.frame(found.path, as_json(row), "application/json") for row in rows]
-    loop, took, dice = asyncio.get_running_loop(), list[float](), random.Random(0)  # noqa: S311, no secret
-    until = loop.time() + 0.5  # to warm up
+    took, dice = list[float](), random.Random(0)  # noqa: S311, no secret
+    until = monotonic() + 0.5  # to warm up
 
     async def caller() -> None:
-        while loop.time() < until:
-            started = loop.time()
+        while monotonic() < until:
+            started = monotonic()
             status, _ = await asker.ask(dice.choice(requests))
             if status == 200:
-                took.append(loop.time() - started)
+                took.append(monotonic() - started)
 
     await asyncio.gather(*(caller() for _ in range(callers)))
     took.clear()
-    before, began = found.cpu_seconds(), loop.time()
+    before, began = found.cpu_seconds(), monotonic()
     until = began + seconds
     await asyncio.gather(*(caller() for _ in range(callers)))
-    lasted = loop.time() - began
+    lasted = monotonic() - began
     cpu = found.cpu_seconds() - before
     asker.close()
     return Closed(len(took) / lasted, took, 1e3 * cpu / max(1, len(took)))

@@ -20,6 +20,7 @@ from typing import Final
 
 from serve_asking import as_json
 
+from dougong.serve.event_loop import run_fast
 from dougong.serve.loadtest import Asker, run_load
 
 HEAD: Final = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -77,4 +78,4 @@ async def attack(url: str, idle: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(attack(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
+    run_fast(attack(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))

@@ -12,13 +12,13 @@ import asyncio
 import contextlib
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dougong.core.errors import ConfigError
+from dougong.serve.event_loop import run_fast
 from dougong.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def serve(
                 tell(running.url, running.grpc_port)
             await running.until_ended()
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(run())
+    run_fast(run())
 
 
 class Running:
@@ -235,11 +234,3 @@ def _uvicorn(config: ServeConfig, app: App) -> uvicorn.Server:
             f"{config.certificate} cannot be used ({error}). Give a certificate and its key as PEM."
         ) from None
     return Server(settings)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None  # slower, and else the same
-    return uvloop.new_event_loop if sys.platform != "win32" else None

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 from typing import Any, Final, NamedTuple, Protocol
 
 from dougong.core.errors import BundleError, RunError
@@ -254,14 +255,14 @@ class _ThreadWorker:
 
     async def ask(self, kind: str, records: Records, options: Mapping[str, Any] | None = None) -> Answers:
         loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = monotonic()
         if kind == "explain":
             outcomes = [await loop.run_in_executor(self._pool, self._backend.explain, records[0])]
         elif kind == "draw":
             outcomes = [await loop.run_in_executor(self._pool, draw, self._backend, records[0], options or {})]
         else:
             outcomes = await loop.run_in_executor(self._pool, answer_batch, self._backend, records)
-        return Answers(outcomes, loop.time() - started, {})
+        return Answers(outcomes, monotonic() - started, {})
 
     async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
