@@ -11,6 +11,7 @@ Promise     all ways have the same teacher, records, learning rate and budget, r
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from harness import Kept
+from parts import each_seed
 from students import EASY_VQA, SEEDS, Taught, lessons, mean, measured_importance, teacher_of
 
 from dougong.bundle.exported import EngineConfig
@@ -29,12 +31,15 @@ from dougong.compress.backends import OpenVinoBackend
 from dougong.compress.candidate import Budget
 from dougong.compress.distil import DistilConfig, distil, judge_on
 from dougong.compress.importance import Importance
+from dougong.compress.outcome import BudgetError
 from dougong.compress.parts import cut
 from dougong.compress.prune import PruneConfig, pruned_shape
 from dougong.compress.records import Records
-from dougong.compress.search import Asked, BudgetError, Search, SearchConfig, model_of
+from dougong.compress.search import Search
+from dougong.compress.search_config import SearchConfig
 from dougong.compress.structure import Structure, structure_of
 from dougong.compress.student import StudentConfig, build_student, inherit, shape_of
+from dougong.compress.workshop import Asked, model_of
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
 from dougong.core.figures import Figure
@@ -73,14 +78,8 @@ class Setting(NamedTuple):
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
     how = "quick" if quick else "whole"
     for share in SHARES[:1] if quick else SHARES:
-        found: list[dict[str, float]] = []
-        for seed in range(1 if quick else SEEDS):
-            key = f"joint, a {1 / share:.0f}th, {seed}, {how}"
-            values = kept.get(key)
-            if values is None:
-                values = one_budget(share, seed, kept, quick)
-                kept.put(key, values)
-            found.append(values)
+        find = functools.partial(one_budget, share, kept=kept, quick=quick)
+        found = each_seed(kept, f"joint, a {1 / share:.0f}th, {how}", 1 if quick else SEEDS, find)
         yield from figures(f"a {1 / share:.0f}th of the bytes", found)
 
 
@@ -107,7 +106,7 @@ def figures(name: str, found: list[dict[str, float]]) -> Iterator[Figure]:
     )
 
 
-def one_budget(share: float, seed: int, kept: Kept, quick: bool) -> dict[str, float]:
+def one_budget(share: float, seed: int, *, kept: Kept, quick: bool) -> dict[str, float]:
     """The accuracy of each way."""
     taught = teacher_of(EASY_VQA, seed, kept, quick=quick)
     teacher, tables = taught.teacher, taught.tables

@@ -33,7 +33,7 @@ from dougong.compress.backends import OpenVinoBackend
 from dougong.compress.candidate import Budget
 from dougong.compress.distil import DistilConfig
 from dougong.compress.run import compress_bundle
-from dougong.compress.search import SearchConfig
+from dougong.compress.search_config import SearchConfig
 from dougong.core.config import parse
 from dougong.core.figures import Figure
 from dougong.core.sizes import bytes_as_text

@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 from harness import Kept
 from large import large_batch, large_sandwich
 from paired import quartiles, ratio
-from parts import once
+from parts import each_seed, once
 from peers import ONE_CORE, peers_of
 from students import SEEDS, SUBJECTS, lessons, mean, measured_importance, quarter, student_of, teacher_of
 
@@ -65,14 +65,8 @@ PEERS: Final = ("NNCF default int8", "ONNX Runtime dynamic int8", "torchao int8,
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
     how = "quick" if quick else "whole"
     for subject in SUBJECTS:
-        found: list[dict[str, Any]] = []
-        for seed in range(1 if quick else SEEDS):
-            key = f"path, {subject}, {seed}, {how}"
-            values = kept.get(key)
-            if values is None:
-                values = one_seed(subject, seed, kept, quick)
-                kept.put(key, values)
-            found.append(values)
+        find = functools.partial(one_seed, subject, kept=kept, quick=quick)
+        found = each_seed(kept, f"path, {subject}, {how}", 1 if quick else SEEDS, find)
         yield from accuracies(subject, found)
         make = functools.partial(times_of, subject, kept, quick)
         yield from once(kept, f"path, times on {subject}, {how}", make)
@@ -124,7 +118,7 @@ def accuracies(subject: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Fig
         )
 
 
-def one_seed(subject: str, seed: int, kept: Kept, quick: bool) -> dict[str, Any]:
+def one_seed(subject: str, seed: int, *, kept: Kept, quick: bool) -> dict[str, Any]:
     """What every way answers of one teacher's test records, and how robust the first and the last are."""
     taught = teacher_of(subject, seed, kept, quick=quick)
     teacher, student = taught.teacher, student_for(subject, seed, kept, quick)

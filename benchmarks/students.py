@@ -11,6 +11,7 @@ Promise     all students of a seed have the same shape, batches, augmentation an
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,15 +20,16 @@ from typing import Any, Final, NamedTuple
 import torch
 from harness import Kept
 from lessons import SPOKEN
+from parts import each_seed
 
 from dougong.bundle.files import load_from
 from dougong.bundle.model import Model
 from dougong.compress.distil import DistilConfig, distil, judge_on
 from dougong.compress.importance import Importance, ImportanceConfig, measure_importance
 from dougong.compress.prune import PruneConfig, pruned_shape
-from dougong.compress.search import model_of
 from dougong.compress.structure import Structure, structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
+from dougong.compress.workshop import model_of
 from dougong.core.bundle import is_bundle
 from dougong.core.config import parse
 from dougong.core.figures import Figure
@@ -69,15 +71,9 @@ class Measured(NamedTuple):
 
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
     for subject in SUBJECTS:
-        found: list[Measured] = []
-        for seed in range(1 if quick else SEEDS):
-            key = f"student, {subject}, {seed} {'quick' if quick else 'whole'}"
-            values = kept.get(key)
-            if values is None:
-                values = one_seed(subject, seed, kept, quick=quick)._asdict()
-                kept.put(key, values)
-            found.append(Measured(**values))
-        yield from figures(subject, found)
+        find = functools.partial(one_seed, subject, kept=kept, quick=quick)
+        found = each_seed(kept, f"student, {subject}, {'quick' if quick else 'whole'}", 1 if quick else SEEDS, find)
+        yield from figures(subject, [Measured(**values) for values in found])
 
 
 def figures(subject: str, found: Sequence[Measured]) -> Iterator[Figure]:
@@ -142,7 +138,7 @@ def teacher_of(subject: str, seed: int, kept: Kept, *, quick: bool) -> Taught:
     return Taught(recipe, tables, load_from(folder))
 
 
-def one_seed(subject: str, seed: int, kept: Kept, *, quick: bool) -> Measured:
+def one_seed(subject: str, seed: int, *, kept: Kept, quick: bool) -> dict[str, Any]:
     """A teacher and its students."""
     recipe, tables, teacher = teacher_of(subject, seed, kept, quick=quick)
     whole = sum(p.numel() for p in teacher.network.parameters())
@@ -167,7 +163,7 @@ def one_seed(subject: str, seed: int, kept: Kept, *, quick: bool) -> Measured:
             )
             accuracy[way] = judge_on(student.network, tables.test, student.preparation).metrics["accuracy"]
     told = judge_on(teacher.network, tables.test, teacher.preparation).metrics["accuracy"]
-    return Measured(told, share, accuracy)
+    return Measured(told, share, accuracy)._asdict()
 
 
 def measured_importance(teacher: Model, structure: Structure, tables: Tables, seed: int) -> Importance:

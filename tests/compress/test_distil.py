@@ -13,9 +13,9 @@ from dougong.bundle.model import Model
 from dougong.compress.distil import DistilConfig, Lessons, Teacher, agreement, distil, judge_on, shown_to
 from dougong.compress.importance import ImportanceConfig, measure_importance
 from dougong.compress.records import split_records, without_target
-from dougong.compress.search import model_of
 from dougong.compress.structure import structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
+from dougong.compress.workshop import model_of
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
 from dougong.core.events import Event, StepDone

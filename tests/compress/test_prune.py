@@ -12,9 +12,9 @@ import dougong
 from dougong.bundle.model import Model
 from dougong.compress.importance import ImportanceConfig, measure_importance
 from dougong.compress.prune import PruneConfig, SparseConfig, Sparsity, count_parameters, prune, pruned_shape
-from dougong.compress.search import model_of
 from dougong.compress.structure import structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, shape_of
+from dougong.compress.workshop import model_of
 from dougong.core.errors import ConfigError
 from dougong.core.signature import Signature
 from dougong.model.sandwich import Sandwich

@@ -15,13 +15,14 @@ import dougong
 from dougong.bundle.model import Model
 from dougong.cli.main import main
 from dougong.cli.show import print_compression
-from dougong.compress import search
+from dougong.compress import draft, search
 from dougong.compress.candidate import Budget, Candidate, Eager, Point, Runner
 from dougong.compress.clock import Timed
+from dougong.compress.outcome import BudgetError, Outcome
 from dougong.compress.picture import draw_points
 from dougong.compress.recover import RecoverConfig
 from dougong.compress.run import compress_bundle, read_ratio
-from dougong.compress.search import BudgetError, Outcome, SearchConfig
+from dougong.compress.search_config import SearchConfig
 from dougong.compress.student import StudentConfig
 from dougong.core.bundle import Manifest
 from dougong.core.config import override, parse
@@ -122,7 +123,8 @@ def test_a_killed_search_goes_on_and_comes_to_the_same(
     def alike(calls: Mapping[str, Any], **_: Any) -> dict[str, Timed]:
         return {name: Timed((0.001,)) for name in calls}
 
-    monkeypatch.setattr(search, "interleaved", alike)  # times would choose now one and now another
+    for module in (draft, search):
+        monkeypatch.setattr(module, "interleaved", alike)  # times would choose now one and now another
     budget = Budget(size_bytes=600_000, max_loss=1.0)
     unbroken = compress_bundle(colour_run, colour_table, budget, tmp_path / "unbroken", small()).as_json()
     steps: list[float] = []

@@ -232,8 +232,9 @@ def compress(
     from dougong.cli.show import print_compression
     from dougong.compress.backends import backends_named
     from dougong.compress.candidate import Budget
+    from dougong.compress.outcome import BudgetError
     from dougong.compress.run import compress_bundle, read_ratio
-    from dougong.compress.search import BudgetError, SearchConfig
+    from dougong.compress.search_config import SearchConfig
     from dougong.core.config import override, parse
     from dougong.core.sizes import read_bytes, read_seconds
     from dougong.watch.progress import Progress

@@ -63,7 +63,7 @@ class ExportRequest(Config):
     """What the export is to be."""
 
     to: Literal["auto", "openvino", "onnx", "torch", "inductor"] = "auto"
-    """auto measures them; where bits are chosen it is openvino."""
+    """auto measures openvino, onnx and torch; where bits are chosen it is openvino."""
 
     bits: str | None = None
     """Of all layers alike (16, 8, 4, or w8a16 ...), or mixed: chosen for each. None: as they are."""

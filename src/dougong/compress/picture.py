@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from dougong.compress.candidate import Point
-from dougong.compress.search import Outcome
+from dougong.compress.outcome import Outcome
 
 INK, FAINT, ACCENT = "#24292f", "#8b949e", "#b3261e"
 

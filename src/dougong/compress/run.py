@@ -21,9 +21,12 @@ from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
 from dougong.compress.candidate import EAGER, Backend, Budget, Eager, Point
 from dougong.compress.distil import agreement, judge_on
+from dougong.compress.draft import Say
+from dougong.compress.outcome import BudgetError, Outcome
 from dougong.compress.picture import as_rows, draw_points
 from dougong.compress.records import Records, split_records
-from dougong.compress.search import BudgetError, Outcome, Say, Search, SearchConfig
+from dougong.compress.search import Search
+from dougong.compress.search_config import SearchConfig
 from dougong.core.bundle import Manifest, bundle_in, is_bundle, kind_of
 from dougong.core.errors import BundleError, ConfigError, RunError
 from dougong.core.events import Listener
