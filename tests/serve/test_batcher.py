@@ -164,6 +164,30 @@ def test_a_request_that_cannot_make_it_is_refused_when_it_comes() -> None:
     assert isinstance(queue.admit(0.0, "impatient", within_seconds=0.001), Refusal)
 
 
+def test_a_rare_record_that_takes_long_refuses_nobody_else() -> None:
+    plain, dear = Shape(("words",), 4), Shape(("words",), 30)
+    known = ServiceTime()
+    for number in (1, 2, 4, 8) * 5:
+        known.observe({plain: number}, 0.005 + 0.001 * number)
+        known.observe({dear: 1}, 0.4)
+    batcher = Batcher(parse(BatcherConfig, {"slo_seconds": 1.0}, where="test"), known)
+
+    def answered(now: float, shape: Shape, seconds: float) -> None:
+        taken(batcher.admit(now, None, shape=shape))
+        batcher.done(now + seconds, batcher.poll(now, 1).batch)
+
+    for place in range(20):
+        answered(float(place), plain, 0.006)
+    answered(20.0, dear, 0.4)
+
+    taken(batcher.admit(21.0, "dear", shape=dear))
+    batch = batcher.poll(21.0, 1).batch
+    for place in range(6):  # if each took as long as the one that came last, the third would be late
+        assert isinstance(batcher.admit(21.01, place, shape=plain), Ticket)
+    batcher.done(21.4, batch)
+    assert len(batcher.poll(21.4, 1).batch) == 6
+
+
 def test_a_full_queue_says_when_to_come_again() -> None:
     queue = batcher(DEVICE, max_queue=3, refuse_late=False)
     for number in range(3):

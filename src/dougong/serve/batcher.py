@@ -34,6 +34,11 @@ MOST_SCANNED: Final = 8
 
 MOST_CLIENTS: Final = 10_000
 
+REMEMBERED: Final = 1.01
+"""How much more each arrival counts than the one before, where it is asked which shape is common."""
+
+MOST_SHAPES_MET: Final = 1_000
+
 
 class BatcherConfig(Config):
     """What is agreed with the callers."""
@@ -136,7 +141,8 @@ class Batcher:
         self._largest = config.max_batch
         self._unit_seconds = 0.0
         self._full_seconds = 0.0
-        self._common = Shape()
+        self._met: dict[Shape, float] = {Shape(): 0.0}
+        self._weight = 1.0
         self._settle()
 
     def __len__(self) -> int:
@@ -196,7 +202,8 @@ class Batcher:
         if len(self._virtual) > MOST_CLIENTS:
             self._virtual = {name: until for name, until in self._virtual.items() if until > now}
         self._last_arrival = now
-        self._common = shape
+        self._weight *= REMEMBERED
+        self._met[shape] = self._met.get(shape, 0.0) + self._weight
         self.hindsight.arrived(now)
         return ticket
 
@@ -262,7 +269,7 @@ class Batcher:
 
     def _settle(self) -> None:
         """Anew after each measurement: how large a batch may be, and what a record takes in a full one."""
-        limit, shape = self.config.max_batch, self._common
+        limit, shape = self.config.max_batch, self._most_common()
         # Who comes as a full batch starts waits for it, and then for its own.
         allowed = self.config.slo_seconds / (2 * (1 + self.service.deviation))
         low, high = 1, limit
@@ -275,6 +282,15 @@ class Batcher:
         self._largest = low
         self._full_seconds = self.service.seconds({shape: low})
         self._unit_seconds = self._full_seconds / low / self.replicas
+
+    def _most_common(self) -> Shape:
+        """What comes most, of late. One rare record that takes long says nothing of those that others wait behind."""
+        found = max(self._met, key=self._met.__getitem__)
+        if self._weight > 1e9 or len(self._met) > MOST_SHAPES_MET:
+            most = self._met[found] / 1e3
+            self._met = {shape: met / self._weight for shape, met in self._met.items() if met > most}
+            self._weight = 1.0
+        return found
 
     def _seconds_until_free(self, now: float) -> float:
         if len(self._running) < self.replicas:
