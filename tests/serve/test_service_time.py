@@ -19,6 +19,28 @@ def test_the_line_is_found_from_batches_of_mixed_sizes() -> None:
     assert service.deviation < 0.06
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_of_one_that_tell_little_lead_nowhere_else(seed: int) -> None:
+    """A light load of eight shapes, two of them rare: nearly all batches are of one record, some were held up."""
+    dice, service = random.Random(seed), ServiceTime()
+    shapes = [Shape((f"column {place}",)) for place in range(8)]
+    foretold: list[float] = []
+    for place in range(4000):
+        counts: dict[Shape, int] = {}
+        for _ in range(1 if dice.random() < 0.95 else 2):
+            (shape,) = dice.choices(shapes, [1.0] * 6 + [0.2] * 2)
+            counts[shape] = counts.get(shape, 0) + 1
+        held_up = 8.0 if dice.random() < 0.01 else 1.0
+        if place > 500:
+            foretold.append(service.seconds({dice.choice(shapes): 1}) / 0.004)
+        service.observe(counts, (0.003 + 0.001 * sum(counts.values())) * dice.lognormvariate(0, 0.3) * held_up)
+
+    foretold.sort()
+    assert foretold[len(foretold) // 2] == pytest.approx(1.0, abs=0.1)
+    assert foretold[int(0.99 * len(foretold))] < 2.0
+    assert foretold[-1] < 12.0  # just after one that was held up
+
+
 def test_another_service_is_learnt_within_a_hundred_batches() -> None:
     dice, service = random.Random(0), ServiceTime()
     for fixed, item in ((0.004, 0.0001), (0.012, 0.001)):

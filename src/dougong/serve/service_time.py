@@ -13,14 +13,17 @@ from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 LEAST_SECONDS: Final = 1e-5
 FORGET: Final = 0.98
 """What an observation still counts after the next one: about fifty batches are remembered."""
 
-NOISE: Final = 0.01
-"""Variance of a batch's time around what is foretold, in shares of it, as the fit takes it to be."""
+HELD: Final = 0.0025
+"""What a cost as it is known counts beside one batch that tells of nothing else: the variance of a batch's time, in
+shares of it, over that of a cost."""
+
+DOUBTED: Final = 0.02
+"""What remembered batches still count once another model is being measured."""
 
 SURPRISING: Final = 0.35
 SURPRISES: Final = 3
@@ -50,8 +53,11 @@ def length_step(length: float) -> int:
 class ServiceTime:
     """Seconds of a batch: `a` and, for each record, what its shape costs when padded to the batch's longest.
 
-    Fitted by recursive least squares on relative errors, with forgetting (Haykin 2002, chapter 9), and then corrected
-    by how batches of about that size really were, since the cost of a batch is seldom quite linear in its size.
+    Fitted by least squares on relative errors, with forgetting, and then corrected by how batches of about that size
+    really were, since the cost of a batch is seldom quite linear in its size. What the remembered batches do not tell
+    stays as it was: under a light load all of them are of one record, of which no one can say what is its own cost and
+    what the batch's. (The recursive form of the same, Haykin 2002, chapter 9, loses its footing there: what is
+    forgotten without being met again grows until rounding decides.)
     """
 
     def __init__(self, *, fixed_seconds: float = 0.004, item_seconds: float = 0.0005) -> None:
@@ -60,7 +66,10 @@ class ServiceTime:
         self._weight_F = np.array([fixed_seconds])
         self._costs = [fixed_seconds]
         """The same as plain numbers, which are read far more often than fitted."""
-        self._spread_FF = np.array([[4.0 * fixed_seconds**2]])
+        self._met_FF = np.zeros((1, 1))
+        self._told_F = np.zeros(1)
+        """The normal equations of the batches that are remembered."""
+
         self._bends = [1.0] * 24
         """By what the line is off for batches of 1, 2 to 3, 4 to 7 ... records."""
         self._deviation = 0.1
@@ -114,7 +123,7 @@ class ServiceTime:
         self._surprises = self._surprises + side if side and side * self._surprises >= 0 else side
         if abs(self._surprises) >= SURPRISES:
             self._surprises = 0
-            self._spread_FF = self._spread_FF + np.diag(np.maximum(self._weight_F, self._item_seconds) ** 2)
+            self._met_FF, self._told_F = self._met_FF * DOUBTED, self._told_F * DOUBTED
             self._bends = [1.0] * len(self._bends)
 
     def _line(self, counts: Mapping[Shape, int]) -> float:
@@ -129,15 +138,12 @@ class ServiceTime:
             x_F[place] += count
         # Relative errors: else the largest batches alone would say how long a small one takes.
         x_F /= seconds
-        spread_F = self._spread_FF @ x_F
-        gain_F = spread_F / (FORGET * NOISE + float(x_F @ spread_F))
-        self._weight_F = self._weight_F + gain_F * (1.0 - float(x_F @ self._weight_F))
-        self._spread_FF = (self._spread_FF - np.outer(gain_F, spread_F)) / FORGET
-        # What is not met for long would be forgotten without end: its spread stays within its own size.
-        most_F = 16.0 * np.maximum(np.abs(self._weight_F), self._item_seconds) ** 2
-        shrink_F = np.sqrt(np.minimum(1.0, most_F / np.maximum(np.diag(self._spread_FF), 1e-30)))
-        self._spread_FF = self._spread_FF * np.outer(shrink_F, shrink_F)
-        self._weight_F = np.maximum(self._weight_F, 0.0)
+        self._met_FF = FORGET * self._met_FF + np.outer(x_F, x_F)
+        self._told_F = FORGET * self._told_F + x_F
+        scale_F = np.maximum(self._weight_F, [LEAST_SECONDS] + [self._item_seconds] * (len(x_F) - 1))
+        held_FF = self._met_FF * np.outer(scale_F, scale_F) + HELD * np.eye(len(x_F))
+        share_F = np.linalg.solve(held_FF, self._told_F * scale_F + HELD * self._weight_F / scale_F)
+        self._weight_F = np.maximum(share_F * scale_F, 0.0)
         self._costs = self._weight_F.tolist()
 
     def _place_of(self, shape: Shape) -> int:
@@ -149,10 +155,8 @@ class ServiceTime:
         guess, size = self._guess(shape), len(self._weight_F)
         self._place[shape] = size
         self._weight_F = np.append(self._weight_F, guess)
-        grown_FF: npt.NDArray[np.float64] = np.zeros((size + 1, size + 1))
-        grown_FF[:size, :size] = self._spread_FF
-        grown_FF[size, size] = 4.0 * guess**2 + 1e-10
-        self._spread_FF = grown_FF
+        self._met_FF = np.pad(self._met_FF, (0, 1))
+        self._told_F = np.append(self._told_F, 0.0)
         self._costs = self._weight_F.tolist()
         return size
 
