@@ -192,6 +192,16 @@ def test_a_request_keeps_its_id(server: Server) -> None:
 
 
 def test_a_picture_is_drawn_of_words(server: Server) -> None:
+    for strange in (
+        {"seed": {}},
+        {"seed": None},
+        {"seed": 10**30},
+        {"seed": 1.5},
+        {"top_p": "1"},
+        {"smell": 1},
+        {"temperature": True},
+    ):
+        assert server.ask("POST", "/v1/draw", {"text": "a red circle", **strange})[0] == 422, strange
     status, picture, headers = server.ask("POST", "/v1/draw", {"text": "a red circle", "seed": 3})
     assert (status, headers["content-type"], picture) == (200, "image/png", b"\x89PNG of a red circle 3")
     for body, refused in (({}, 422), ({"text": 3}, 422), ({"text": "a", "heat": 1}, 422), ({"text": "x" * 5000}, 413)):

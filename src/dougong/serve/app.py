@@ -141,6 +141,12 @@ class Question(NamedTuple):
     """The answer, once every record has its outcome."""
 
 
+OPTIONS: Final = ("temperature", "top_p", "top_k", "seed", "guidance")
+"""Of writing and drawing; the last of drawing alone."""
+
+WHOLE_OPTIONS: Final = ("seed", "top_k")
+
+
 class App:
     """An ASGI application."""
 
@@ -523,7 +529,7 @@ class App:
             raise BadRequest(f"text: longer than {self.config.limits.tokens} tokens", 413)
         version = self.models.choose(request.asked("model"), request.asked("version"))
         request.model, request.version = version.name, version.version
-        outcome = await version.engine.draw(text, values)
+        outcome = await version.engine.draw(text, drawing_options(values))
         kind = b"image/png" if outcome.status == 200 else b"application/json"
         return Reply(outcome.body, outcome.status, kind)
 
@@ -763,9 +769,34 @@ def plain_number(name: str, text: str) -> float | int:
         BadRequest: it is no number.
     """
     try:
-        return int(text) if name in ("seed", "top_k") else float(text)
+        return _number(name, int(text) if name in WHOLE_OPTIONS else float(text), 400)
     except ValueError:
         raise BadRequest(f"{name} is no number", 400) from None
+
+
+def drawing_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of drawing, as JSON has them; what they may be beyond numbers the model says.
+
+    Raises:
+        BadRequest: one is unknown, or no number.
+    """
+    for name in values:
+        if name not in OPTIONS:
+            raise BadRequest(f"{name!r:.80} is no option. Use some of {', '.join(OPTIONS)}", 422)
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found[name] = None if name == "top_k" and value is None else _number(name, value, 422)
+    return found
+
+
+def _number(name: str, value: Any, status: int) -> float | int:
+    wanted = "whole number" if name in WHOLE_OPTIONS else "number"
+    if type(value) is not int and (type(value) is not float or name in WHOLE_OPTIONS):
+        raise BadRequest(f"{name} is no {wanted}", status)
+    if not -(2**63) <= value < 2**63:  # also what is no number at all
+        raise BadRequest(f"{name} is too large, or not finite", status)
+    number: float | int = value
+    return number
 
 
 def _event(value: Any, name: str = "") -> bytes:
