@@ -25,9 +25,10 @@ HEAD_START: Final = 2.0
 """What each step of priority is worth, in objectives: a request is served as if it had come so much earlier."""
 
 MARGIN: Final = 0.2
-"""Of a full batch: how much earlier than the objective an answer must be foretold while others wait. Under too much
-load a queue is always as long as it may be; filled to the brim, whatever goes a little slower than foretold makes
-everybody behind it late (simulated: two thirds of the answers in time, where this leaves 95 to 100 of 100)."""
+"""Of a full batch: how much earlier than the objective an answer must be foretold while others wait, beside twice the
+usual error of the forecast. Under too much load a queue is always as long as it may be; filled to the brim, whatever
+goes a little slower than foretold makes everybody behind it late (simulated: two thirds of the answers in time, where
+this leaves 96 to 100 of 100)."""
 
 MOST_SCANNED: Final = 8
 """How many batches' worth of the queue is looked through for records that go well together."""
