@@ -189,6 +189,19 @@ def test_a_rare_record_that_takes_long_refuses_nobody_else() -> None:
     assert len(batcher.poll(21.4, 1).batch) == 6
 
 
+def test_what_has_become_common_is_common_and_what_is_rare_is_forgotten() -> None:
+    batcher = Batcher(parse(BatcherConfig, {"refuse_late": False, "max_queue": 10_000}, where="test"))
+    for place in range(1200):  # as many as are remembered, and more
+        taken(batcher.admit(0.0, None, shape=Shape((f"column {place}",))))
+    assert len(batcher._met) <= 1000
+    for _ in range(3000):  # where weights have been made small again
+        taken(batcher.admit(1.0, None, shape=Shape(("words",))))
+
+    assert batcher._most_common() == Shape(("words",))
+    assert list(batcher._met) == [Shape(("words",))]
+    assert batcher._weight < 1e10
+
+
 def test_a_full_queue_says_when_to_come_again() -> None:
     queue = batcher(DEVICE, max_queue=3, refuse_late=False)
     for number in range(3):

@@ -38,6 +38,7 @@ MOST_CLIENTS: Final = 10_000
 REMEMBERED: Final = 1.01
 """How much more each arrival counts than the one before, where it is asked which shape is common."""
 
+HEAVIEST: Final = 1e9
 MOST_SHAPES_MET: Final = 1_000
 
 
@@ -205,6 +206,8 @@ class Batcher:
         self._last_arrival = now
         self._weight *= REMEMBERED
         self._met[shape] = self._met.get(shape, 0.0) + self._weight
+        if self._weight > HEAVIEST or len(self._met) > MOST_SHAPES_MET:
+            self._forget_rare()
         self.hindsight.arrived(now)
         return ticket
 
@@ -286,12 +289,12 @@ class Batcher:
 
     def _most_common(self) -> Shape:
         """What comes most, of late. One rare record that takes long says nothing of those that others wait behind."""
-        found = max(self._met, key=self._met.__getitem__)
-        if self._weight > 1e9 or len(self._met) > MOST_SHAPES_MET:
-            most = self._met[found] / 1e3
-            self._met = {shape: met / self._weight for shape, met in self._met.items() if met > most}
-            self._weight = 1.0
-        return found
+        return max(self._met, key=self._met.__getitem__)
+
+    def _forget_rare(self) -> None:
+        least = max(self._met.values()) / 1e3
+        self._met = {shape: met / self._weight for shape, met in self._met.items() if met > least}
+        self._weight = 1.0
 
     def _seconds_until_free(self, now: float) -> float:
         if len(self._running) < self.replicas:
