@@ -393,7 +393,6 @@ class Whole(nn.Module):
 
 def forms(quick: bool, kept: Kept) -> Iterator[Figure]:
     """One graph for each encoder and one for the roof, against one graph for all; and skipping against zeros."""
-    import openvino
 
     task = easy_vqa(True)
     for name, source, timed in (
@@ -416,7 +415,7 @@ def forms(quick: bool, kept: Kept) -> Iterator[Figure]:
                 example[key], dynamic[key] = value, roof.dynamic[key]
         whole = Part(Whole(source), example, dynamic, roof.outputs)
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino.Core().compile_model(to_graph(whole), "CPU", settings)
+        compiled = runtime.openvino_core().compile_model(to_graph(whole), "CPU", settings)
         request = compiled.create_infer_request()
         with tempfile.TemporaryDirectory() as temporary:
             engine = open_engine(export(source, Path(temporary) / "parts", "openvino"), ONE_CORE)

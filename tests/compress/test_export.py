@@ -82,6 +82,28 @@ def test_openvino_computes_in_fp32_whatever_the_processor_has_units_for(openvino
     assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
 
 
+SIGNALLED = """
+import gc, os, signal, sys
+import dougong
+opened = [dougong.load(sys.argv[1]) for _ in range(2)]
+for model in opened:
+    model.predict([{"remark": "it is warm"}])
+del model
+while opened:  # the first to come is the first to go
+    del opened[0]
+    gc.collect()
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+os.kill(os.getpid(), signal.SIGINT)
+sys.exit(0 if heard else 1)
+"""
+
+
+def test_a_signal_is_survived_once_graphs_are_let_go_of(openvino_export: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(openvino_export)], check=False)
+    assert done.returncode == 0
+
+
 def test_an_export_is_asked_and_judged_and_nothing_else(
     openvino_export: Path, colour_run: Path, colour_table: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,6 @@ import torch
 from dougong.bundle import runtime
 from dougong.bundle.exported import media_of
 from dougong.compress.engines.openvino import MOST_AXES, to_graph
-from dougong.compress.needs import needed
 from dougong.compress.parts import Cut, cut
 from dougong.core.errors import ConfigError
 from dougong.core.signature import (
@@ -265,7 +264,7 @@ def test_a_mean_over_neighbours_is_one_that_kernels_know() -> None:
     assert means
     assert all(len(each.input_value(0).get_partial_shape()) <= MOST_AXES for each in means)
     pixels_UCHW = torch.randn(2, 3, 16, 16)
-    request = needed("openvino", "compress").Core().compile_model(graph, "CPU", EXACT).create_infer_request()
+    request = runtime.openvino_core().compile_model(graph, "CPU", EXACT).create_infer_request()
     found = request.infer({"pixels_UCHW": pixels_UCHW.numpy()})
     with torch.no_grad():
         want = part.module({"pixels_UCHW": pixels_UCHW})

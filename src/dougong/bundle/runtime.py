@@ -13,6 +13,7 @@ media only those of the modalities at hand: tokenizers, Pillow, soundfile and so
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -216,6 +217,19 @@ def outputs_of(spec: Mapping[str, Any], name: str) -> list[str]:
     return list(parts[spec["roof"]["graph"] if name == WHOLE else name])
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The library, once for the whole process and never given up.
+
+    Each one gives the thread a stack for signals, and in the end gives back the one that was there before
+    (openvinotoolkit/openvino, pull request 11894). Of two, where the first goes first, that is one that has gone: the
+    next signal, an interrupt for one, would end the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoGraphs:
     """Each graph is compiled when it is first asked, and so is WHOLE."""
 
@@ -223,10 +237,8 @@ class OpenVinoGraphs:
         self, spec: Mapping[str, Any], graphs: Graphs, threads: int | None = None, *, profile: bool = False
     ) -> None:
         """`profile` has it count the time of each operation, which takes some itself."""
-        import openvino
-
         self.spec, self._graphs = spec, graphs
-        self._core = openvino.Core()
+        self._core = openvino_core()
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "PERF_COUNT": profile,

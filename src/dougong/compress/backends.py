@@ -19,6 +19,7 @@ import torch
 
 from dougong.bundle.exported import EngineConfig, EngineNetwork
 from dougong.bundle.model import Model
+from dougong.bundle.runtime import openvino_core
 from dougong.compress.candidate import ALL, EAGER, Backend, Eager, Runner
 from dougong.compress.delivery import number_bytes, plan_within, uniform_plans
 from dougong.compress.export import DYNAMIC, Source, To, check_installed, export, open_engine
@@ -87,8 +88,8 @@ class _Prepared:
 
 def fastest_floats() -> Compute:
     """bf16 where this processor has units for it."""
-    openvino = needed("openvino", "compress")
-    return "bf16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    needed("openvino", "compress")
+    return "bf16" if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 class OpenVinoBackend:
