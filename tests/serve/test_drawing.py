@@ -56,7 +56,7 @@ def test_the_server_draws_what_the_bundle_draws(tmp_path: Path) -> None:
         for mistake, reason in (
             ({"text": ""}, "is empty"),
             ({"text": "a", "seed": "x"}, "is no whole number"),
-            ({"text": "a", "heat": 1}, "no setting 'heat'"),
+            ({"text": "a", "heat": 1}, "'heat' is no option"),
         ):
             status, refused, _ = server.ask("POST", "/v1/draw", mistake)
             assert (status, reason in refused["error"]) == (422, True), refused
