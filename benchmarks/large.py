@@ -53,7 +53,8 @@ def large_sandwich() -> Model:
     )
     torch.manual_seed(0)
     signature = preparation.signature()
-    return Model(config.build(signature), preparation, Manifest(name="large", signature=signature, model={}))
+    manifest = Manifest(name="large", signature=signature, model=config.model_dump(mode="json"))
+    return Model(config.build(signature), preparation, manifest)
 
 
 def large_batch(size: int, tokens: int = 32) -> Batch:
