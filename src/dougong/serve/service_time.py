@@ -33,6 +33,11 @@ was learnt counts little from then on."""
 MOST_SHAPES: Final = 48
 """Shapes with a cost of their own; those met later share the last one's."""
 
+SETTLED: Final = 100
+SOLVED_EVERY: Final = 4
+"""After so many batches the equations are solved anew only at every so many-th of them: solving takes as long as
+passing on two answers does, and of fifty batches that are remembered four change little."""
+
 LINE_FIRST: Final = 20
 """Batches that fit the line before its bends are learnt."""
 
@@ -140,8 +145,12 @@ class ServiceTime:
         x_F /= seconds
         self._met_FF = FORGET * self._met_FF + np.outer(x_F, x_F)
         self._told_F = FORGET * self._told_F + x_F
-        scale_F = np.maximum(self._weight_F, [LEAST_SECONDS] + [self._item_seconds] * (len(x_F) - 1))
-        held_FF = self._met_FF * np.outer(scale_F, scale_F) + HELD * np.eye(len(x_F))
+        if self.num_observed < SETTLED or self.num_observed % SOLVED_EVERY == 0 or self._surprises:
+            self._solve()
+
+    def _solve(self) -> None:
+        scale_F = np.maximum(self._weight_F, [LEAST_SECONDS] + [self._item_seconds] * (len(self._told_F) - 1))
+        held_FF = self._met_FF * np.outer(scale_F, scale_F) + HELD * np.eye(len(scale_F))
         share_F = np.linalg.solve(held_FF, self._told_F * scale_F + HELD * self._weight_F / scale_F)
         self._weight_F = np.maximum(share_F * scale_F, 0.0)
         self._costs = self._weight_F.tolist()
