@@ -496,15 +496,19 @@ def _leak(quick: bool) -> Iterator[Figure]:
         folder = Path(name)
         bundle = mixed_bundle(folder)
         with side("ours", "bundle", str(bundle), "", "1.0", folder=folder) as started:
-            wrong, statuses, grown = run_fast(_mixed(started, bundle, number, rate))
+            wrong, statuses, memory = run_fast(_mixed(started, bundle, number, rate))
     yield Figure(name=f"{number} mixed requests: wrong answers", value=wrong, unit="answers", asked="<= 0")
     broken = sum(count for status, count in statuses.items() if status[0] == "5" or not status.isdigit())
     yield Figure(name=f"{number} mixed requests: 5xx or broken", value=broken, unit="requests", asked="<= 0")
     asked = {} if quick else {"asked": "<= 0.05"}
-    yield Figure(name="memory grown since a tenth of them", value=grown, unit="x", **asked)
+    tenth, half, end = memory
+    yield Figure(name="memory after a tenth of them", value=tenth / 2**20, unit="MiB")
+    yield Figure(name="memory grown since a tenth of them", value=end / tenth - 1, unit="x", **asked)
+    yield Figure(name="memory grown since half of them", value=(end - half) / 2**20, unit="MiB")
 
 
-async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[int, dict[str, int], float]:
+async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[int, dict[str, int], list[int]]:
+    """Wrong answers, how many answers had each status, memory after a tenth, after half and in the end."""
     import dougong
 
     rows = mixed_rows()
@@ -534,17 +538,17 @@ async def _mixed(found: Side, bundle: Path, number: int, rate: float) -> tuple[i
         else:
             wrong += status == 200
 
+    memory: list[int] = []
+    statuses: dict[str, int] = {}
     try:
-        first = await run_load(asker, requests, rate, number / 10 / rate, 1.0, 0, seen=look)
-        before = found.memory_bytes()
-        rest = await run_load(asker, requests, rate, 0.9 * number / rate, 1.0, 1, seen=look)
-        after = found.memory_bytes()
+        for seed, share in enumerate((0.1, 0.4, 0.5)):
+            part = await run_load(asker, requests, rate, share * number / rate, 1.0, seed, seen=look)
+            memory.append(found.memory_bytes())
+            for status, count in part.statuses.items():
+                statuses[status] = statuses.get(status, 0) + count
     finally:
         asker.close()
-    statuses = {
-        key: first.statuses.get(key, 0) + rest.statuses.get(key, 0) for key in {*first.statuses, *rest.statuses}
-    }
-    return wrong, statuses, after / before - 1
+    return wrong, statuses, memory
 
 
 if __name__ == "__main__":

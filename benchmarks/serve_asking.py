@@ -52,8 +52,8 @@ class Side(NamedTuple):
         return sum(_cpu_seconds(pid) for pid in _family(self.process.pid))
 
     def memory_bytes(self) -> int:
-        """Of all its processes, what is theirs alone."""
-        return sum(_private_bytes(pid) for pid in _family(self.process.pid))
+        """Of all its processes; what some of them share counts once."""
+        return sum(_share_bytes(pid) for pid in _family(self.process.pid))
 
 
 @contextlib.contextmanager
@@ -267,9 +267,10 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _private_bytes(pid: int) -> int:
+def _share_bytes(pid: int) -> int:
+    """A process's own memory, and its share of what it has together with others."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

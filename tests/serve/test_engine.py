@@ -1,5 +1,7 @@
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from dougong.serve.backend import Backend, Outcome, answer_batch
 from dougong.serve.batcher import BatcherConfig
 from dougong.serve.engine import BatchDone, Engine, Refused
 from dougong.serve.service_time import Shape
-from dougong.serve.workers import Answers, Died, ThreadWorkers, Worker
+from dougong.serve.workers import Answers, Died, ProcessWorkers, ThreadWorkers, Worker
 
 RELAXED = BatcherConfig(refuse_late=False, timeout_seconds=5.0, slo_seconds=1.0, max_batch=16)
 
@@ -213,3 +215,32 @@ def test_nothing_runs_where_nothing_is_asked() -> None:
         return polls
 
     assert run(test, Slow()) == 0
+
+
+def test_workers_leave_what_they_share_alone() -> None:
+    """What was there at the fork is none of their collectors' business: to look at it is to copy it."""
+    code = f"""
+import gc, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from dougong.serve.backend import Outcome
+from dougong.serve.worker import main
+from serving import Slow
+
+class Counting(Slow):
+    def answer(self, records):
+        return [Outcome(200, b"%d" % gc.get_freeze_count()) for _ in records]
+
+def make(settings):
+    backend = Counting()
+    backend.shared = [[] for _ in range(100_000)]
+    return backend
+
+sys.exit(main(make=make))
+"""
+
+    async def test(engine: Engine) -> Outcome:
+        return await ask(engine, "how many")
+
+    found = run(test, Slow(), workers=ProcessWorkers({}, command=[sys.executable, "-c", code]))
+
+    assert int(found.body) > 100_000

@@ -8,6 +8,7 @@ Promise     the model is loaded and its sums are checked once, before any worker
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None, make: BackendMaker = from_bundle) -
                 except DougongError as error:
                     server.sendall(pack({"kind": "refused", "error": str(error)}))
                     return 2
+                # Else each worker's collector would write into every object that it looks at, and so copy the page.
+                gc.collect()
+                gc.freeze()
                 server.sendall(pack({"kind": "loaded"}))
             elif frame["kind"] == "fork":
                 assert backend is not None
