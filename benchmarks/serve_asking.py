@@ -268,9 +268,10 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _share_bytes(pid: int) -> int:
-    """A process's own memory, and its share of what it has together with others."""
+    """A process's own memory, and its share of what it has together with those that it was forked from. Files that are
+    mapped do not count: who else reads them has a share, and may end."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))

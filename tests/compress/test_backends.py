@@ -1,5 +1,6 @@
 """Holds backends.py to its promises, on a model of words and pictures."""
 
+import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from tokenizers import Tokenizer
 import dougong
 from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
+from dougong.bundle.runtime import openvino_core
 from dougong.compress.backends import AlikeBackend, OpenVinoBackend, backends_named, fastest_floats
-from dougong.compress.candidate import ALL, Runner
+from dougong.compress.candidate import ALL, Backend, Runner
 from dougong.compress.engines.openvino import _precision
 from dougong.compress.sensitivity import divergence
 from dougong.core.bundle import Manifest
@@ -95,6 +97,34 @@ def test_bits_by_layer_use_a_budget_up_and_are_shipped_as_they_ran(
         torch.testing.assert_close(shipped.network(batches[0]).output_BC, mixed(batches[0]).output_BC, rtol=0, atol=0)
     with pytest.raises(ConfigError, match="the size binds"):
         backend.fill(model, batches, batches[0], 0.5 * sizes["w4a16"], None)
+
+
+@pytest.mark.parametrize("backend", [OpenVinoBackend(EngineConfig(threads=1)), AlikeBackend("onnx")])
+def test_what_a_model_has_learnt_since_is_carried_out(
+    model: Model, batches: list[Batch], tmp_path: Path, backend: Backend
+) -> None:
+    taught = Model(copy.deepcopy(model.network).eval(), model.preparation, model.manifest)
+    backend.carry_out(taught, {}, batches, tmp_path / "before")
+    with torch.no_grad():
+        for weight in taught.network.parameters():
+            weight.mul_(1.5)
+    after = backend.carry_out(taught, {}, batches, tmp_path / "after")
+
+    assert apart(taught, after, batches) < 1e-6 < apart(model, after, batches)
+
+
+def test_floats_that_no_choice_rounds_take_two_bytes(model: Model, batches: list[Batch], tmp_path: Path) -> None:
+    rounded = OpenVinoBackend(EngineConfig(threads=1)).carry_out(model, {ALL: "w4a16"}, batches, tmp_path / "rounded")
+
+    assert apart(model, rounded, batches) < 0.1
+    kinds: dict[str, int] = {}
+    for file in (tmp_path / "rounded" / "graphs").glob("*.xml"):
+        for each in openvino_core().read_model(file).get_ordered_ops():
+            if each.get_type_name() == "Constant" and each.get_data().size >= 256:
+                kind = each.get_output_element_type(0).get_type_name()
+                kinds[kind] = kinds.get(kind, 0) + each.get_data().size
+    assert kinds.keys() == {"u4", "f16"}
+    assert kinds["f16"] > 3_000
 
 
 @pytest.mark.skipif(

@@ -72,18 +72,33 @@ class GraphRunner:
         export(self._source.told(manifest), folder, self._to, self._quantised, dynamic=self._dynamic)
 
 
+class _Same:
+    """Tells whether a model is the one it was made with, and has learnt nothing since."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._versions = model, self._counted(model)
+
+    def __call__(self, model: Model) -> bool:
+        return model is self._model and self._counted(model) == self._versions
+
+    @staticmethod
+    def _counted(model: Model) -> list[int]:
+        return [weight._version for weight in model.network.state_dict().values()]  # torch's count of changes in place
+
+
 class _Prepared:
     """What several candidates of one model share."""
 
     def __init__(self, model: Model, calibration: Sequence[Batch]) -> None:
-        self.model, self.source = model, Source(model)
+        self.is_of, self.source = _Same(model), Source(model)
+        self._model = model
         self._calibration = calibration
 
     @functools.cached_property
     def seen(self) -> dict[str, Seen]:
         """What its layers are given; looked at where bits need it alone."""
         linear = [name for name, layer in self.source.cut.layers.items() if "w8a8" in layer.choices]
-        return observe(self.model.network.eval(), linear, self._calibration)
+        return observe(self._model.network.eval(), linear, self._calibration)
 
 
 def fastest_floats() -> Compute:
@@ -180,7 +195,7 @@ class OpenVinoBackend:
         return Plan(layers={name: read_choice(choice) for name, choice in bits.items()}, compute=self._compute)
 
     def _prepared(self, model: Model, calibration: Sequence[Batch]) -> _Prepared:
-        if self._last is None or self._last.model is not model:
+        if self._last is None or not self._last.is_of(model):
             self._last = _Prepared(model, calibration[:CALIBRATION_BATCHES])
         return self._last
 
@@ -198,7 +213,7 @@ class AlikeBackend:
         self.name: str = to
         self._to: To = to
         self._engine = engine or EngineConfig(threads=torch.get_num_threads())
-        self._last: Source | None = None
+        self._last: tuple[_Same, Source] | None = None
 
     def options(self) -> Sequence[Mapping[str, str]]:
         return [{}, {ALL: DYNAMIC}]
@@ -212,9 +227,9 @@ class AlikeBackend:
         *,
         nearest: bool = False,
     ) -> Runner:
-        if self._last is None or self._last.model is not model:
-            self._last = Source(model)
-        return GraphRunner(self._last, self._to, folder, self._engine, dynamic=bool(bits))
+        if self._last is None or not self._last[0](model):
+            self._last = _Same(model), Source(model)
+        return GraphRunner(self._last[1], self._to, folder, self._engine, dynamic=bool(bits))
 
     def recover(
         self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig

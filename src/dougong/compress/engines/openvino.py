@@ -35,6 +35,11 @@ from dougong.nn.batch import Batch
 Array = npt.NDArray[Any]
 BIAS: Final = "/bias"
 MOST_AXES: Final = 5
+MANY: Final = 256
+"""Floats in one piece from which on it counts how they are stored."""
+
+HALF_LARGEST: Final = float(np.finfo(np.float16).max)
+WHOLE_NUMBERS: Final = ("i8", "u8", "i4", "u4")
 """That a mean's own kernel knows."""
 PASSED: Final = ("Convert", "Transpose", "Reshape", "Unsqueeze", "Squeeze")
 
@@ -184,6 +189,8 @@ def _rounding(source: Any, range_: Range) -> Any:
 def write_graph(graph: Any, path: Path, layers: Mapping[str, Any], *, half: bool) -> None:
     """Write graph and weights; `half`: what is left in float32 is stored as float16."""
     openvino = needed("openvino", "compress")
+    if half:
+        _store_in_half(graph)
     kept = {id_of(operation) for operation in layers.values()}
     for name, operation in layers.items():
         bias = _bias(operation)
@@ -199,6 +206,34 @@ def write_graph(graph: Any, path: Path, layers: Mapping[str, Any], *, half: bool
                 made.get_tensor().set_names(set())
     graph.set_friendly_name(path.stem)  # which is numbered too
     openvino.save_model(graph, path, compress_to_fp16=half)
+
+
+def _store_in_half(graph: Any) -> None:
+    """Floats that are many become float16, widened again where they are used. The library does that by itself
+    (`save_model`), but for graphs that hold whole numbers."""
+    openvino = needed("openvino", "compress")
+    ops = needed("openvino.opset13", "compress")
+    constants = [operation for operation in graph.get_ordered_ops() if operation.get_type_name() == "Constant"]
+    if not any(each.get_output_element_type(0).get_type_name() in WHOLE_NUMBERS for each in constants):
+        return
+    for operation in constants:
+        if operation.get_output_element_type(0) != openvino.Type.f32:
+            continue
+        numbers = operation.get_data()
+        targets = list(operation.output(0).get_target_inputs())
+        if numbers.size < MANY or np.abs(numbers).max() > HALF_LARGEST or any(map(_is_scaled, targets)):
+            continue
+        wide = ops.convert(ops.constant(numbers.astype(np.float16), openvino.Type.f16), "f32")
+        for target in targets:
+            target.replace_source_output(wide.output(0))
+
+
+def _is_scaled(target: Any) -> bool:
+    """Whether this is where whole numbers meet their scales: kernels know that by its form."""
+    node = target.get_node()
+    if node.get_type_name() != "Multiply":
+        return False
+    return any(node.input_value(place).get_node().get_type_name() == "Convert" for place in range(2))
 
 
 def id_of(operation: Any) -> str:
