@@ -4,9 +4,9 @@ Here        three budgets of bytes on easy-VQA, each met in three ways.
 Elsewhere   the search (src/dougong/compress/search.py); teachers and their records (students.py).
 Promise     all ways have the same teacher, records, learning rate and budget, run on the same engine, and are judged on
             test records that none has seen. Those that go one step after the other take the same share of the budget
-            by each (its root), and learn for as many steps as the whole search does, its proxies included. What one of
-            them finds impossible counts as the accuracy of always saying the most frequent answer. Intervals are from
-            the lowest seed to the highest.
+            by each (its root), and choose shapes by the same search as the joint one, with as many proxies and steps:
+            in floats, or at the bits that the teacher's layers got. What one of them finds impossible counts as the
+            accuracy of always saying the most frequent answer. Intervals are from the lowest seed to the highest.
 """
 
 from __future__ import annotations
@@ -14,32 +14,27 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-import tempfile
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import numpy as np
 from harness import Kept
 from parts import each_seed
-from students import EASY_VQA, SEEDS, Taught, lessons, mean, measured_importance, teacher_of
+from students import EASY_VQA, SEEDS, lessons, mean, teacher_of
 
 from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
 from dougong.compress.backends import OpenVinoBackend
-from dougong.compress.candidate import Budget
-from dougong.compress.distil import DistilConfig, distil, judge_on
-from dougong.compress.importance import Importance
+from dougong.compress.candidate import Backend, Budget, Eager, Point, Runner
+from dougong.compress.distil import DistilConfig, judge_on
 from dougong.compress.outcome import BudgetError
 from dougong.compress.parts import cut
-from dougong.compress.prune import PruneConfig, pruned_shape
 from dougong.compress.records import Records
 from dougong.compress.search import Search
 from dougong.compress.search_config import SearchConfig
-from dougong.compress.structure import Structure, structure_of
-from dougong.compress.student import StudentConfig, build_student, inherit, shape_of
-from dougong.compress.workshop import Asked, model_of
+from dougong.compress.workshop import Asked
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
 from dougong.core.figures import Figure
@@ -55,24 +50,21 @@ SHARES: Final = (1 / 8, 1 / 16, 1 / 32)
 STEPS: Final = 400
 TEST_RECORDS: Final = 2000
 CALIBRATION_RECORDS: Final = 256
-JOINT: Final = "joint search"
-PRUNED_FIRST: Final = "pruned, then rounded"
-ROUNDED_FIRST: Final = "rounded, then pruned"
+ONE_CORE: Final = EngineConfig(threads=1)
 
 
 class Setting(NamedTuple):
     """What all ways are given."""
 
-    taught: Taught
+    teacher: Model
     records: Records
-    structure: Structure
-    importance: Importance
-    backend: OpenVinoBackend
     calibration: list[Batch]
-    distil: DistilConfig
+    config: SearchConfig
     most_bytes: float
-    share: float
-    seed: int
+    half_way: float
+    """Bytes after the first of two steps."""
+
+    folder: Path
 
 
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
@@ -94,7 +86,7 @@ def figures(name: str, found: list[dict[str, float]]) -> Iterator[Figure]:
             high=max(values),
             seeds=len(values),
         )
-    over = [each[JOINT] - max(each[PRUNED_FIRST], each[ROUNDED_FIRST]) for each in found]
+    over = [each[JOINT] - max(each[way] for way in each if way != JOINT) for each in found]
     yield Figure(
         name=f"{name}: joint search over the better one",
         value=mean(over),
@@ -111,144 +103,119 @@ def one_budget(share: float, seed: int, *, kept: Kept, quick: bool) -> dict[str,
     taught = teacher_of(EASY_VQA, seed, kept, quick=quick)
     teacher, tables = taught.teacher, taught.tables
     judge = sample_table(tables.test, 200 if quick else TEST_RECORDS, seed=seed)
-    structure = structure_of(teacher.network)
+    whole = sum(weight.nbytes for weight in teacher.network.state_dict().values())
     setting = Setting(
-        taught,
+        teacher,
         Records(tables.train, tables.validation, judge, None, True, ()),
-        structure,
-        measured_importance(teacher, structure, tables, seed),
-        OpenVinoBackend(EngineConfig(threads=1)),
         batches(teacher, tables.train),
-        lessons(taught.recipe, seed, taught=True, quick=quick),
-        share * sum(weight.nbytes for weight in teacher.network.state_dict().values()),
-        share,
-        seed,
+        search_config(lessons(taught.recipe, seed, taught=True, quick=quick), seed, quick),
+        share * whole,
+        math.sqrt(share) * whole,
+        kept.folder / f"joint-{share:.4f}-{seed}-{'quick' if quick else 'whole'}",
     )
-    config = search_config(setting, quick)
-    num_steps = search_steps(config)
     guess = most_frequent(judge, teacher)
-    found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        found[JOINT] = searched(setting, config, kept, quick, guess)
-        for way, prune_first in {PRUNED_FIRST: True, ROUNDED_FIRST: False}.items():
-            scratch = Path(temporary) / str(prune_first)
-            found[way] = one_after_the_other(setting, num_steps, scratch, guess, prune_first=prune_first)
+    found = {}
+    for name, way in WAYS.items():
+        try:
+            found[name] = accuracy(way(setting), setting)
+        except (BudgetError, ConfigError) as error:
+            print(f"a {1 / share:.0f}th, seed {seed}, {name}: {error}", file=sys.stderr)
+            found[name] = guess
+    shutil.rmtree(setting.folder, ignore_errors=True)
     return found
 
 
-def search_config(setting: Setting, quick: bool) -> SearchConfig:
-    steps = STEPS // (20 if quick else 1)
-    values = SearchConfig().model_dump(mode="json") | {"pool": False, "seed": setting.seed}
-    values["distil"] = setting.distil.model_dump(mode="json")
-    values["distil"]["train"]["steps"] = steps
+def search_config(taught: DistilConfig, seed: int, quick: bool) -> SearchConfig:
+    values = SearchConfig().model_dump(mode="json") | {"pool": False, "seed": seed}
+    values["distil"] = taught.model_dump(mode="json")
+    values["distil"]["train"]["steps"] = STEPS // (20 if quick else 1)
     if quick:
         values |= {"widths": [1.0, 0.5], "keeps": [1.0, 0.35], "ranked": 2, "proxy_steps": 2, "tried": 1}
     return parse(SearchConfig, values, where="joint")
 
 
-def search_steps(config: SearchConfig) -> int:
-    """All that it learns for, proxies included."""
-    steps = config.distil.train.steps or 0
-    whole = config.tried * config.try_share + 1 - config.try_share  # the first that is finished will do
-    return round(steps * whole) + config.ranked * config.proxy_steps
+def at_once(setting: Setting) -> Runner:
+    search, point = sought(setting, "joint", setting.most_bytes, OpenVinoBackend(ONE_CORE))
+    return search.runner_of(point)
 
 
-def searched(setting: Setting, config: SearchConfig, kept: Kept, quick: bool, guess: float) -> float:
-    """The joint search's; it goes on where an earlier run was stopped."""
-    size = f"{setting.share:.4f}-{setting.seed}-{'quick' if quick else 'whole'}"
-    folder = kept.folder / f"joint-{size}"
-    # As much as it may lose, so that it ends with the best that it found.
-    budget = Budget(size_bytes=setting.most_bytes, max_loss=1.0)
-    search = Search(
-        setting.taught.teacher,
-        setting.records,
-        budget,
-        config,
-        folder,
-        resume=(folder / "search.json").is_file(),
-        backends=(setting.backend,),
-    )
-    try:
-        outcome = search.run()
-    except BudgetError:
-        return guess
-    assert outcome.chosen is not None
-    found = accuracy(Asked(search.runner_of(outcome.chosen)), setting)
-    shutil.rmtree(folder)
-    return found
+def pruned_then_rounded(setting: Setting) -> Runner:
+    search, point = sought(setting, "pruned", setting.half_way, Eager())
+    student, backend = search.network_of(point), OpenVinoBackend(ONE_CORE)
+    calibration = [search.workshop.seen_by(student, batch) for batch in setting.calibration]
+    bits = backend.fill(student, calibration, calibration[0], setting.most_bytes, None)
+    return backend.carry_out(student, bits, calibration, setting.folder / "pruned-rounded")
 
 
-def one_after_the_other(setting: Setting, steps: int, scratch: Path, guess: float, *, prune_first: bool) -> float:
-    """Each takes the root of the share."""
-    teacher, backend, root = setting.taught.teacher, setting.backend, math.sqrt(setting.share)
-    whole = setting.most_bytes / setting.share
-    try:
-        if prune_first:
-            student = learnt(pruned(setting, root), setting, steps, scratch / "learnt")
-            bits = backend.fill(student, setting.calibration, setting.calibration[0], setting.most_bytes, None)
-        else:
-            bits = backend.fill(teacher, setting.calibration, setting.calibration[0], root * whole, None)
-            student = learnt(pruned_to_fit(setting, bits, scratch), setting, steps, scratch / "learnt")
-    except ConfigError:
-        return guess
-    runner = backend.carry_out(student, of_it(bits, student), setting.calibration, scratch / "engine")
-    return accuracy(Asked(runner), setting)
+def rounded_then_pruned(setting: Setting) -> Runner:
+    teacher = setting.teacher
+    bits = OpenVinoBackend(ONE_CORE).fill(teacher, setting.calibration, setting.calibration[0], setting.half_way, None)
+    search, point = sought(setting, "rounded", setting.most_bytes, AtTheseBits(bits))
+    return search.runner_of(point)
 
 
-def pruned(setting: Setting, keep: float) -> Model:
-    """The teacher with about so many of its parameters."""
-    teacher = setting.taught.teacher
-    structure, importance = setting.structure, setting.importance
-    base = shape_of(StudentConfig(), structure, importance)
-    shape = pruned_shape(teacher.network, structure, importance, base, keep, PruneConfig())
-    network, _ = build_student(teacher.network, teacher.manifest.signature, shape)
-    inherit(teacher.network, network, shape, importance)
-    return model_of(network, teacher)
+JOINT: Final = "joint search"
+WAYS: Final[Mapping[str, Callable[[Setting], Runner]]] = {
+    JOINT: at_once,
+    "pruned, then rounded": pruned_then_rounded,
+    "rounded, then pruned": rounded_then_pruned,
+}
 
 
-def pruned_to_fit(setting: Setting, bits: Mapping[str, str], scratch: Path) -> Model:
-    """The largest one that keeps to the budget at these bits, to a fiftieth of the teacher.
+class AtTheseBits(OpenVinoBackend):
+    """Each layer at the bits that were chosen for the teacher's."""
+
+    def __init__(self, bits: Mapping[str, str]) -> None:
+        super().__init__(ONE_CORE)
+        self._bits = dict(bits)
+
+    def options(self) -> Sequence[Mapping[str, str]]:
+        return [self._bits]
+
+    def carry_out(
+        self,
+        model: Model,
+        bits: Mapping[str, str],
+        calibration: Sequence[Batch],
+        folder: Path,
+        *,
+        nearest: bool = False,
+    ) -> Runner:
+        layers = cut(model.network, model.manifest.signature).layers
+        own = {name: self._bits.get(name, "w16a16") for name in layers}  # one that has lost a layer has no bits for it
+        return super().carry_out(model, own, calibration, folder, nearest=nearest)
+
+    def fill(
+        self,
+        model: Model,
+        calibration: Sequence[Batch],
+        timed: Batch,
+        most_bytes: float | None,
+        most_seconds: float | None,
+    ) -> Mapping[str, str]:
+        raise ConfigError("bits were chosen before. Use these.")
+
+
+def sought(setting: Setting, name: str, most_bytes: float, backend: Backend) -> tuple[Search, Point]:
+    """What a search ends with; it goes on where an earlier run was stopped.
 
     Raises:
-        ConfigError: none does.
+        BudgetError: nothing that was tried keeps to the budget.
     """
-    for keep in np.linspace(1.0, 0.02, 50):
-        model = pruned(setting, float(keep))
-        layers = {name: weight.numel() for name, weight in model.network.named_parameters()}
-        least = sum(
-            count * (int(bits.get(name.removesuffix(".weight"), "w16")[1:].split("a")[0]) / 8)
-            for name, count in layers.items()
-        )
-        if least > setting.most_bytes:
-            continue  # without its scales it is larger already
-        runner = setting.backend.carry_out(model, of_it(bits, model), setting.calibration, scratch / f"{keep:.2f}")
-        if runner.num_bytes <= setting.most_bytes:
-            return model
-    raise ConfigError("no share keeps to the budget at these bits. Use more bytes.")
-
-
-def of_it(bits: Mapping[str, str], model: Model) -> dict[str, str]:
-    """Of the layers that it still has, and that are large enough to have a choice."""
-    layers = cut(model.network, model.manifest.signature).layers
-    return {name: bits.get(name, "w16a16") for name in layers}
-
-
-def learnt(student: Model, setting: Setting, steps: int, folder: Path) -> Model:
-    train = setting.distil.train.model_copy(update={"steps": steps, "evaluate_every": max(1, steps // 6)})
-    distil(
-        student.network,
-        student.preparation,
-        setting.taught.teacher,
-        setting.records.learn,
-        setting.records.choose,
-        setting.distil.model_copy(update={"train": train}),
-        folder,
+    folder = setting.folder / name
+    # As much as it may lose, so that it ends with the best that it found.
+    budget = Budget(size_bytes=most_bytes, max_loss=1.0)
+    resume = (folder / "search.json").is_file()
+    search = Search(
+        setting.teacher, setting.records, budget, setting.config, folder, resume=resume, backends=(backend,)
     )
-    return student
+    outcome = search.run()
+    assert outcome.chosen is not None
+    return search, outcome.chosen
 
 
-def accuracy(asked: Asked, setting: Setting) -> float:
-    return judge_on(asked, setting.records.judge, setting.taught.teacher.preparation).metrics["accuracy"]
+def accuracy(runner: Runner, setting: Setting) -> float:
+    return judge_on(Asked(runner), setting.records.judge, setting.teacher.preparation).metrics["accuracy"]
 
 
 def most_frequent(table: Table, model: Model) -> float:
