@@ -238,44 +238,49 @@ def _compressed(quick: bool) -> Iterator[Figure]:
 
 
 def _latency(quick: bool) -> Iterator[Figure]:
-    python = os.environ.get("PEERS")
-    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = str(numbers_bundle(folder))
-        for model in ("device",) if quick else ("device", "perceptron"):
-            most: dict[str, float] = {}
-            for each in ("minimal", "none", *(PEERS if python else ())):
-                with contextlib.suppress(RunError), _other(each, model, bundle, folder, python) as started:
-                    most[each] = run_fast(closed(started, each, CALLERS, seconds)).rate
-            peers = [each for each in most if each in PEERS] or ["minimal"]
-            best = max(peers, key=most.__getitem__)
-            few: dict[str, list[float]] = {}
-            many: dict[str, list[float]] = {}
-            for repeat in range(repeats):
-                for each in ("ours", *most):
-                    with _other(each, model, bundle, folder, python) as started:
-                        if each in ("ours", "none"):
-                            calm = run_fast(opened(started, 0.2 * most["none"], seconds, 1.0, seed=repeat, name=each))
-                            few.setdefault(each, []).append(1e3 * calm.quantiles["0.5"])
-                        if each != "none":
-                            busy = run_fast(opened(started, 0.8 * most[best], seconds, 1.0, seed=repeat, name=each))
-                            many.setdefault(each, []).append(1e3 * busy.quantiles["0.99"])
-            alone = statistics.median(few["none"])
-            asked = {"baseline": alone, "asked": f"<= {1.15 * alone:.4g}"}
-            yield spread(f"{model}, a fifth of no batching's rate: p50, beside no batching", few["ours"], "ms", **asked)
-            for each, tails in many.items():
-                theirs = statistics.median(many[best])
-                asked = {"baseline": theirs, "asked": f"<= {theirs:.4g}"} if each == "ours" else {}
-                yield spread(
-                    f"{model}, {0.8 * most[best]:.0f} a second (80 % of {best}): p99, {each}", tails, "ms", **asked
-                )
+        for model in ("device",) if quick else (*MODELS, "bundle"):
+            yield from _latency_of(model, folder, quick)
+
+
+def _latency_of(model: str, folder: Path, quick: bool) -> Iterator[Figure]:
+    """Of a bundle beside those sides alone that can open it."""
+    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
+    bundle, rows = (mixed_bundle(folder), mixed_rows()) if model == "bundle" else (numbers_bundle(folder), [])
+    python = None if model == "bundle" else os.environ.get("PEERS")
+    start = functools.partial(_other, model=model, bundle=str(bundle), folder=folder, python=python)
+    most: dict[str, float] = {}
+    for each in ("minimal", "none", *(PEERS if python else ())):
+        with contextlib.suppress(RunError), start(each) as started:
+            most[each] = run_fast(closed(started, each, CALLERS, seconds, rows)).rate
+    peers = [each for each in most if each in PEERS] or ["minimal"]
+    best = max(peers, key=most.__getitem__)
+    few: dict[str, list[float]] = {}
+    many: dict[str, list[float]] = {}
+    for repeat in range(repeats):
+        for each in ("ours", *most):
+            ask = functools.partial(opened, seconds=seconds, slo=1.0, seed=repeat, name=each, rows=rows)
+            with start(each) as started:
+                if each in ("ours", "none"):
+                    calm = run_fast(ask(started, 0.2 * most["none"]))
+                    few.setdefault(each, []).append(1e3 * calm.quantiles["0.5"])
+                if each != "none":
+                    busy = run_fast(ask(started, 0.8 * most[best]))
+                    many.setdefault(each, []).append(1e3 * busy.quantiles["0.99"])
+    alone = statistics.median(few["none"])
+    asked = {"baseline": alone, "asked": f"<= {1.15 * alone:.4g}"}
+    yield spread(f"{model}, a fifth of no batching's rate: p50, beside no batching", few["ours"], "ms", **asked)
+    for each, tails in many.items():
+        theirs = statistics.median(many[best])
+        asked = {"baseline": theirs, "asked": f"<= {theirs:.4g}"} if each == "ours" else {}
+        yield spread(f"{model}, {0.8 * most[best]:.0f} a second (80 % of {best}): p99, {each}", tails, "ms", **asked)
 
 
 def _other(
-    name: str, model: str, bundle: str, folder: Path, python: str | None
+    name: str, *, model: str, bundle: str, folder: Path, python: str | None
 ) -> contextlib.AbstractContextManager[Side]:
-    more = [bundle] if name == "ours" else []
+    more = [bundle] if name == "ours" or model == "bundle" else []
     return side(name, model, *more, folder=folder, python=python if python and name in PEERS else sys.executable)
 
 

@@ -175,7 +175,7 @@ def test_a_rare_record_that_takes_long_refuses_nobody_else() -> None:
 
     def answered(now: float, shape: Shape, seconds: float) -> None:
         taken(batcher.admit(now, None, shape=shape))
-        batcher.done(now + seconds, batcher.poll(now, 1).batch)
+        batcher.learn(batcher.done(now + seconds, batcher.poll(now, 1).batch))
 
     for place in range(20):
         answered(float(place), plain, 0.006)
@@ -185,7 +185,7 @@ def test_a_rare_record_that_takes_long_refuses_nobody_else() -> None:
     batch = batcher.poll(21.0, 1).batch
     for place in range(6):  # if each took as long as the one that came last, the third would be late
         assert isinstance(batcher.admit(21.01, place, shape=plain), Ticket)
-    batcher.done(21.4, batch)
+    batcher.learn(batcher.done(21.4, batch))
     assert len(batcher.poll(21.4, 1).batch) == 6
 
 
@@ -310,7 +310,7 @@ def test_a_wrong_forecast_is_tried_and_mended() -> None:
         taken(queue.admit(now, None))
         batch = queue.poll(now, 1).batch
         now += 0.002
-        queue.done(now, batch)
+        queue.learn(queue.done(now, batch))
         now += 0.01
     assert known.seconds({Shape(): 1}) < 0.01
     assert isinstance(queue.admit(now, None, within_seconds=0.02), Ticket)

@@ -217,6 +217,19 @@ def test_nothing_runs_where_nothing_is_asked() -> None:
     assert run(test, Slow()) == 0
 
 
+def test_answers_go_out_before_anything_is_learnt_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    async def test(engine: Engine) -> None:
+        monkeypatch.setattr(engine.batcher, "learn", lambda ran: seen.append(f"learnt of {sum(ran.counts.values())}"))
+        engine.submit({"remark": "first"}, Shape(("remark",)), then=lambda _: seen.append("told"))
+        await asyncio.sleep(0.05)
+
+    run(test, Slow())
+
+    assert seen == ["told", "learnt of 1"]
+
+
 def test_workers_leave_what_they_share_alone() -> None:
     """What was there at the fork is none of their collectors' business: to look at it is to copy it."""
     code = f"""

@@ -1,6 +1,6 @@
 """Which requests run together, and when: the policy alone, without a clock, a thread or a socket.
 
-Here        Batcher (admit, poll, done, cancel, retry), BatcherConfig, Ticket, Refusal, Poll.
+Here        Batcher (admit, poll, done, learn, cancel, retry), BatcherConfig, Ticket, Refusal, Poll, Ran.
 Elsewhere   how long batches take (service_time.py); how long to wait (hindsight.py); carrying it out (engine.py).
 Promise     a request leaves exactly once: in a batch, refused, expired or cancelled. One that cannot be answered in
             time is refused when it comes, not when it is late. No client's backlog delays another client's next request
@@ -120,6 +120,13 @@ class Poll(NamedTuple):
     """When to poll again even if nothing happens. None: not before something does."""
 
 
+class Ran(NamedTuple):
+    """A batch that has come back."""
+
+    counts: dict[Shape, int]
+    seconds: float
+
+
 class Batcher:
     """The queue of one model. Every method is told the time, in seconds from any origin.
 
@@ -228,16 +235,20 @@ class Batcher:
         self._running[id(chosen[0])] = (now, now + self.service.seconds(counts), counts)
         return Poll(tuple(chosen), expired, None)
 
-    def done(self, now: float, batch: Iterable[Ticket], *, measured: bool = True) -> None:
-        """A batch has come back. Its time counts as measured unless its worker failed."""
+    def done(self, now: float, batch: Iterable[Ticket]) -> Ran:
+        """A batch has come back. What it was like is for `learn`, once nobody waits for an answer of it: to learn takes
+        as long as passing on several."""
         tickets = list(batch)
         started, _, counts = self._running.pop(id(tickets[0]))
         for ticket in tickets:
             ticket.state = "gone"
-        if measured:
-            self.service.observe(counts, now - started)
-            self._settle()
         self.hindsight.completed(now, len(self._queue))
+        return Ran(counts, now - started)
+
+    def learn(self, ran: Ran) -> None:
+        """Foretell times by this one, too."""
+        self.service.observe(ran.counts, ran.seconds)
+        self._settle()
 
     def cancel(self, ticket: Ticket) -> bool:
         """The caller has gone. False if the request is running or has left already."""
@@ -250,7 +261,7 @@ class Batcher:
         """A worker died of this batch, or beside it. Each is tried once more, alone; those that were alone are
         returned: they have cost a worker each, and are not tried again."""
         tickets = list(batch)
-        self.done(now, tickets, measured=False)
+        self.done(now, tickets)  # its time says nothing
         guilty = tuple(ticket for ticket in tickets if ticket.alone)
         for ticket in tickets:
             if ticket.alone:

@@ -319,7 +319,7 @@ class Engine:
             self._died(batch)
             return
         now = monotonic()
-        self.batcher.done(now, batch)
+        ran = self.batcher.done(now, batch)
         self._free.append(worker)
         self._deaths = 0
         # Before the answers go out: the next batch need not wait for that.
@@ -330,6 +330,7 @@ class Engine:
             shapes[ticket.shape] = shapes.get(ticket.shape, 0) + 1
             ticket.payload.tell(outcome)
         self._left(len(batch))
+        self.batcher.learn(ran)
         if self._heard is not None:
             waited = [started - ticket.arrival for ticket in batch]
             self._heard(BatchDone(len(batch), waited, now - started, answers.outcomes, shapes, answers.quality))

@@ -110,7 +110,7 @@ def rehearse(batcher: Batcher, load: Load, service: Service, *, noise: float = 0
                     again = now + taken.retry_after_seconds + load.back_after()
                     heapq.heappush(events, (again, next(number), "arrival", (again, shape, client, priority)))
         elif kind == "done":
-            batcher.done(now, what)
+            batcher.learn(batcher.done(now, what))
             free += 1
             for ticket in what:
                 late += now > ticket.due
