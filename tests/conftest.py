@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # ranks, photo_and_words
+
+# A shell that starts something in the background has it ignore SIGINT, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 RATE = 4000
