@@ -91,3 +91,21 @@ def test_measuring_changes_nothing_and_repeats(build: Build, batch: Batch, signa
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("criterion", ["first", "second"])
+def test_how_many_records_are_held_at_once_changes_nothing(
+    build: Build, batch: Batch, signature: Signature, criterion: Criterion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build().double()
+    config = ImportanceConfig(criterion=criterion)
+    found = []
+    for at_once in (1, 3, 4):
+        monkeypatch.setattr("dougong.compress.importance.AT_ONCE", at_once)
+        scores = measure_importance(model, structure_of(model), [_doubled(batch)], signature.target, config)
+        found.append(scores.units)
+
+    for name, whole in found[-1].items():
+        for other in found[:-1]:
+            torch.testing.assert_close(other[name], whole, rtol=1e-5, atol=1e-12)
+    assert all(weight.grad is None for weight in model.parameters())

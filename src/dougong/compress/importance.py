@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dougong.compress.sensitivity import rows_of
 from dougong.compress.structure import BRIDGE, Slot, Structure
 from dougong.core.config import Config
 from dougong.core.signature import Target
@@ -26,6 +27,8 @@ from dougong.nn.batch import Batch
 from dougong.objectives.decision import decision_loss
 
 Criterion = Literal["magnitude", "first", "second"]
+AT_ONCE: Final = 4
+"""Records whose activations are held at a time: with all of a batch's, nothing else in compressing took as much."""
 
 
 class ImportanceConfig(Config):
@@ -75,16 +78,18 @@ def measure_importance(
             weight.requires_grad_(True)
         with evaluating(model), switches.in_place():
             for batch in batches:
-                loss = _loss(model(batch).output_BC, batch, target)
-                found = list(torch.autograd.grad(loss, [*trained, *switches.here()], allow_unused=True))
-                switches.see(found[len(trained) :], power)
-                gradients = dict(zip(map(id, trained), found, strict=False))
-                del found
+                for first in range(0, batch.num_records, AT_ONCE):
+                    row_B = torch.arange(first, min(first + AT_ONCE, batch.num_records))
+                    target_B = None if batch.target is None else batch.target[row_B]
+                    part = rows_of(batch, row_B)._replace(target=target_B)
+                    loss = _loss(model(part).output_BC, part, target)
+                    torch.autograd.backward(loss, inputs=[*trained, *switches.here()])
+                    switches.see(power)
                 # One product after the other, and each gradient let go: all of them would be as large as the model.
                 products = (
                     (name, weight.detach() * gradient / batch.num_records)
                     for name, weight in weights.items()
-                    if (gradient := gradients.pop(id(weight), None)) is not None
+                    if (gradient := _taken(weight)) is not None
                 )
                 for axis, score in _by_axis(structure, products, lambda score: score.abs() ** power).items():
                     if axis in units:
@@ -92,7 +97,14 @@ def measure_importance(
     finally:
         for weight, before in zip(trained, wanted, strict=True):
             weight.requires_grad_(before)
+            weight.grad = None
     return Importance({**units, **switches.scores()}, _layer_scores(model, structure, batches))
+
+
+def _taken(weight: Tensor) -> Tensor | None:
+    """Its gradient, which it has no longer."""
+    gradient, weight.grad = weight.grad, None
+    return gradient
 
 
 def _loss(output_BC: Tensor, batch: Batch, target: Target) -> Tensor:
@@ -168,11 +180,12 @@ class _Switches:
     def here(self) -> list[Tensor]:
         return [switch_BU for _, switch_BU in self._now]
 
-    def see(self, gradients: Sequence[Tensor | None], power: int) -> None:
-        for (axis, switch_BU), gradient_BU in zip(self._now, gradients, strict=True):
-            self._rows[axis] += switch_BU.shape[0]
-            if gradient_BU is not None:
-                self._sums[axis] += (gradient_BU.abs() ** power).sum(dim=0).float().cpu()
+    def see(self, power: int) -> None:
+        for axis, switch_BU in self._now:
+            if switch_BU.grad is not None:
+                # What stands for a modality that is not there has no say, and does not count.
+                self._rows[axis] += int((switch_BU.grad != 0).any(dim=1).sum())
+                self._sums[axis] += (switch_BU.grad.abs() ** power).sum(dim=0).float().cpu()
         self._now.clear()
 
     def scores(self) -> dict[str, Tensor]:
