@@ -100,6 +100,9 @@ def test_how_many_records_are_held_at_once_changes_nothing(
     model = build().double()
     config = ImportanceConfig(criterion=criterion)
     found = []
+    kept = [torch.ones_like(weight) for weight in model.parameters()]
+    for weight, gradient in zip(model.parameters(), kept, strict=True):
+        weight.grad = gradient
     for at_once in (1, 3, 4):
         monkeypatch.setattr("dougong.compress.importance.AT_ONCE", at_once)
         scores = measure_importance(model, structure_of(model), [_doubled(batch)], signature.target, config)
@@ -108,4 +111,6 @@ def test_how_many_records_are_held_at_once_changes_nothing(
     for name, whole in found[-1].items():
         for other in found[:-1]:
             torch.testing.assert_close(other[name], whole, rtol=1e-5, atol=1e-12)
-    assert all(weight.grad is None for weight in model.parameters())
+    for weight, gradient in zip(model.parameters(), kept, strict=True):
+        assert weight.grad is gradient
+        assert bool((gradient == 1).all())

@@ -71,10 +71,11 @@ def measure_importance(
     switches = _Switches(model, structure)
     units = {name: torch.zeros(axis.size) for name, axis in structure.axes.items() if axis.kind in ("width", "stem")}
     trained = [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
-    wanted = [weight.requires_grad for weight in trained]
+    own = [(weight.requires_grad, weight.grad) for weight in trained]
     power = 2 if config.criterion == "second" else 1
     try:
         for weight in trained:
+            weight.grad = None
             weight.requires_grad_(True)
         with evaluating(model), switches.in_place():
             for batch in batches:
@@ -95,9 +96,9 @@ def measure_importance(
                     if axis in units:
                         units[axis] += score
     finally:
-        for weight, before in zip(trained, wanted, strict=True):
-            weight.requires_grad_(before)
-            weight.grad = None
+        for weight, (wanted, gradient) in zip(trained, own, strict=True):
+            weight.requires_grad_(wanted)
+            weight.grad = gradient
     return Importance({**units, **switches.scores()}, _layer_scores(model, structure, batches))
 
 

@@ -35,12 +35,13 @@ from dougong.nn.batch import Batch
 Array = npt.NDArray[Any]
 BIAS: Final = "/bias"
 MOST_AXES: Final = 5
+"""That a mean's own kernel knows."""
+
 MANY: Final = 256
 """Floats in one piece from which on it counts how they are stored."""
 
 HALF_LARGEST: Final = float(np.finfo(np.float16).max)
 WHOLE_NUMBERS: Final = ("i8", "u8", "i4", "u4")
-"""That a mean's own kernel knows."""
 PASSED: Final = ("Convert", "Transpose", "Reshape", "Unsqueeze", "Squeeze")
 
 
