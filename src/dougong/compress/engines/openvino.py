@@ -127,8 +127,7 @@ def _bias(operation: Any) -> Any:
     if len(targets) != 1 or targets[0].get_node().get_type_name() != "Add":
         return None
     following = targets[0].get_node()
-    sources = [following.input_value(place).get_node() for place in range(2)]
-    return following if any(each.get_type_name() == "Constant" for each in sources) else None
+    return following if any(_constant(following, place) is not None for place in range(2)) else None
 
 
 def _constant(operation: Any, place: int) -> Any:
