@@ -13,20 +13,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-import compress_joint
-import compress_memory
-import compress_path
-import students
 import torch
 from harness import Kept, run
 
 from dougong.core.figures import Figure
 
+
+def _student(quick: bool, kept: Kept) -> Iterator[Figure]:
+    import students
+
+    return students.measure(quick, kept)
+
+
+def _path(quick: bool, kept: Kept) -> Iterator[Figure]:
+    import compress_path
+
+    return compress_path.measure(quick, kept)
+
+
+def _joint(quick: bool, kept: Kept) -> Iterator[Figure]:
+    import compress_joint
+
+    return compress_joint.measure(quick, kept)
+
+
+def _memory(quick: bool, kept: Kept) -> Iterator[Figure]:
+    import compress_memory
+
+    return compress_memory.measure(quick, kept)
+
+
+# A part is imported where it is measured: what another part does is no reason to measure this one again.
 PARTS: Final[dict[str, Callable[[bool, Kept], Iterator[Figure]]]] = {
-    "student": students.measure,
-    "path": compress_path.measure,
-    "joint": compress_joint.measure,
-    "memory": compress_memory.measure,
+    "student": _student,
+    "path": _path,
+    "joint": _joint,
+    "memory": _memory,
 }
 
 

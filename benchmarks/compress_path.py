@@ -4,11 +4,12 @@ Here        the ways (engine, bits, student, all of them; three other quantisers
             and 16; accuracy; accuracy with each modality missing and with media spoilt.
 Elsewhere   teachers and their records (students.py); the other quantisers (peers.py); the larger model (large.py).
 Promise     every way answers the same test records and batches, in one thread, and computes as it says: nothing is
-            simulated. Times are taken in turn, in an order drawn anew, in two ways: of one call after those of the
-            others, which finds the processor's caches full of something else, as where requests are rare; and of
-            several calls in a row, as under load. The student of this part also learns with modalities withheld, from
-            its teacher's answers to the same, so that it is as robust; its best weights are chosen by records held out
-            of training. Intervals of accuracies are from the lowest seed to the highest.
+            simulated. All together is the student on the engine that was measured fastest before; it counts as losing
+            what the worst of those loses that could have been. Times are taken in turn, in an order drawn anew, in two
+            ways: of one call after those of the others, which finds the processor's caches full of something else, as
+            where requests are rare; and of several calls in a row, as under load. The student of this part also learns
+            with modalities withheld, from its teacher's answers to the same, so that it is as robust; its best weights
+            are chosen by records held out of training. Intervals of accuracies are from the lowest seed to the highest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dougong.compress.backends import fastest_floats
 from dougong.compress.clock import Timed, interleaved
 from dougong.compress.delivery import uniform_plans
 from dougong.compress.distil import distil
-from dougong.compress.engines.eager import Eager
+from dougong.compress.engines.eager import Eager, fastest
 from dougong.compress.export import Source, export, open_engine
 from dougong.compress.importance import ImportanceConfig, measure_importance
 from dougong.compress.plan import Choice, Compute
@@ -57,7 +58,9 @@ IN_A_ROW: Final = 8
 """Calls of one way in a turn."""
 
 BASE: Final = "eager fp32"
-WHOLE: Final = "student, engine and int8"
+WHOLE: Final = ("student and engine", "student, engine and int8", "student and ONNX Runtime")
+"""All together: the student on whichever of these is measured fastest here, as `dougong compress` chooses."""
+
 FLOATS: Final[Compute] = fastest_floats()
 PEERS: Final = ("NNCF default int8", "ONNX Runtime dynamic int8", "torchao int8, compiled")
 
@@ -86,7 +89,7 @@ def accuracies(subject: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Fig
             seeds=len(values),
             baseline=teacher,
         )
-    lost = [each["accuracy"][BASE] - each["accuracy"][WHOLE] for each in found]
+    lost = [each["accuracy"][BASE] - min(each["accuracy"][way] for way in WHOLE) for each in found]
     yield Figure(
         name=f"{subject}: accuracy lost by all together",
         value=mean(lost),
@@ -98,7 +101,7 @@ def accuracies(subject: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Fig
     )
     for condition in found[0]["robust"]:
         before = [each["robust"][condition][0] for each in found]
-        after = [each["robust"][condition][1] for each in found]
+        after = [min(each["robust"][condition][1:]) for each in found]
         worse = [one - other for one, other in zip(before, after, strict=True)]
         yield Figure(
             name=f"{subject}: accuracy, {condition}: all together",
@@ -119,7 +122,7 @@ def accuracies(subject: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Fig
 
 
 def one_seed(subject: str, seed: int, *, kept: Kept, quick: bool) -> dict[str, Any]:
-    """What every way answers of one teacher's test records, and how robust the first and the last are."""
+    """What every way answers of one teacher's test records, and how robust the teacher is and what may be shipped."""
     taught = teacher_of(subject, seed, kept, quick=quick)
     teacher, student = taught.teacher, student_for(subject, seed, kept, quick)
     records = sample_table(taught.tables.test, 200 if quick else TEST_RECORDS, seed=seed)
@@ -131,7 +134,8 @@ def one_seed(subject: str, seed: int, *, kept: Kept, quick: bool) -> dict[str, A
         robust = {}
         for condition, (keep, spoilt) in conditions(list(teacher.preparation.modalities)).items():
             robust[condition] = [
-                asked[way].evaluate(records, keep=keep, corruptions=spoilt).metrics["accuracy"] for way in (BASE, WHOLE)
+                asked[way].evaluate(records, keep=keep, corruptions=spoilt).metrics["accuracy"]
+                for way in (BASE, *WHOLE)
             ]
     return {"accuracy": accuracy, "robust": robust}
 
@@ -188,7 +192,8 @@ def ways(teacher: Model, student: Model, calibration: Sequence[Batch], scratch: 
         "engine and int8": opened("w8a8", source, "teacher-int8"),
         "student alone": Eager(student.network),
         "student and engine": open_engine(export(small, scratch / "student", "openvino"), ONE_CORE),
-        WHOLE: opened("w8a8", small, "student-int8"),
+        "student, engine and int8": opened("w8a8", small, "student-int8"),
+        "student and ONNX Runtime": open_engine(export(small, scratch / "student-onnx", "onnx"), ONE_CORE),
         **peers_of(source, calibration, scratch),
     }
 
@@ -249,6 +254,7 @@ def times(
 ) -> Iterator[Figure]:
     """Seconds of a batch: at 1 its latency, at 16 what bounds the throughput."""
     for size, batch in timed.items():
+        shipped, _ = fastest({way: engines[way] for way in WHOLE}, batch)
         for count in rows:
             how = "after others" if count == AFTER_OTHERS else "in a row"
             calls: dict[str, Callable[[], object]] = {
@@ -259,7 +265,7 @@ def times(
                 way: Timed(tuple(each / count for each in timing.seconds))
                 for way, timing in interleaved(calls, turns=7 if quick else 31).items()
             }
-            yield from compared(f"{name}, batch {size}, {how}", found)
+            yield from compared(f"{name}, batch {size}, {how}", found, shipped)
 
 
 def in_a_row(call: Callable[[], object], count: int) -> None:
@@ -267,17 +273,12 @@ def in_a_row(call: Callable[[], object], count: int) -> None:
         call()
 
 
-def compared(name: str, found: Mapping[str, Timed]) -> Iterator[Figure]:
-    base = found[BASE]
-    fastest = min(PEERS, key=lambda peer: found[peer].median)
+def compared(name: str, found: Mapping[str, Timed], shipped: str) -> Iterator[Figure]:
+    base, whole = found[BASE], found[shipped]
+    best = min(PEERS, key=lambda peer: found[peer].median)
     for way, timing in found.items():
         yield quartiles(f"{name}: {way}", timing.seconds, base.median * 1000)
         if way != BASE:
-            asked = ">= 10" if way == WHOLE else None
-            yield ratio(f"{name}: {BASE} over {way}", base.seconds, timing.seconds, asked)
-    yield ratio(
-        f"{name}: best of the others ({fastest}) over all together",
-        found[fastest].seconds,
-        found[WHOLE].seconds,
-        ">= 1",
-    )
+            yield ratio(f"{name}: {BASE} over {way}", base.seconds, timing.seconds, None)
+    yield ratio(f"{name}: {BASE} over all together ({shipped})", base.seconds, whole.seconds, ">= 10")
+    yield ratio(f"{name}: best of the others ({best}) over all together", found[best].seconds, whole.seconds, ">= 1")
