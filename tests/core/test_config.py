@@ -1,4 +1,7 @@
+from typing import Self
+
 import pytest
+from pydantic import model_validator
 
 from dougong.core.config import Config, from_yaml, override, parse, to_yaml
 from dougong.core.errors import ConfigError
@@ -13,6 +16,17 @@ class Outer(Config):
     train: Inner = Inner()
 
 
+class Twice(Config):
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError("low is above high. Give them in order.")
+        return self
+
+
 def test_an_unknown_setting_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"the recipe has no setting 'train.step'. Did you mean 'steps'\?"):
         parse(Outer, {"train": {"step": 3}}, where="the recipe")
@@ -21,6 +35,13 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one() -> None:
 def test_a_wrong_value_is_named_and_quoted() -> None:
     with pytest.raises(ConfigError, match=r"the recipe: train.steps: .*integer.*\(given 'many'\)"):
         parse(Outer, {"train": {"steps": "many"}}, where="the recipe")
+
+
+def test_what_no_one_setting_is_to_blame_for_is_said_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(Twice, {"low": 2}, where="the recipe")
+
+    assert str(refused.value) == "the recipe: low is above high. Give them in order."
 
 
 def test_settings_survive_yaml() -> None:

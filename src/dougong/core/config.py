@@ -35,13 +35,13 @@ def parse(kind: type[ConfigT], values: Mapping[str, Any], *, where: str) -> Conf
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or where
+        key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             message = f"{where} has no setting {key!r}.{_nearest(kind, [str(p) for p in first['loc']])}"
         else:
             reason = first["msg"].removeprefix("Value error, ")
             given = "" if isinstance(first.get("input"), (dict, list)) else f" (given {first.get('input')!r})"
-            message = f"{where}: {key}: {reason}{given}"
+            message = f"{f'{where}: {key}' if key else where}: {reason}{given}"
         raise ConfigError(message) from None
 
 
