@@ -3,10 +3,14 @@
 Here        three budgets of bytes on easy-VQA, each met in three ways.
 Elsewhere   the search (src/dougong/compress/search.py); teachers and their records (students.py).
 Promise     all ways have the same teacher, records, learning rate and budget, run on the same engine, and are judged on
-            test records that none has seen. Those that go one step after the other take the same share of the budget
-            by each (its root), and choose shapes by the same search as the joint one, with as many proxies and steps:
-            in floats, or at the bits that the teacher's layers got. What one of them finds impossible counts as the
-            accuracy of always saying the most frequent answer. Intervals are from the lowest seed to the highest.
+            test records that none has seen. Those that go one step after the other choose shapes by the same search as
+            the joint one, with as many proxies and steps: in floats, or at the bits that the teacher's layers got. The
+            first step takes the budget's root; where the second then finds no way to the rest, the first goes as much
+            farther as the second needs. A budget that a way cannot meet even so counts as the accuracy of always saying
+            the most frequent answer. Intervals are from the lowest seed to the highest.
+
+At an eighth of the bytes every way keeps all that its teacher can (.998 and .999 of test records), so budgets begin
+where something must be lost.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from dougong.bundle.exported import EngineConfig
 from dougong.bundle.model import Model
 from dougong.compress.backends import OpenVinoBackend
 from dougong.compress.candidate import Backend, Budget, Eager, Point, Runner
+from dougong.compress.delivery import uniform_plans
 from dougong.compress.distil import DistilConfig, judge_on
 from dougong.compress.outcome import BudgetError
 from dougong.compress.parts import cut
@@ -44,8 +49,11 @@ from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.nn.batch import Batch
 
-SHARES: Final = (1 / 8, 1 / 16, 1 / 32)
+SHARES: Final = (1 / 16, 1 / 24, 1 / 32)
 """Budgets, of the bytes that the teacher's weights take."""
+
+FIRST_STEPS: Final = (1 / 2, 3 / 4, 1.0)
+"""Powers of the budget's share that pruning alone goes to, until rounding does the rest."""
 
 STEPS: Final = 400
 TEST_RECORDS: Final = 2000
@@ -60,11 +68,15 @@ class Setting(NamedTuple):
     records: Records
     calibration: list[Batch]
     config: SearchConfig
-    most_bytes: float
-    half_way: float
-    """Bytes after the first of two steps."""
+    whole_bytes: float
+    share: float
+    """Of these, that the budget is."""
 
     folder: Path
+
+    @property
+    def most_bytes(self) -> float:
+        return self.whole_bytes * self.share
 
 
 def measure(quick: bool, kept: Kept) -> Iterator[Figure]:
@@ -109,8 +121,8 @@ def one_budget(share: float, seed: int, *, kept: Kept, quick: bool) -> dict[str,
         Records(tables.train, tables.validation, judge, None, True, ()),
         batches(teacher, tables.train),
         search_config(lessons(taught.recipe, seed, taught=True, quick=quick), seed, quick),
-        share * whole,
-        math.sqrt(share) * whole,
+        whole,
+        share,
         kept.folder / f"joint-{share:.4f}-{seed}-{'quick' if quick else 'whole'}",
     )
     guess = most_frequent(judge, teacher)
@@ -118,7 +130,7 @@ def one_budget(share: float, seed: int, *, kept: Kept, quick: bool) -> dict[str,
     for name, way in WAYS.items():
         try:
             found[name] = accuracy(way(setting), setting)
-        except (BudgetError, ConfigError) as error:
+        except BudgetError as error:
             print(f"a {1 / share:.0f}th, seed {seed}, {name}: {error}", file=sys.stderr)
             found[name] = guess
     shutil.rmtree(setting.folder, ignore_errors=True)
@@ -140,16 +152,29 @@ def at_once(setting: Setting) -> Runner:
 
 
 def pruned_then_rounded(setting: Setting) -> Runner:
-    search, point = sought(setting, "pruned", setting.half_way, Eager())
-    student, backend = search.network_of(point), OpenVinoBackend(ONE_CORE)
-    calibration = [search.workshop.seen_by(student, batch) for batch in setting.calibration]
-    bits = backend.fill(student, calibration, calibration[0], setting.most_bytes, None)
-    return backend.carry_out(student, bits, calibration, setting.folder / "pruned-rounded")
+    backend = OpenVinoBackend(ONE_CORE)
+    for power in FIRST_STEPS:
+        name = f"pruned to {setting.share**power:.3f}"
+        search, point = sought(setting, name, setting.whole_bytes * setting.share**power, Eager())
+        student = search.network_of(point)
+        calibration = [search.workshop.seen_by(student, batch) for batch in setting.calibration]
+        try:
+            bits = backend.fill(student, calibration, calibration[0], setting.most_bytes, None)
+        except ConfigError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        return backend.carry_out(student, bits, calibration, setting.folder / "pruned-rounded")
+    raise AssertionError("rounding to 16 bits halves what pruning alone left of the budget")
 
 
 def rounded_then_pruned(setting: Setting) -> Runner:
-    teacher = setting.teacher
-    bits = OpenVinoBackend(ONE_CORE).fill(teacher, setting.calibration, setting.calibration[0], setting.half_way, None)
+    teacher, half_way = setting.teacher, setting.whole_bytes * math.sqrt(setting.share)
+    try:
+        bits = OpenVinoBackend(ONE_CORE).fill(teacher, setting.calibration, setting.calibration[0], half_way, None)
+    except ConfigError as error:
+        print(f"rounded to {math.sqrt(setting.share):.3f}: {error}", file=sys.stderr)
+        layers = cut(teacher.network, teacher.manifest.signature).layers
+        bits = uniform_plans(layers)["w4a16"].layers
     search, point = sought(setting, "rounded", setting.most_bytes, AtTheseBits(bits))
     return search.runner_of(point)
 
