@@ -214,6 +214,34 @@ def test_a_full_queue_says_when_to_come_again() -> None:
     assert refused.retry_after_seconds > 0
 
 
+def test_a_full_queue_has_a_place_for_who_has_fewer_in_it() -> None:
+    queue = batcher(max_queue=4, refuse_late=False, max_batch=1)
+    taken(queue.admit(0.0, "running", client="greedy"))
+    queue.poll(0.0, 1)
+    for number in range(4):
+        taken(queue.admit(0.0, f"greedy {number}", client="greedy", within_seconds=1e6))
+
+    first, second = (taken(queue.admit(0.01, f"modest {n}", client="modest")) for n in range(2))
+    third = queue.admit(0.01, "modest 2", client="modest")
+
+    out = [each.instead_of for each in (first, second)]
+    assert [each.payload for each in out if each is not None] == ["greedy 3", "greedy 2"]
+    assert {each.state for each in out if each is not None} == {"gone"}
+    assert isinstance(third, Refusal)  # by then both have as many
+    assert isinstance(queue.admit(0.01, "greedy 4", client="greedy"), Refusal)
+    assert len(queue) == 4
+
+
+def test_no_limit_of_a_callers_is_longer_than_the_timeout() -> None:
+    queue = batcher(timeout_seconds=0.5, refuse_late=False, max_batch=1)
+    taken(queue.admit(0.0, "running"))
+    queue.poll(0.0, 1)
+
+    taken(queue.admit(0.0, "patient", within_seconds=1e6))
+
+    assert [ticket.payload for ticket in queue.poll(0.6, 0).expired] == ["patient"]
+
+
 def test_what_waits_too_long_expires_once() -> None:
     queue = batcher(DEVICE, timeout_seconds=0.2, refuse_late=False)
     ticket = taken(queue.admit(0.0, "a"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from serving import Slow
 
+from dougong.core.errors import RunError
 from dougong.serve.backend import Backend, Outcome, answer_batch
 from dougong.serve.batcher import BatcherConfig
 from dougong.serve.engine import BatchDone, Engine, Refused
@@ -197,6 +198,161 @@ def test_a_record_that_kills_every_worker_is_given_up_and_nobody_else() -> None:
     assert guilty.reason == "died"
     assert [each.body for each in (first, *others)] == [b"a", b"b", b"c"]
     assert workers.started == 3
+
+
+def test_a_worker_that_dies_while_its_model_leaves_is_replaced() -> None:
+    workers = Mortal(deaths=1)
+
+    async def test(engine: Engine) -> list[Outcome]:
+        tasks = [asyncio.create_task(ask(engine, str(number))) for number in range(3)]
+        await asyncio.sleep(0)
+        assert await engine.drain(5.0)
+        return await asyncio.gather(*tasks)
+
+    assert [outcome.body for outcome in run(test, Slow(), workers=workers)] == [b"0", b"1", b"2"]
+
+
+def test_where_no_worker_comes_again_who_waits_is_told_in_time() -> None:
+    class Last(Mortal):
+        async def start(self) -> Worker:
+            if self.started:
+                await asyncio.sleep(3600)
+            return await super().start()
+
+    config = BatcherConfig(refuse_late=False, slo_seconds=0.05, timeout_seconds=0.1)
+
+    async def test(engine: Engine) -> list[Any]:
+        tasks = [asyncio.create_task(ask(engine, str(number))) for number in range(2)]
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 1.0)
+
+    found = run(test, Slow(), config, workers=Last(deaths=1))
+
+    assert [str(each) for each in found] == ["expired", "expired"]
+
+
+def test_who_is_being_answered_when_the_engine_closes_is_told() -> None:
+    told: list[Any] = []
+
+    async def test(engine: Engine) -> None:
+        engine.submit({"remark": "endless"}, Shape(("remark",)), then=told.append)
+        await asyncio.sleep(0.02)
+        await engine.close()
+        assert engine.outstanding == 0
+
+    run(test, Slow(), workers=Mortal(deaths=0))
+
+    assert [str(each) for each in told] == ["closed"]
+
+
+def test_a_worker_that_ends_before_it_is_ready_is_told_of() -> None:
+    class Stillborn(Mortal):
+        async def start(self) -> Worker:
+            raise Died
+
+    async def test(engine: Engine) -> None:
+        raise AssertionError("it did not start")
+
+    with pytest.raises(RunError, match="made ready"):
+        run(test, Slow(), workers=Stillborn(deaths=0))
+
+
+def test_what_cannot_be_sent_to_a_worker_costs_nobody_the_server() -> None:
+    class Fussy(_MortalWorker):
+        async def ask(self, kind: str, records: Sequence[Mapping[str, Any]], options: Any = None) -> Answers:
+            if any(record["remark"] == "deep" for record in records):
+                raise RecursionError
+            return await super().ask(kind, records, options)
+
+    class FussyWorkers(Mortal):
+        async def start(self) -> Worker:
+            await super().start()
+            return Fussy(self)  # type: ignore[return-value]  # writes nothing
+
+    async def test(engine: Engine) -> list[Any]:
+        return await asyncio.gather(ask(engine, "deep"), ask(engine, "beside"), return_exceptions=True)
+
+    deep, beside = run(test, Slow(), workers=FussyWorkers(deaths=0))
+
+    assert str(deep) == "died"
+    assert beside.body == b"beside"
+
+
+def test_who_asks_alone_has_his_turn_beside_a_backlog() -> None:
+    async def test(engine: Engine) -> list[float]:
+        async def flood() -> None:
+            while True:
+                await ask(engine, "flood")
+
+        floods = [asyncio.create_task(flood()) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        took = []
+        for _ in range(5):
+            started = asyncio.get_running_loop().time()
+            assert (await engine.explain({"remark": "alone"})).status == 200
+            took.append(asyncio.get_running_loop().time() - started)
+        before = asyncio.get_running_loop().time()
+        await ask(engine, "still served")
+        took.append(asyncio.get_running_loop().time() - before)
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+        return took
+
+    config = RELAXED.model_copy(update={"max_batch": 1})
+
+    assert max(run(test, Slow(seconds=0.005), config)) < 0.5
+
+
+def test_who_asks_alone_waits_no_longer_than_others_and_counts_among_them() -> None:
+    config = BatcherConfig(refuse_late=False, slo_seconds=0.05, timeout_seconds=0.1, max_queue=2)
+
+    async def test(engine: Engine) -> list[str]:
+        hung = asyncio.create_task(ask(engine, "endless"))
+        await asyncio.sleep(0.01)
+        waiting = [asyncio.create_task(engine.explain({"remark": "alone"})) for _ in range(3)]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert engine.outstanding == 1  # the one that hangs
+        hung.cancel()
+        return sorted(map(str, found))
+
+    assert run(test, Slow(), config, workers=Mortal(deaths=0)) == ["expired", "expired", "full"]
+
+
+def test_a_short_limit_of_the_callers_is_kept_behind_a_long_batch() -> None:
+    config = BatcherConfig(refuse_late=False, slo_seconds=0.5, timeout_seconds=2.0)
+
+    async def test(engine: Engine) -> float:
+        hung = asyncio.create_task(ask(engine, "endless"))
+        await asyncio.sleep(0.01)
+        usual = asyncio.create_task(ask(engine, "usual"))  # whose time is up later
+        await asyncio.sleep(0.01)
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(Refused, match="expired"):
+            await ask(engine, "short", within_seconds=0.1)
+        hung.cancel()
+        usual.cancel()
+        return asyncio.get_running_loop().time() - started
+
+    assert run(test, Slow(), config, workers=Mortal(deaths=0)) < 0.5
+
+
+def test_whose_place_is_taken_is_told() -> None:
+    config = BatcherConfig(refuse_late=False, slo_seconds=0.5, timeout_seconds=2.0, max_queue=3)
+
+    async def test(engine: Engine) -> list[Any]:
+        hung = asyncio.create_task(ask(engine, "endless"))
+        await asyncio.sleep(0.01)
+        greedy = [asyncio.create_task(ask(engine, "more", client="greedy")) for _ in range(3)]
+        await asyncio.sleep(0)
+        modest = engine.submit({"remark": "modest"}, Shape(("remark",)), client="modest")
+        assert modest.state == "waiting"
+        await asyncio.sleep(0)
+        told = [str(task.exception()) if task.done() else "waits" for task in greedy]
+        for task in (hung, *greedy):
+            task.cancel()
+        return told
+
+    assert run(test, Slow(), config, workers=Mortal(deaths=0)) == ["waits", "waits", "full"]
 
 
 def test_nothing_runs_where_nothing_is_asked() -> None:

@@ -83,7 +83,7 @@ class BatcherConfig(Config):
 class Ticket:
     """One record's place in the queue."""
 
-    __slots__ = ("alone", "arrival", "client", "deadline", "due", "key", "payload", "shape", "state")
+    __slots__ = ("alone", "arrival", "client", "deadline", "due", "instead_of", "key", "payload", "shape", "state")
 
     def __init__(self, payload: Any, shape: Shape, client: str, arrival: float, due: float, deadline: float) -> None:
         self.payload = payload
@@ -97,6 +97,8 @@ class Ticket:
         self.key: tuple[float, int] = (0.0, 0)
         self.alone = False
         """Whether it may have cost a worker its life, and so shares a batch with nobody."""
+        self.instead_of: Ticket | None = None
+        """Whose place it took in a full queue: that caller is to be told."""
         self.state: Literal["waiting", "running", "gone"] = "waiting"
 
 
@@ -176,13 +178,17 @@ class Batcher:
         priority: int = 0,
         within_seconds: float | None = None,
     ) -> Ticket | Refusal:
-        """Take a request, or say why not. `within_seconds` is what its caller allows, where it says so."""
+        """Take a request, or say why not. `within_seconds` is what its caller allows, where it says so; nobody waits
+        longer than the timeout. Where the queue is full, the last request of the client that has most waiting gives its
+        place to one that has fewer."""
         config = self.config
         waiting = len(self._queue)
-        if waiting >= config.max_queue:
+        if waiting >= config.max_queue and self._crowding(client) is None:
             return Refusal("full", self._seconds_until_free(now) + waiting * self._unit_seconds)
-        due = now + (config.slo_seconds if within_seconds is None else within_seconds)
-        deadline = now + (config.timeout_seconds if within_seconds is None else within_seconds)
+        if within_seconds is None:
+            due, deadline = now + config.slo_seconds, now + config.timeout_seconds
+        else:
+            due = deadline = now + min(within_seconds, config.timeout_seconds)
         start = max(now, self._virtual.get(client, 0.0))
         order = start + (due - now) - priority * HEAD_START * config.slo_seconds
         ahead = waiting if not waiting or order >= self._queue[-1][0] else bisect_left(self._queue, (order,))
@@ -199,6 +205,13 @@ class Batcher:
         number = next(self._number)
         ticket = Ticket(payload, shape, client, now, due, deadline)
         ticket.key = (order, number)
+        if waiting >= config.max_queue:
+            crowding = self._crowding(client)
+            assert crowding is not None
+            ticket.instead_of = next(each for _, _, each in reversed(self._queue) if each.client == crowding)
+            self._remove(ticket.instead_of)
+            waiting -= 1
+            ahead = bisect_left(self._queue, (order,))
         if ahead == waiting:
             self._queue.append((order, number, ticket))
         else:
@@ -306,6 +319,13 @@ class Batcher:
         least = max(self._met.values()) / 1e3
         self._met = {shape: met / self._weight for shape, met in self._met.items() if met > least}
         self._weight = 1.0
+
+    def _crowding(self, client: str) -> str | None:
+        """The client with most requests waiting, if it would still have no fewer than this one with one more."""
+        most = max(self._waiting_of, key=self._waiting_of.__getitem__, default=None)
+        if most is None or self._waiting_of[most] <= self._waiting_of.get(client, 0) + 1:
+            return None
+        return most
 
     def _seconds_until_free(self, now: float) -> float:
         if len(self._running) < self.replicas:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from time import monotonic  # the loop's own clock may count whole milliseconds (uvloop's does)
 from typing import Any, Final, Literal, NamedTuple
 
-from dougong.core.errors import DougongError
+from dougong.core.errors import DougongError, RunError
 from dougong.serve.backend import Outcome
 from dougong.serve.batcher import Batcher, BatcherConfig, Refusal, Ticket
 from dougong.serve.service_time import ServiceTime, Shape
@@ -104,12 +104,20 @@ class Engine:
         self._replicas = replicas
         self._heard = heard
         self._free: deque[Worker] = deque()
+        self._borrowers: deque[asyncio.Future[Worker]] = deque()
+        self._lent = False
+        """Whether the last worker went to a borrower: the next one is for a batch."""
+
         self._alive = 0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._pumping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        """Nothing more is taken; what was taken is still answered, if need be by workers started anew."""
+
+        self._closed = False
         self._deaths = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -134,12 +142,15 @@ class Engine:
         """Load the model and have every replica warm.
 
         Raises:
-            DougongError: it cannot be loaded.
+            DougongError: it cannot be loaded, or a worker ends before it has answered anything.
         """
         await self._workers.load()
-        for worker in await asyncio.gather(*(self._workers.start() for _ in range(self._replicas))):
-            self._free.append(worker)
-            self._alive += 1
+        try:
+            started = await asyncio.gather(*(self._workers.start() for _ in range(self._replicas)))
+        except Died:
+            raise RunError("a worker ended while it was made ready: see above what it said.") from None
+        self._free.extend(started)
+        self._alive += len(started)
         self._kick()
 
     def submit(
@@ -171,9 +182,12 @@ class Engine:
             raise Refused(taken.reason, taken.retry_after_seconds)
         self._outstanding += 1
         self._idle.clear()
+        if taken.instead_of is not None:
+            self._fail(taken.instead_of, Refused("full"))
+            taken.instead_of = None
         self._kick()
-        if self._timer is None and not self._free:  # whoever has the workers may never give them back
-            self._timer = self._loop.call_later(self.batcher.config.timeout_seconds, self._pump)
+        if not self._free:  # whoever has the workers may never give them back
+            self._look_by(taken.deadline)
         return taken
 
     async def outcome(self, ticket: Ticket) -> Outcome:
@@ -237,9 +251,12 @@ class Engine:
 
     async def close(self) -> None:
         """End the workers. Whoever still waits is told."""
-        self._closing = True
+        self._closing = self._closed = True
         if self._timer is not None:
             self._timer.cancel()
+        for borrower in self._borrowers:
+            if not borrower.done():
+                borrower.set_exception(Refused("closed"))
         for ticket in self.batcher.drop_all():
             self._fail(ticket, Refused("closed"))
         for task in list(self._tasks):
@@ -254,31 +271,60 @@ class Engine:
     async def _borrowed(self) -> AsyncIterator[Worker]:
         if self._closing or not self._alive:
             raise Refused("closed")
-        until = monotonic() + self.batcher.config.timeout_seconds
-        while not self._free:
-            if monotonic() > until:
-                raise Refused("expired")
-            await asyncio.sleep(0.005)
-        worker = self._free.popleft()
+        if len(self.batcher) + len(self._borrowers) >= self.batcher.config.max_queue:
+            raise Refused("full")
         self._outstanding += 1
         self._idle.clear()
-        healthy = False
         try:
-            yield worker
-            healthy = True
-        except Died:
-            raise Refused("died") from None
-        except DougongError:
-            healthy = True
-            raise
+            worker = await self._borrow()
+            healthy = died = False
+            try:
+                yield worker
+                healthy = True
+            except Died:
+                died = True
+                raise Refused("died") from None
+            except DougongError:
+                healthy = True
+                raise
+            finally:
+                if not died:
+                    self._deaths = 0
+                if healthy:
+                    self._free.append(worker)
+                    self._kick()
+                else:  # it may still be writing: nobody else may read that
+                    worker.end()
+                    self._lost()
         finally:
             self._left(1)
-            if healthy:
-                self._free.append(worker)
+
+    async def _borrow(self) -> Worker:
+        """The next worker that is free, in turn with batches."""
+        borrower: asyncio.Future[Worker] = self._loop.create_future()
+        self._borrowers.append(borrower)
+        self._kick()
+        try:
+            async with asyncio.timeout(self.batcher.config.timeout_seconds):
+                return await borrower
+        except BaseException as error:
+            if borrower.done() and not borrower.cancelled() and borrower.exception() is None:
+                self._free.append(borrower.result())  # it came in the very moment in which waiting ended
                 self._kick()
-            else:  # it may still be writing: nobody else may read that
-                worker.end()
-                self._lost()
+            else:
+                with contextlib.suppress(ValueError):
+                    self._borrowers.remove(borrower)
+            if isinstance(error, TimeoutError):
+                raise Refused("expired") from None
+            raise
+
+    def _lend(self) -> None:
+        while self._borrowers and self._free:
+            borrower = self._borrowers.popleft()
+            if not borrower.done():
+                borrower.set_result(self._free.popleft())
+                self._lent = True
+                return
 
     def _kick(self) -> None:
         if not self._pumping and self._free:
@@ -293,28 +339,45 @@ class Engine:
             self._timer = None
         now = monotonic()
         while True:
+            if not self._lent or not len(self.batcher):
+                self._lend()
             poll = self.batcher.poll(now, len(self._free))
             for ticket in poll.expired:
                 self._fail(ticket, Refused("expired"))
             if not poll.batch:
                 break
+            self._lent = False
             worker = self._free.popleft()
             task = self._loop.create_task(self._run(worker, poll.batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        while self._borrowers and self._free:  # what is left waits for others to come
+            self._lend()
         if poll.wake_at is not None:
-            self._timer = self._loop.call_later(max(0.0, poll.wake_at - now), self._pump)
-        elif not self._free and len(self.batcher):
-            self._timer = self._loop.call_later(self.batcher.config.timeout_seconds, self._pump)
+            self._look_by(poll.wake_at)
+
+    def _look_by(self, when: float) -> None:
+        """At the latest then, whatever happens until then."""
+        if self._timer is not None:
+            if self._timer_at <= when:
+                return
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self._loop.call_later(max(0.0, when - monotonic()), self._pump)
 
     async def _run(self, worker: Worker, batch: tuple[Ticket, ...]) -> None:
         started = monotonic()
         try:
             async with asyncio.timeout(self._patience):
                 answers = await worker.ask("batch", [ticket.payload.record for ticket in batch])
-        except (Died, TimeoutError) as error:
-            if isinstance(error, TimeoutError):
-                _log.error("a worker hangs and is killed", extra={"pid": worker.pid})
+        except asyncio.CancelledError:  # this engine is being closed
+            for ticket in batch:
+                self._fail(ticket, Refused("closed"))
+            raise
+        except Exception as error:
+            if not isinstance(error, Died):
+                what = "hangs" if isinstance(error, TimeoutError) else f"cannot be asked ({type(error).__name__})"
+                _log.error("a worker %s and is killed", what, extra={"pid": worker.pid})
                 worker.kill()
             self._died(batch)
             return
@@ -323,7 +386,7 @@ class Engine:
         self._free.append(worker)
         self._deaths = 0
         # Before the answers go out: the next batch need not wait for that.
-        if len(self.batcher):
+        if len(self.batcher) or self._borrowers:
             self._pump()
         shapes: dict[Shape, int] = {}
         for ticket, outcome in zip(batch, answers.outcomes, strict=True):
@@ -340,18 +403,18 @@ class Engine:
         for ticket in self.batcher.retry(now, batch):
             self._fail(ticket, Refused("died"))
         self._lost()
-        self._kick()
+        self._pump()  # also where nobody is free: those that are tried again have their deadlines, too
 
     def _lost(self) -> None:
         self._alive -= 1
-        if self._closing:
+        if self._closed:
             return
         task = self._loop.create_task(self._replace())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _replace(self) -> None:
-        while not self._closing:
+        while not self._closed:
             await asyncio.sleep(RESTART_SECONDS[min(self._deaths, len(RESTART_SECONDS) - 1)])
             self._deaths += 1
             try:
