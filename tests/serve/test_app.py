@@ -178,6 +178,34 @@ def test_a_head_of_any_length_is_not_kept(server: Server) -> None:
         assert time.perf_counter() - started < 0.4  # not by its time: by its length
 
 
+def test_a_request_behind_another_in_one_packet_ends_like_any_other(server: Server) -> None:
+    whole = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 90000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 5) as caller:
+        started = time.perf_counter()
+        caller.sendall(whole + head + b"{")
+        held = b""
+        while more := caller.recv(1000):
+            held += more
+        assert time.perf_counter() - started < 3
+    assert held.startswith(b"HTTP/1.1 200")
+    deadline = time.perf_counter() + 3
+    while server.running.app.in_flight and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert server.running.app.in_flight == 0
+
+    body = json.dumps({"remark": "second"}).encode().ljust(90_000)
+    with socket.create_connection(("127.0.0.1", server.port), 5) as caller:
+        caller.sendall(whole + head)
+        time.sleep(0.05)
+        caller.sendall(body)
+        held = b""
+        while held.count(b"HTTP/1.1 200") < 2:
+            more = caller.recv(1000)
+            assert more, held
+            held += more
+
+
 def test_a_caller_that_goes_away_in_the_middle_costs_nothing(server: Server) -> None:
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", server.port), 5) as caller:
@@ -298,11 +326,23 @@ def test_tensors_that_are_none_are_refused(server: Server, tensor: tuple[str, st
         b'{"inputs": []}',
         b'{"inputs": [{"name": "remark"}]}',
         b'{"inputs": {}}',
+        b'{"inputs": [{"name": "remark", "datatype": "BYTES", "shape": [1, 1, 1, 1, 1, 1, 1, 1, 1], "data": ["a"]}]}',
     ],
 )
 def test_requests_that_are_none_are_refused(server: Server, body: bytes) -> None:
     assert server.ask("POST", "/v2/models/colours/infer", body)[0] == 400
     assert server.ask("POST", "/v2/models/colours/infer", body, {"inference-header-content-length": "99"})[0] == 400
+
+
+def test_a_shape_of_any_length_is_refused_at_once(server: Server) -> None:
+    shape = [10**18 - 1] * 4000
+    started = time.perf_counter()
+
+    inputs = [{"name": "weight", "datatype": "FP64", "shape": shape, "data": []}]
+    assert server.ask("POST", "/v2/models/colours/infer", {"inputs": inputs})[0] == 400
+    inputs[0]["shape"] = [2**20, 2**20]
+    assert server.ask("POST", "/v2/models/colours/infer", {"inputs": inputs})[0] == 413
+    assert time.perf_counter() - started < 0.2
 
 
 def test_the_page_asks_nobody_else_and_the_description_lists_the_columns(server: Server) -> None:
@@ -402,6 +442,23 @@ def test_versions_are_swapped_directed_and_shadowed(bundle: Path, tmp_path: Path
         assert server.ask("POST", "/v2/repository/models/colours/unload", {})[0] == 200
         assert server.ask("POST", "/v1/predict", {"remark": "x"})[0] == 404
         assert server.ask("GET", "/v2/health/ready")[0] == 503
+
+
+def test_who_is_being_answered_when_a_model_goes_is_answered(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "colours" / "1")
+    slow = lambda wanted: ThreadWorkers(lambda: Slow(seconds=0.3))  # noqa: E731
+    batching = {"slo_seconds": 2.0, "refuse_late": False, "timeout_seconds": 5.0}
+    found: list[tuple[int, Any]] = []
+    with serving([Wanted("colours", "1", bundle)], workers=slow, models_folder=tmp_path, batching=batching) as server:
+        asking = threading.Thread(
+            target=lambda: found.append(server.ask("POST", "/v1/predict", {"remark": "asked before"})[:2])
+        )
+        asking.start()
+        time.sleep(0.1)
+        assert server.ask("POST", "/v2/repository/models/colours/unload", {})[0] == 200
+        asking.join()
+
+    assert [(status, answer["said"]) for status, answer in found] == [(200, "asked before")]
 
 
 def test_keys_rates_and_who_may_change(bundle: Path, tmp_path: Path) -> None:

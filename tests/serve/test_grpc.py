@@ -101,6 +101,23 @@ def test_typed_and_raw_contents_are_answered_alike(call: Any) -> None:
             },
             "INVALID_ARGUMENT",
         ),
+        (
+            {"model_name": "colours", "inputs": [{"name": "weight", "datatype": "FP64", "shape": [2**62] * 4000}]},
+            "INVALID_ARGUMENT",
+        ),
+        (
+            {"model_name": "colours", "inputs": [{"name": "weight", "datatype": "FP64", "shape": [2**62]}]},
+            "RESOURCE_EXHAUSTED",
+        ),
+        (
+            {
+                "model_name": "colours",
+                "inputs": [
+                    {"name": "weight", "datatype": "INT8", "shape": [1], "contents": {"int_contents": [1000]}},
+                ],
+            },
+            "INVALID_ARGUMENT",
+        ),
     ],
 )
 def test_mistakes_have_their_codes(call: Any, fields: dict[str, Any], code: str) -> None:

@@ -1,6 +1,12 @@
+import io
+from typing import Any
+
+import numpy as np
 import pytest
 
-from dougong.serve.wire import FrameError, Frames, pack
+from dougong.serve.columns import BadRequest, Column, Columns
+from dougong.serve.settings import Limits
+from dougong.serve.wire import BYTES_KEY, FrameError, Frames, pack
 
 DOCUMENTS = [
     {
@@ -32,3 +38,21 @@ def test_what_is_no_frame_is_refused() -> None:
         list(Frames().feed(b"HTTP/1.1 200 OK\r\n\r\n"))
     with pytest.raises(TypeError, match="set cannot be sent"):
         pack({"records": {1, 2}})
+
+
+@pytest.mark.parametrize(
+    "value", [[{BYTES_KEY: 0}], [[1.0, {BYTES_KEY: 7}]], [[1.0], [1.0, 2.0]], ["a"], [10**400], {BYTES_KEY: 0}]
+)
+def test_nobody_can_send_what_stands_for_bytes(value: Any) -> None:
+    columns = Columns([Column("ecg", "signal", "ecg", 100, (1, -1))], Limits())
+
+    with pytest.raises(BadRequest, match="^ecg: "):
+        columns.record({"ecg": value})
+
+
+def test_numbers_in_lists_go_to_a_worker_as_bytes() -> None:
+    columns = Columns([Column("ecg", "signal", "ecg", 100, (1, -1))], Limits())
+
+    cell = columns.record({"ecg": [[1.0, 2.5, -3.0]]})["ecg"]
+
+    np.testing.assert_array_equal(np.load(io.BytesIO(cell["bytes"]), allow_pickle=False), [[1.0, 2.5, -3.0]])

@@ -76,13 +76,17 @@ def protocol(limits: Limits, app: App) -> type[asyncio.Protocol]:
                 return
             if self._begun is None:
                 self._begin()
+            begun = self._begun
             super().data_received(data)
-            if self._begun is not None and not self._has_head:
+            # Not of a request that began in these very bytes, behind the end of another.
+            if self._begun is begun and not self._has_head:
                 self._head_bytes += len(data)
                 if self._head_bytes > LARGEST_HEAD:
                     self._end()
 
         def on_message_begin(self) -> None:
+            if self._begun is None:  # its first bytes came with the last ones of the request before
+                self._begin()
             # Of what uvicorn makes here, the short way needs the two alone.
             self.url = b""
             self.headers = []

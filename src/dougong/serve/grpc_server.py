@@ -26,7 +26,17 @@ from dougong.serve.columns import BadRequest
 from dougong.serve.models import Version
 from dougong.serve.openapi import VERSION
 from dougong.serve.settings import ServeConfig
-from dougong.serve.v2 import NUMPY, Tensor, from_binary, from_outcomes, metadata, to_binary, to_columns
+from dougong.serve.v2 import (
+    MOST_AXES,
+    NUMPY,
+    Tensor,
+    checked_number,
+    from_binary,
+    from_outcomes,
+    metadata,
+    to_binary,
+    to_columns,
+)
 
 if TYPE_CHECKING:
     from dougong.serve.app import App
@@ -407,12 +417,10 @@ def _tensors(request: Any) -> Any:
     if raw and len(raw) != len(request.inputs):
         raise BadRequest("raw_input_contents does not have one part for each input", 400)
     for place, given in enumerate(request.inputs):
-        where, shape = f"tensor {given.name[:40]!r}", tuple(given.shape)
+        where, shape = f"tensor {given.name[:40]!r}", tuple(given.shape[: MOST_AXES + 1])
         if given.datatype != "BYTES" and given.datatype not in NUMPY:
             raise BadRequest(f"{where}: datatype is not one of BYTES, {', '.join(NUMPY)}", 400)
-        if not shape or min(shape) < 0:
-            raise BadRequest(f"{where}: shape is no list of sizes with the records first", 400)
-        number = int(np.prod(shape, dtype=object))
+        number = checked_number(shape, where)
         if raw:
             values = from_binary(given.datatype, raw[place], number, where)
         else:
@@ -422,7 +430,10 @@ def _tensors(request: Any) -> Any:
             if len(values) != number:
                 raise BadRequest(f"{where}: {len(values)} values are not {number}", 400)
             if given.datatype != "BYTES":
-                values = np.array(values, NUMPY[given.datatype])
+                try:
+                    values = np.array(values, NUMPY[given.datatype])
+                except OverflowError:
+                    raise BadRequest(f"{where}: a value is none of {given.datatype}", 400) from None
         yield Tensor(given.name, given.datatype, shape, values if isinstance(values, list) else values.reshape(shape))
 
 

@@ -152,8 +152,10 @@ class Models:
 
     def shadow(self, chosen: Version) -> Version | None:
         """The version that is to be asked as well."""
-        name = self._traffic[chosen.name].shadow
-        return None if name is None or name == chosen.version else self._versions[chosen.name].get(name)
+        traffic = self._traffic.get(chosen.name)  # none where it is no longer served, and answers what it had taken
+        if traffic is None or traffic.shadow is None or traffic.shadow == chosen.version:
+            return None
+        return self._versions[chosen.name].get(traffic.shadow)
 
     async def load(self, wanted: Wanted, *, take_over: bool = True) -> Version:
         """Serve a bundle, once it is warm. With `take_over` all of the model's traffic goes there, and versions without

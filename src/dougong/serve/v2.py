@@ -12,7 +12,6 @@ protocol/extension_binary_data.md).
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import struct
@@ -23,7 +22,7 @@ import numpy as np
 
 from dougong.core.signature import Signature
 from dougong.serve.backend import Outcome
-from dougong.serve.columns import BadRequest, Columns
+from dougong.serve.columns import BadRequest, Columns, array_file
 from dougong.serve.v1 import load_json
 
 NUMPY: Final = {
@@ -42,6 +41,7 @@ NUMPY: Final = {
 }
 MOST_TENSORS: Final = 1024
 MOST_NUMBERS: Final = 2**28
+MOST_AXES: Final = 8
 
 
 class Tensor(NamedTuple):
@@ -125,11 +125,9 @@ def _read_tensor(given: Any, rest: memoryview) -> tuple[Tensor, memoryview]:
     where = f"tensor {name[:40]!r}"
     if not isinstance(datatype, str) or (datatype != "BYTES" and datatype not in NUMPY):
         raise BadRequest(f"{where}: datatype is not one of BYTES, {', '.join(NUMPY)}", 400)
-    if not isinstance(shape, list) or not shape or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list):
         raise BadRequest(f"{where}: shape is no list of sizes with the records first", 400)
-    number = math.prod(shape)
-    if number > MOST_NUMBERS:
-        raise BadRequest(f"{where}: too many values", 413)
+    number = checked_number(shape, where)
     parameters = given.get("parameters", {})
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None:
@@ -138,6 +136,20 @@ def _read_tensor(given: Any, rest: memoryview) -> tuple[Tensor, memoryview]:
         values = from_binary(datatype, rest[:size], number, where)
         return Tensor(name, datatype, tuple(shape), _shaped(values, shape)), rest[size:]
     return Tensor(name, datatype, tuple(shape), _from_json(given.get("data"), datatype, shape, where)), rest
+
+
+def checked_number(shape: Sequence[Any], where: str) -> int:
+    """How many values a tensor of this shape has. Sizes are looked at before they are multiplied: long ones of many
+    axes take minutes.
+
+    Raises:
+        BadRequest: it is no shape, or of more than anybody sends.
+    """
+    if not 0 < len(shape) <= MOST_AXES or not all(type(size) is int and size >= 0 for size in shape):
+        raise BadRequest(f"{where}: shape is no list of 1 to {MOST_AXES} sizes with the records first", 400)
+    if max(shape) > MOST_NUMBERS or math.prod(shape) > MOST_NUMBERS:
+        raise BadRequest(f"{where}: too many values", 413)
+    return math.prod(shape)
 
 
 def from_binary(datatype: str, content: memoryview | bytes, number: int, where: str) -> Any:
@@ -224,9 +236,7 @@ def to_columns(tensors: Sequence[Tensor], columns: Columns) -> list[dict[str, An
                 row[tensor.name] = _of_bytes(value, column.kind, tensor.name)
         elif column.kind in ("signal", "volume"):
             for row, array in zip(rows, tensor.values, strict=True):
-                content = io.BytesIO()
-                np.save(content, np.asarray(array, np.float32), allow_pickle=False)
-                row[tensor.name] = content.getvalue()
+                row[tensor.name] = array_file(array)
         elif tensor.values.size != number or column.kind not in ("number", "category"):
             raise BadRequest(f"tensor {tensor.name!r}: give BYTES of shape [{number}]", 400)
         else:

@@ -17,7 +17,7 @@ from dougong.core.errors import DougongError
 HEAD: Final = struct.Struct("!IQ")
 LARGEST_FRAME_BYTES: Final = 4 * 2**30
 BYTES_KEY: Final = "\x00bytes"
-"""Stands where bytes stood. What comes from callers has no such key: columns are known by name."""
+"""Stands where bytes stood. Callers cannot send it: a cell is a text, a number, or bytes (columns.py)."""
 
 
 class FrameError(DougongError):

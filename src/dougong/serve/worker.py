@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None, make: BackendMaker = from_bundle) -
     """
     given = sys.argv[1:] if arguments is None else arguments
     server = socket.socket(fileno=int(given[0]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, meant for the server, which ends its workers
+    # Meant for the server, where they go to all of a group: it answers what has come, and then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the system buries them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     frames, backend = Frames(), None
@@ -68,7 +70,6 @@ def _be_a_worker(server: socket.socket, backend: Backend, threads: int) -> None:
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
         serve_batches(server, backend)

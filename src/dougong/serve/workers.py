@@ -216,12 +216,15 @@ class ProcessWorkers:
                     ours.close()
                     raise Died from None
         channel = await _connect(ours)
+        # Before it is warm: whoever closes all meanwhile ends this one too.
+        self._workers = [each for each in self._workers if not each.lost.is_set()] + [channel]
         try:
             found = await asyncio.wait_for(channel.receive(), START_SECONDS)
-        except TimeoutError:
+        except BaseException as error:
             channel.close()
-            raise Died from None
-        self._workers = [each for each in self._workers if not each.lost.is_set()] + [channel]
+            if isinstance(error, TimeoutError):
+                raise Died from None
+            raise
         return _ProcessWorker(channel, found["pid"])
 
     async def close(self) -> None:
