@@ -1,5 +1,6 @@
 """The interface, on a model that only says what it was asked."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -18,9 +19,12 @@ from typing import Any
 import pytest
 from serving import Server, Slow, serving
 
+from dougong.core.config import parse
 from dougong.core.errors import ConfigError
-from dougong.serve.models import Wanted
-from dougong.serve.settings import read_keys
+from dougong.serve.app import App
+from dougong.serve.metrics import Metrics
+from dougong.serve.models import Models, Wanted
+from dougong.serve.settings import ServeConfig, read_keys
 from dougong.serve.workers import ThreadWorkers
 
 KEY = "not a real key"
@@ -534,6 +538,78 @@ def test_a_picture_that_claims_to_be_huge_is_never_decoded() -> None:
     modality = ImageModality(ImageConfig(column="photo", largest_pixels=1_000_000))
     with pytest.raises(BadValue):
         modality.decode(({"bytes": bomb, "path": None},), Path("."))
+
+
+def test_a_first_piece_that_is_too_long_is_refused() -> None:
+    async def ask() -> int:
+        config = parse(ServeConfig, {"limits": {"body_bytes": 100}}, where="test")
+        app = App(config, Models(config), Metrics())
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{" * 1000, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        head = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": head, "client": ("x", 1)}
+        await app(scope, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(ask()) == 413
+
+
+def test_what_ray_serves_is_changed_where_ray_is_told() -> None:
+    async def ask() -> list[int]:
+        config = ServeConfig()
+        app = App(config, Models(config), Metrics(), changed_elsewhere="in the cluster's configuration")
+        statuses: list[int] = []
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", 0))
+
+        for method, path in (("POST", "/v2/repository/models/a/unload"), ("PUT", "/v1/models/a/traffic")):
+            scope = {"type": "http", "method": method, "path": path, "headers": [], "client": ("127.0.0.1", 1)}
+            await app(scope, None, send)  # type: ignore[arg-type]  # nothing is read
+        return [status for status in statuses if status]
+
+    assert asyncio.run(ask()) == [405, 405]
+
+
+def test_who_goes_away_while_words_are_written_gives_the_worker_back(bundle: Path) -> None:
+    class Endless(Slow):
+        def write(self, record: Any, options: Any) -> Iterator[str]:
+            while record["remark"] == "endless":
+                time.sleep(0.02)
+                yield "on "
+            yield "short"
+
+    workers = lambda wanted: ThreadWorkers(Endless)  # noqa: E731
+    batching = {"slo_seconds": 1.0, "timeout_seconds": 3.0}
+    with serving([Wanted("colours", "1", bundle)], workers=workers, batching=batching) as server:
+        (version,) = server.running.models.all
+        server.running.models._versions["colours"]["1"] = version._replace(signature=None)
+        stream = {"accept": "text/event-stream", "content-type": "application/json"}
+        for _ in range(3):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+            connection.request("POST", "/v1/predict", b'{"remark": "endless"}', stream)
+            answer = connection.getresponse()
+            assert answer.read(10)
+            answer.close()
+            connection.close()
+        started = time.perf_counter()
+        status, events, _ = server.ask("POST", "/v1/predict", b'{"remark": "soon over"}', stream)
+
+    assert (status, b"short" in events) == (200, True)
+    assert time.perf_counter() - started < 2
+
+
+def test_a_callers_limit_of_any_length_is_read(server: Server) -> None:
+    inputs = [{"name": "remark", "datatype": "BYTES", "shape": [1], "data": ["a"]}]
+    document = json.dumps({"inputs": inputs, "parameters": {"timeout": 0}}).replace(": 0}", ": 1" + "0" * 400 + "}")
+
+    assert server.ask("POST", "/v2/models/colours/infer", document.encode())[0] == 200
 
 
 def test_base64_is_read_however_it_is_wrapped(server: Server) -> None:

@@ -1,4 +1,6 @@
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -384,6 +386,34 @@ def test_answers_go_out_before_anything_is_learnt_from_them(monkeypatch: pytest.
     run(test, Slow())
 
     assert seen == ["told", "learnt of 1"]
+
+
+def test_workers_outlive_what_ends_the_server() -> None:
+    """A signal to a whole group reaches them, too, while the server still answers what has come."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from dougong.serve.worker import main
+from serving import Slow
+
+sys.exit(main(make=lambda settings: Slow()))
+"""
+
+    async def test(engine: Engine) -> Outcome:
+        (pid,) = engine.pids
+        workers = engine._workers
+        assert isinstance(workers, ProcessWorkers)
+        assert workers._process is not None
+        for each in (pid, workers._process.pid):
+            os.kill(each, signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        found = await ask(engine, "after it")
+        assert engine.pids == [pid]
+        return found
+
+    found = run(test, Slow(), workers=ProcessWorkers({}, command=[sys.executable, "-c", code]))
+
+    assert b"after it" in found.body
 
 
 def test_workers_leave_what_they_share_alone() -> None:

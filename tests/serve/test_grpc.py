@@ -1,3 +1,5 @@
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,70 @@ def test_words_come_in_pieces_over_a_stream(hollow_bundle: Path) -> None:
     assert said == ["a ", "red ", "circle"]
     assert last.infer_response.parameters["triton_final_response"].bool_param
     assert "about one record at a time" in refused.error_message
+
+
+def test_a_request_over_grpc_is_counted_logged_and_waited_for(hollow_bundle: Path) -> None:
+    slow = lambda wanted: ThreadWorkers(lambda: Slow(seconds=0.4))  # noqa: E731
+    wanted = [Wanted("colours", "1", hollow_bundle)]
+    settings: dict[str, Any] = {"batching": {"slo_seconds": 1.0}, "settle_seconds": 0.05}
+    with serving(wanted, workers=slow, grpc_port=0, **settings) as server:
+        app, found = server.running.app, list[Any]()
+        asking = threading.Thread(target=lambda: found.extend(stream(server, [remark(1)])))
+        asking.start()
+        deadline = time.monotonic() + 5
+        while not app.in_flight and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.loop.call_soon_threadsafe(server.running.drain)
+        asking.join()
+        page = app.metrics.page().decode()
+
+    assert [each.error_message for each in found] == [""]
+    assert app.in_flight == 0
+    assert 'dougong_requests_total{route="grpc/ModelStreamInfer",status="200"} 1' in page
+
+
+def test_keys_share_out_over_grpc_as_over_http(hollow_bundle: Path) -> None:
+    import hashlib
+
+    from dougong.serve.grpc_server import SERVICE, messages
+
+    keys = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in ("shop", "lab")]
+    with serving([Wanted("colours", "1", hollow_bundle)], workers=slow_workers, grpc_port=0, keys=keys) as server:
+        (version,) = server.running.models.all
+        clients, submit = list[str](), version.engine.submit
+
+        def noting(*values: Any, **more: Any) -> Any:
+            clients.append(more["client"])
+            return submit(*values, **more)
+
+        version.engine.submit = noting  # type: ignore[method-assign]
+        with grpc.insecure_channel(f"127.0.0.1:{server.running.grpc_port}") as channel:
+            ask = channel.unary_unary(
+                f"/{SERVICE}/ModelInfer",
+                request_serializer=messages()["ModelInferRequest"].SerializeToString,
+                response_deserializer=messages()["ModelInferResponse"].FromString,
+            )
+            for key in ("shop", "lab"):
+                ask(messages()["ModelInferRequest"](**remark(1)), metadata=[("x-api-key", key)], timeout=10)
+            with pytest.raises(grpc.RpcError) as refused:
+                ask(messages()["ModelInferRequest"](**remark(1)), timeout=10)
+
+    assert clients == ["shop", "lab"]
+    assert refused.value.code().name == "UNAUTHENTICATED"
+
+
+def test_what_a_model_cannot_write_about_is_told_over_grpc(hollow_bundle: Path) -> None:
+    class Choosy(Slow):
+        def write(self, record: Any, options: Any) -> Any:
+            raise ConfigError("the picture cannot be read.")
+
+    workers = lambda wanted: ThreadWorkers(Choosy)  # noqa: E731
+    with serving([Wanted("colours", "1", hollow_bundle)], workers=workers, grpc_port=0) as server:
+        (version,) = server.running.models.all
+        server.running.models._versions["colours"]["1"] = version._replace(signature=None)
+        (refused,) = stream(server, [remark(1)])
+
+    assert refused.error_message == "the picture cannot be read."
 
 
 def test_the_repository_over_grpc(hollow_bundle: Path, tmp_path: Path) -> None:

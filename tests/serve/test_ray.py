@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dougong.core.errors import ConfigError
+from dougong.serve.ray_serve import app as of_configuration
 from dougong.serve.ray_serve import through
 
 pytest.importorskip("starlette")
@@ -33,6 +36,11 @@ async def answered(app: Any) -> tuple[int, list[tuple[bytes, bytes]], list[bytes
 
     await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
     return sent[0]["status"], sent[0]["headers"], [each["body"] for each in sent[1:] if each["body"]]
+
+
+def test_a_cluster_that_everybody_can_reach_has_keys(hollow_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="nobody would need a key"):
+        of_configuration({"bundles": [str(hollow_bundle)]})
 
 
 def test_a_whole_answer_is_passed_on_as_it_is() -> None:

@@ -46,6 +46,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+MOST_MICROSECONDS: Final = 10**12
+"""That a caller's own limit counts for: whole numbers in JSON may have any length."""
+
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 PRIORITIES: Final = {b"low": -1, b"normal": 0, b"high": 1, b"": 0}
 STATUS_OF: Final = {"full": 429, "late": 429, "expired": 504, "closed": 503, "died": 503}
@@ -131,6 +134,9 @@ class Question(NamedTuple):
     """A request to a model, read and found good."""
 
     version: Version
+    named: bool
+    """Whether the caller asked for this version: then no other answers."""
+
     records: list[dict[str, Any]]
     many: bool
     within_seconds: float | None
@@ -158,7 +164,9 @@ class App:
         *,
         log: RequestLog | None = None,
         spans: Callable[[str, Mapping[str, str]], Any] | None = None,
+        changed_elsewhere: str | None = None,
     ) -> None:
+        """`changed_elsewhere` says where to change what is served, if it cannot be done by a request."""
         self.config = config
         self.models = models
         self.metrics = metrics
@@ -172,6 +180,7 @@ class App:
         self.direct = spans is None and not config.fetch_from
         """Whether questions may go the short way: where nothing has to be waited for between reading and asking."""
 
+        self._changed_elsewhere = changed_elsewhere
         self._access = Access(config.keys)
         self._log = log
         self._spans = spans
@@ -341,15 +350,14 @@ class App:
     async def _predict(self, request: Request, receive: Receive, send: Send) -> Reply | None:
         question = self.question(request, await self._body(receive, request.headers))
         if b"text/event-stream" in request.headers.get(b"accept", b""):
-            await self._stream(request, question.version, question.records, question.many, send)
+            await self._stream(request, question, receive, send)
             return None
         if request.asked("explain") in ("true", "1"):
             if question.many:
                 raise BadRequest("explain is for one record")
             version = question.version
-            return question.reply(
-                version, [await version.engine.explain(await self._fetched(version, question.records[0]))]
-            )
+            (record,) = await self._fetched(question.records, question.within_seconds)
+            return question.reply(version, [await version.engine.explain(record)])
         return await self._answered(question, request, receive)
 
     async def _answered(self, question: Question, request: Request, receive: Receive) -> Reply:
@@ -358,6 +366,7 @@ class App:
             question.records,
             question.within_seconds,
             request.caller.name,
+            named=question.named,
             priority=question.priority,
             request_id=request.id,
             receive=receive,
@@ -388,7 +397,8 @@ class App:
             status, answer = answers_json(version.name, version.version, asked, outcomes)
             return Reply(answer, status)
 
-        return Question(version, asked.records, asked.many, within, priority, reply)
+        named = request.asked("version") is not None
+        return Question(version, named, asked.records, asked.many, within, priority, reply)
 
     async def answer(
         self,
@@ -397,19 +407,24 @@ class App:
         within: float | None,
         client: str,
         *,
+        named: bool,
         priority: int = 0,
         request_id: str = "",
         receive: Receive | None = None,
     ) -> tuple[Version, list[Outcome]]:
-        """Of all records, by one version: that which was chosen, or its follower where it ends while media are fetched.
+        """Of all records, by one version: that which was chosen, or, if it was not `named` by the caller, its follower
+        where it ends while media are fetched.
 
         Raises:
             Refused: one of them cannot be answered; then none is.
             BadRequest: a URL cannot be fetched.
         """
         if self.config.fetch_from:
-            records = [await self._fetched(version, record) for record in records]
-            if not version.engine.ready:
+            began = time.monotonic()
+            records = await self._fetched(records, within)
+            if within is not None:
+                within = max(0.001, within - (time.monotonic() - began))
+            if not version.engine.ready and not named:
                 version = self.models.choose(version.name, None)
         engine, shadow = version.engine, self.models.shadow(version)
         span = None if self._spans is None else self._spans("infer", {"model": version.name, "request": request_id})
@@ -439,12 +454,8 @@ class App:
         async def wait() -> list[Outcome]:
             return [await version.engine.outcome(ticket) for ticket in tickets]
 
-        async def gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                continue
-
         loop = asyncio.get_running_loop()
-        waiting, watching = loop.create_task(wait()), loop.create_task(gone())
+        waiting, watching = loop.create_task(wait()), loop.create_task(_gone(receive))
         try:
             await asyncio.wait((waiting, watching), return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
@@ -475,31 +486,41 @@ class App:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _fetched(self, version: Version, record: dict[str, Any]) -> dict[str, Any]:
-        if not any(isinstance(cell, Fetch) for cell in record.values()):
-            return record
-        most = self.config.limits.body_bytes
-        return {
-            name: {"bytes": await fetch(cell.url, self.config.fetch_from, most), "path": None}
-            if isinstance(cell, Fetch)
-            else cell
-            for name, cell in record.items()
-        }
+    async def _fetched(self, records: list[dict[str, Any]], within: float | None) -> list[dict[str, Any]]:
+        """Records with the media that they name by address: all together no more than a body may hold, and within the
+        time that their answer has."""
+        if not any(isinstance(cell, Fetch) for record in records for cell in record.values()):
+            return records
+        left, most_seconds = self.config.limits.body_bytes, self.config.batching.timeout_seconds
+        found: list[dict[str, Any]] = []
+        try:
+            async with asyncio.timeout(most_seconds if within is None else min(within, most_seconds)):
+                for record in records:
+                    cells = dict(record)
+                    for name, cell in record.items():
+                        if isinstance(cell, Fetch):
+                            content = await fetch(cell.url, self.config.fetch_from, left)
+                            left -= len(content)
+                            cells[name] = {"bytes": content, "path": None}
+                    found.append(cells)
+        except TimeoutError:
+            raise Refused("expired") from None
+        return found
 
-    async def _stream(
-        self, request: Request, version: Version, records: list[dict[str, Any]], many: bool, send: Send
-    ) -> None:
-        """Words as server-sent events: `{"text": ...}` for each piece, then `event: done`."""
+    async def _stream(self, request: Request, question: Question, receive: Receive, send: Send) -> None:
+        """Words as server-sent events: `{"text": ...}` for each piece, then `event: done`. Whoever goes away gives the
+        worker back with the next piece."""
+        version = question.version
         if version.signature is not None:
             raise Status(415, "this model decides and writes no words: ask it without Accept: text/event-stream")
-        if many:
+        if question.many:
             raise BadRequest("words are streamed about one record at a time")
         options: dict[str, Any] = {}
         for name in ("temperature", "top_p", "top_k", "seed"):
             text = request.asked(name)
             if text is not None:
                 options[name] = plain_number(name, text)
-        record = await self._fetched(version, records[0])
+        (record,) = await self._fetched(question.records, question.within_seconds)
         pieces = version.engine.write(record, options)
         try:
             first = await anext(pieces, None)  # before the status: what cannot be read is still refused as such
@@ -512,12 +533,19 @@ class App:
             (b"cache-control", b"no-store"),
             (b"x-request-id", request.id.encode()),
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": start})
-        if first is not None:
-            await send({"type": "http.response.body", "body": _event({"text": first}), "more_body": True})
-        async for body in _events(pieces):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        leaving = asyncio.get_running_loop().create_task(_gone(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": start})
+            if first is not None:
+                await send({"type": "http.response.body", "body": _event({"text": first}), "more_body": True})
+            async for body in _events(pieces):
+                if leaving.done():
+                    raise Status(499, "the caller has gone")
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            leaving.cancel()
+            await pieces.aclose()
 
     async def _draw(self, request: Request, receive: Receive) -> Reply:
         """A picture as a PNG file, of {"text": ...} with options of sampling and `seed` beside it."""
@@ -567,7 +595,7 @@ class App:
         within, priority = _urgency(headers)
         microseconds = inference.parameters.get("timeout")  # as Triton's clients give it
         if within is None and type(microseconds) is int and microseconds > 0:
-            within = microseconds / 1e6
+            within = min(microseconds, MOST_MICROSECONDS) / 1e6
 
         def reply(version: Version, outcomes: list[Outcome]) -> Reply:
             outputs = from_outcomes(outcomes, version.signature)
@@ -577,10 +605,10 @@ class App:
             more = ((b"inference-header-content-length", b"%d" % json_bytes),)
             return Reply(answer, 200, b"application/octet-stream", more)
 
-        return Question(version, inference.records, True, within, priority, reply)
+        return Question(version, version_name is not None, inference.records, True, within, priority, reply)
 
     async def _change(self, request: Request, name: str, load: bool, receive: Receive) -> Reply:
-        self.admit(request, admin=True)
+        self._admit_change(request)
         body = await self._body(receive, request.headers)
         values = load_json(body) if body.strip() else {}
         parameters = values.get("parameters", {}) if isinstance(values, dict) else None
@@ -623,7 +651,7 @@ class App:
             self.admit(request)
             return _json(self.models.traffic(name).model_dump())
         _only(request.method, "PUT", "GET")
-        self.admit(request, admin=True)
+        self._admit_change(request)
         values = load_json(await self._body(receive, request.headers))
         if not isinstance(values, dict):
             raise BadRequest('give an object like {"weights": {"1": 0.9, "2": 0.1}}', 400)
@@ -656,6 +684,11 @@ class App:
         if admin and (not request.caller.admin or self._from_another_page(headers)):
             raise Status(403, "this key may not change what is served")
 
+    def _admit_change(self, request: Request) -> None:
+        self.admit(request, admin=True)
+        if self._changed_elsewhere is not None:
+            raise Status(405, self._changed_elsewhere)
+
     def admit_plain(self, key: bytes | None, address: str) -> Caller:
         """Let in whoever may ask, now.
 
@@ -684,18 +717,16 @@ class App:
         message = await receive()  # what comes too slowly is ended by its connection
         if message["type"] == "http.disconnect":
             raise Status(499, "the caller has gone")
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body"):
-            return body
-        pieces, total = [body], len(body)
-        while message.get("more_body"):
+        pieces: list[bytes] = [message.get("body", b"")]
+        total = len(pieces[0])
+        while message.get("more_body") and total <= most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Status(499, "the caller has gone")
             pieces.append(message.get("body", b""))
             total += len(pieces[-1])
-            if total > most:
-                raise Status(413, f"the body is over {most} bytes")
+        if total > most:
+            raise Status(413, f"the body is over {most} bytes")
         return b"".join(pieces)
 
     def _preflight(self, request: Request) -> Reply:
@@ -802,6 +833,12 @@ def _number(name: str, value: Any, status: int) -> float | int:
 def _event(value: Any, name: str = "") -> bytes:
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+async def _gone(receive: Receive) -> None:
+    """Until the caller has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
 
 
 async def _events(pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from time import monotonic  # the loop's own clock may count whole milliseconds (uvloop's does)
 from typing import Any, Final, Literal, NamedTuple
 
@@ -229,7 +229,7 @@ class Engine:
         async with self._borrowed() as worker:
             return (await worker.ask("draw", [{"text": text}], options)).outcomes[0]
 
-    async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[str]:
+    async def write(self, record: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncGenerator[str]:
         """Words as they are written; the worker is this caller's until the end.
 
         Raises:

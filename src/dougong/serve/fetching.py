@@ -9,17 +9,20 @@ Promise     only http and https, only the hosts that were named, no redirect, no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterator
 from typing import Final
 from urllib.parse import urlsplit
 
 from dougong.serve.columns import BadRequest
 
 SECONDS: Final = 5.0
+"""For one address, from the connection to the last byte, however slowly it drips."""
 
 
 async def fetch(url: str, allowed: Collection[str], most_bytes: int) -> bytes:
@@ -43,10 +46,16 @@ def _fetch(url: str, allowed: frozenset[str], most_bytes: int) -> bytes:
     try:
         address = public_address(host, port)
         # To the address that was looked at, not to the name again: it could resolve to another one by now.
-        with socket.create_connection(address, SECONDS) as plain:
-            carried: socket.socket = plain
+        with contextlib.ExitStack() as opened:
+            carried = opened.enter_context(socket.create_connection(address, SECONDS))
             if parts.scheme == "https":
-                carried = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+                context = ssl.create_default_context()
+                carried = opened.enter_context(
+                    context.wrap_socket(carried, server_hostname=host, do_handshake_on_connect=False)
+                )
+            cut = opened.enter_context(_cut_after(SECONDS, carried))
+            if isinstance(carried, ssl.SSLSocket):
+                carried.do_handshake()
             connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
             connection.sock = carried
             path = parts.path or "/"
@@ -55,11 +64,31 @@ def _fetch(url: str, allowed: frozenset[str], most_bytes: int) -> bytes:
             if answer.status != 200:
                 raise BadRequest(f"a URL was answered with status {answer.status}")
             content = answer.read(most_bytes + 1)
-    except (OSError, http.client.HTTPException):
+            if cut.is_set():  # of an answer without a length, nothing else says that this is not all of it
+                raise TimeoutError
+    except (OSError, ValueError, http.client.HTTPException):  # a path that cannot stand in a request is a ValueError
         raise BadRequest("a URL could not be fetched") from None
     if len(content) > most_bytes:
         raise BadRequest("what is at a URL is too large", 413)
     return content
+
+
+@contextlib.contextmanager
+def _cut_after(seconds: float, connection: socket.socket) -> Iterator[threading.Event]:
+    was_cut = threading.Event()
+
+    def cut() -> None:
+        was_cut.set()
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield was_cut
+    finally:
+        timer.cancel()
 
 
 def public_address(host: str, port: int) -> tuple[str, int]:

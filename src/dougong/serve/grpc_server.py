@@ -12,16 +12,16 @@ would tie us to one version of protobuf.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dougong.core.errors import ConfigError
-from dougong.serve.access import key_of
-from dougong.serve.app import Status, plain_number
+from dougong.core.errors import ConfigError, DougongError, RunError
+from dougong.serve.app import Request, plain_number
 from dougong.serve.columns import BadRequest
 from dougong.serve.models import Version
 from dougong.serve.openapi import VERSION
@@ -249,6 +249,17 @@ async def start_grpc(config: ServeConfig, app: App) -> Any:
     return server
 
 
+class _Call:
+    """One request, streamed or not."""
+
+    __slots__ = ("about", "context", "status")
+
+    def __init__(self, about: Request, context: Any) -> None:
+        self.about = about
+        self.context = context
+        self.status = 200
+
+
 class _Service:
     def __init__(self, app: App, grpc: Any) -> None:
         self._app = app
@@ -270,16 +281,33 @@ class _Service:
         method = getattr(self, name)
 
         async def handle(request: Any, context: Any) -> Any:
-            try:
-                if name not in ("ServerLive", "ServerReady"):
-                    self._admit(context, admin=name in ("RepositoryModelLoad", "RepositoryModelUnload"))
-                return await method(request, context)
-            except Exception as error:
-                status, reason = self._refusal(error)
-            await context.abort(self._codes.get(status, self._codes[500]), reason)
+            with self._call(name, context) as call:
+                try:
+                    if name not in ("ServerLive", "ServerReady"):
+                        self._admit(call, admin=name in ("RepositoryModelLoad", "RepositoryModelUnload"))
+                    return await method(request, call)
+                except Exception as error:
+                    reason = self._refusal(error, call)
+            await context.abort(self._codes.get(call.status, self._codes[500]), reason)
             raise AssertionError("abort raises")
 
         return handle
+
+    @contextlib.contextmanager
+    def _call(self, name: str, context: Any) -> Iterator[_Call]:
+        """Counted and logged as a request over HTTP is, and waited for where the server ends."""
+        app = self._app
+        started, headers = app.began(), _headers(context)
+        about = Request("POST", f"/{SERVICE}/{name}", b"", _address(context), headers, app.request_id(headers))
+        about.route = f"grpc/{name}"
+        call = _Call(about, context)
+        try:
+            yield call
+        except (asyncio.CancelledError, GeneratorExit):
+            call.status = 499  # the caller has gone
+            raise
+        finally:
+            app.ended(about, about.id, call.status, started)
 
     async def stream(self, requests: Any, context: Any) -> Any:
         """Triton's streams: requests are answered in their order, and batched among themselves; of a model that writes,
@@ -310,18 +338,26 @@ class _Service:
                 task.cancel()
 
     async def _one_of_many(self, request: Any, context: Any) -> Any:
-        try:
-            self._admit(context)
-            version = self._app.models.choose(request.model_name, request.model_version or None)
-            if version.signature is None:
-                return self._words(request, version)
-            return messages()["ModelStreamInferResponse"](infer_response=await self.ModelInfer(request, context))
-        except Exception as error:
-            return messages()["ModelStreamInferResponse"](error_message=self._refusal(error)[1])
+        with self._call("ModelStreamInfer", context) as call:
+            try:
+                version = self._app.models.choose(request.model_name, request.model_version or None)
+                if version.signature is not None:
+                    self._admit(call)
+                    return messages()["ModelStreamInferResponse"](infer_response=await self.ModelInfer(request, call))
+            except Exception as error:
+                return messages()["ModelStreamInferResponse"](error_message=self._refusal(error, call))
+        return self._words(request, version, context)
 
-    async def _words(self, request: Any, version: Version) -> Any:
+    async def _words(self, request: Any, version: Version, context: Any) -> Any:
+        with self._call("ModelStreamInfer", context) as call:
+            async for response in self._written(request, version, call):
+                yield response
+
+    async def _written(self, request: Any, version: Version, call: _Call) -> Any:
         about = {"model_name": version.name, "model_version": version.version, "id": request.id}
+        call.about.model, call.about.version = version.name, version.version
         try:
+            self._admit(call)
             records = to_columns(list(_tensors(request)), version.columns)
             if len(records) != 1:
                 raise BadRequest("words are written about one record at a time", 400)
@@ -338,35 +374,42 @@ class _Service:
                     **about, outputs=[{"name": "text", "datatype": "BYTES", "shape": [1]}], raw_output_contents=[text]
                 )
                 yield messages()["ModelStreamInferResponse"](infer_response=response)
+        except RunError as error:
+            call.status = 500
+            yield messages()["ModelStreamInferResponse"](error_message=str(error))
+            return
+        except DougongError as error:
+            call.status = 422
+            yield messages()["ModelStreamInferResponse"](error_message=str(error))
+            return
         except Exception as error:
-            yield messages()["ModelStreamInferResponse"](error_message=self._refusal(error)[1])
+            yield messages()["ModelStreamInferResponse"](error_message=self._refusal(error, call))
             return
         last = messages()["ModelInferResponse"](**about, parameters={"triton_final_response": {"bool_param": True}})
         yield messages()["ModelStreamInferResponse"](infer_response=last)
 
-    def _admit(self, context: Any, *, admin: bool = False) -> None:
-        caller = self._app.admit_plain(_key(context), _address(context))
-        if admin and not caller.admin:
-            raise Status(403, "this key may not change what is served")
+    def _admit(self, call: _Call, *, admin: bool = False) -> None:
+        self._app.admit(call.about, admin=admin)
 
-    def _refusal(self, error: Exception) -> tuple[int, str]:
-        reply = self._app.refusal(error, f"grpc {type(error).__name__}")
-        return reply.status, str(json.loads(reply.body)["error"])
+    def _refusal(self, error: Exception, call: _Call) -> str:
+        reply = self._app.refusal(error, call.about.id)
+        call.status = reply.status
+        return str(json.loads(reply.body)["error"])
 
-    async def ServerLive(self, request: Any, context: Any) -> Any:
+    async def ServerLive(self, request: Any, call: _Call) -> Any:
         return messages()["ServerLiveResponse"](live=True)
 
-    async def ServerReady(self, request: Any, context: Any) -> Any:
+    async def ServerReady(self, request: Any, call: _Call) -> Any:
         return messages()["ServerReadyResponse"](ready=self._app.models.ready and not self._app.draining)
 
-    async def ModelReady(self, request: Any, context: Any) -> Any:
+    async def ModelReady(self, request: Any, call: _Call) -> Any:
         version = self._app.models.choose(request.name, request.version or None)
         return messages()["ModelReadyResponse"](ready=version.engine.ready)
 
-    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+    async def ServerMetadata(self, request: Any, call: _Call) -> Any:
         return messages()["ServerMetadataResponse"](name="dougong", version=VERSION, extensions=["model_repository"])
 
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+    async def ModelMetadata(self, request: Any, call: _Call) -> Any:
         models = self._app.models
         version = models.choose(request.name, request.version or None)
         about = metadata(version.name, list(models.versions(version.name)), version.columns, version.signature)
@@ -374,25 +417,29 @@ class _Service:
             one.pop("parameters", None)
         return messages()["ModelMetadataResponse"](**about)
 
-    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+    async def RepositoryIndex(self, request: Any, call: _Call) -> Any:
         listed = [each for each in self._app.models.index() if not request.ready or each["state"] == "READY"]
         return messages()["RepositoryIndexResponse"](models=listed)
 
-    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+    async def RepositoryModelLoad(self, request: Any, call: _Call) -> Any:
         take_over = not ("take_over" in request.parameters and request.parameters["take_over"].bool_param is False)
         await self._app.load(request.model_name, _version_of(request) or "1", take_over=take_over)
         return messages()["RepositoryModelLoadResponse"]()
 
-    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+    async def RepositoryModelUnload(self, request: Any, call: _Call) -> Any:
         await self._app.unload(request.model_name, _version_of(request))
         return messages()["RepositoryModelUnloadResponse"]()
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
+    async def ModelInfer(self, request: Any, call: _Call) -> Any:
         version = self._app.models.choose(request.model_name, request.model_version or None)
+        call.about.model, call.about.version = version.name, version.version
         records = to_columns(list(_tensors(request)), version.columns)
-        remaining = context.time_remaining()
+        remaining = call.context.time_remaining()
         within = None if remaining is None or remaining > 1e6 else max(0.001, remaining)
-        version, outcomes = await self._app.answer(version, records, within, _address(context))
+        named, who = bool(request.model_version), call.about
+        version, outcomes = await self._app.answer(
+            version, records, within, who.caller.name, named=named, request_id=who.id
+        )
         outputs = from_outcomes(outcomes, version.signature)
         wanted = [output.name for output in request.outputs] or list(outputs)
         strange = next((name for name in wanted if name not in outputs), None)
@@ -437,10 +484,9 @@ def _tensors(request: Any) -> Any:
         yield Tensor(given.name, given.datatype, shape, values if isinstance(values, list) else values.reshape(shape))
 
 
-def _key(context: Any) -> bytes | None:
+def _headers(context: Any) -> dict[bytes, bytes]:
     given = dict(context.invocation_metadata() or ())
-    as_bytes = {key: value if isinstance(value, bytes) else value.encode() for key, value in given.items()}
-    return key_of(as_bytes.get("authorization"), as_bytes.get("x-api-key"))
+    return {key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in given.items()}
 
 
 def _address(context: Any) -> str:

@@ -24,6 +24,8 @@ BUNDLES: Final = "DOUGONG_BUNDLES"
 """Where a cluster's configuration names what to serve: bundles as on the command line, with spaces between."""
 
 MOST_REPLICAS: Final = 16
+CHANGED_ELSEWHERE: Final = "on Ray, what is served is changed in its own configuration: a request reaches one replica"
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104, where Ray's proxy listens: nothing here binds to it
 ONGOING: Final = 64
 """Requests that a replica has at once before Ray wishes for another one: about a full batch waiting behind one."""
 
@@ -55,7 +57,7 @@ def deployment(config: ServeConfig, wanted: Sequence[Wanted], *, most_replicas: 
             self._models = Models(own, heard=metrics.batch)
             for name, version, folder in bundles:
                 await self._models.load(Wanted(name, version, Path(folder)), take_over=False)
-            self._app = App(own, self._models, metrics)
+            self._app = App(own, self._models, metrics, changed_elsewhere=CHANGED_ELSEWHERE)
 
         async def __call__(self, request: Any) -> Any:
             return await through(self._app, request)
@@ -164,10 +166,11 @@ def serve_on_ray(config: ServeConfig, wanted: Sequence[Wanted], *, tell: Callabl
 
 
 def app(arguments: dict[str, Any]) -> Any:
-    """What a cluster's configuration names as its `import_path`; `args` are settings, and `bundles`.
+    """What a cluster's configuration names as its `import_path`; `args` are settings, and `bundles`. Its proxy listens
+    on every node, so there are keys, unless `host: 127.0.0.1` says that something else asks for one.
 
     Raises:
-        ConfigError: no bundle is named.
+        ConfigError: no bundle is named, or no key.
     """
     from dougong.serve.models import read_wanted
 
@@ -178,4 +181,5 @@ def app(arguments: dict[str, Any]) -> Any:
     if not bundles:
         raise ConfigError(f"no bundle is named. Set args: {{bundles: [...]}} or the variable {BUNDLES}.")
     most = int(given.pop("max_replicas", MOST_REPLICAS))
+    given.setdefault("host", EVERYWHERE)
     return deployment(parse(ServeConfig, given, where="args"), read_wanted(bundles), most_replicas=most)
