@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -22,7 +23,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 DRAWN = ("src/dougong/watch", "src/dougong/cli")
 PACKAGES = ("torch", "transformers", "numpy", "pyarrow")
+ENGINES = ("openvino", "nncf", "onnxruntime", "torchao", "scipy")
+"""What else computes, where it is installed."""
 
 
 def run(name: str, about: str, measure: Callable[..., Iterable[Figure]], *, parts: Sequence[str] = ()) -> None:
@@ -108,7 +111,11 @@ class Kept:
 
 
 def _versions() -> list[str]:
-    return [version(package) for package in PACKAGES]
+    found = [f"{package} {version(package)}" for package in PACKAGES]
+    for package in ENGINES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return found
 
 
 def _digests(files: Iterable[Path]) -> dict[str, str]:
@@ -156,7 +163,7 @@ def _write(name: str, about: str, figures: Sequence[Figure], parts: Sequence[str
     hardware = f"{os.cpu_count()}-core-{platform.machine()}"
     day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     path = RESULTS / f"{'-'.join((name, *parts))}_{hardware}_{day}.md"
-    packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    packages = ", ".join(_versions())
     lines = [
         f"# {name}",
         "",

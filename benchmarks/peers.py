@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dougong.bundle import runtime
 from dougong.bundle.exported import Engine, EngineConfig, media_of
+from dougong.compress.backends import fastest_floats
 from dougong.compress.engines.eager import Eager
 from dougong.compress.export import Source, export, open_engine
 from dougong.nn.batch import Batch
@@ -73,7 +74,8 @@ def nncf_default(folder: Path, calibration: Sequence[Batch]) -> Engine:
                 operation.set_friendly_name(f"{operation.get_type_name()}_{place}")  # NNCF wants each to have its own
             return nncf.quantize(graph, nncf.Dataset(asked[name]), model_type=nncf.ModelType.TRANSFORMER)
 
-    return Called(engine.spec, Rounded(engine.spec, folder / runtime.GRAPHS, ONE_CORE.threads))
+    spec = {**engine.spec, "compute": fastest_floats()}  # what is left in floating point, as ours
+    return Called(spec, Rounded(spec, folder / runtime.GRAPHS, ONE_CORE.threads))
 
 
 def onnxruntime_dynamic(folder: Path, scratch: Path) -> Engine:

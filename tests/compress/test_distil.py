@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,7 +14,8 @@ import torch
 from dougong.bundle.model import Model
 from dougong.compress.distil import DistilConfig, Lessons, Teacher, agreement, distil, judge_on, shown_to
 from dougong.compress.importance import ImportanceConfig, measure_importance
-from dougong.compress.records import split_records, without_target
+from dougong.compress.records import Records, split_records, without_target
+from dougong.compress.run import _interval
 from dougong.compress.structure import structure_of
 from dougong.compress.student import Shape, StudentConfig, build_student, inherit, shape_of
 from dougong.compress.workshop import model_of
@@ -250,14 +253,54 @@ def test_a_killed_run_goes_on_to_the_same_losses(colours: Model, colour_table: P
     assert run(tmp_path / "killed", resume=True) == whole[5:]
 
 
+def test_answers_are_held_against_each_other_by_record(colours: Model, colour_table: Path) -> None:
+    """Who is shown fewer media finds fewer records with one that cannot be read."""
+    told = judge_on(colours.network, open_table(colour_table), colours.preparation)
+    some = slice(3, None)
+    fewer = dataclasses.replace(
+        told, row_B=told.row_B[some], prediction_B=told.prediction_B[some], num_records=told.num_records - 3
+    )
+
+    assert agreement(fewer, told) == agreement(told, fewer) == 1.0
+    assert _interval(told, fewer)["low"] == 0.0
+
+
+def test_a_column_of_empty_answers_is_none(colours: Model, colour_table: Path) -> None:
+    rows = open_table(colour_table).head(240, open_table(colour_table).schema.names)
+    place = rows.schema.get_field_index("colour")
+
+    def split(column: list[str | None]) -> Records:
+        table = table_of_rows(rows.set_column(place, "colour", pa.array(column, pa.string())), colour_table.parent)
+        return split_records(table, colours.preparation, share=0.2, unit=None, judge=None, seed=0)
+
+    assert not split([None] * rows.num_rows).labelled
+    some = split([None] * 100 + rows.column("colour").to_pylist()[100:])
+    assert some.labelled
+    assert any("is not known of" in note and "left out" in note for note in some.notes)
+
+
+def test_a_search_knows_its_records_by_more_than_their_number(colours: Model, colour_table: Path) -> None:
+    rows = open_table(colour_table).head(240, open_table(colour_table).schema.names)
+
+    def identity(rows: pa.Table) -> list[str]:
+        table = table_of_rows(rows, colour_table.parent)
+        return split_records(table, colours.preparation, share=0.2, unit="maker", judge=None, seed=0).identity("colour")
+
+    turned = rows.column("colour").to_pylist()[::-1]
+    other = rows.set_column(rows.schema.get_field_index("colour"), "colour", pa.array(turned))
+    assert identity(rows) == identity(rows)
+    assert identity(rows) != identity(other)
+
+
 def test_parts_of_a_table_share_no_medium(colours: Model, colour_table: Path) -> None:
     table = open_table(colour_table)
     found = split_records(table, colours.preparation, share=0.2, unit="maker", judge=None, seed=0)
-    makers = [set(part.column("maker").to_pylist()) for part in (found.learn, found.choose, found.judge)]
+    parts = (found.learn, found.choose, found.judge)
+    makers = [set(part.column("maker").to_pylist()) - {None} for part in parts]  # whom nobody knows, they do not share
     assert not makers[0] & makers[1]
     assert not makers[0] & makers[2]
     assert not makers[1] & makers[2]
-    assert sum(part.num_rows for part in (found.learn, found.choose, found.judge)) == table.num_rows
+    assert sum(part.num_rows for part in parts) == table.num_rows
     with pytest.raises(ConfigError, match="--unit 'patient' is no column. Use one of photo, clip"):
         split_records(table, colours.preparation, share=0.1, unit="patient", judge=None, seed=0)
 

@@ -21,6 +21,7 @@ from dougong.compress.delivery import ExportRequest, deliver, export_plan, graph
 from dougong.compress.export import Source, answering_bytes, export, open_engine
 from dougong.compress.plan import Plan, read_plan
 from dougong.compress.quantise import QuantiseConfig, calibrate
+from dougong.compress.recover import RecoverConfig
 from dougong.continual.learn import learn
 from dougong.continual.taught import open_taught
 from dougong.core.bundle import read_bundle
@@ -328,6 +329,25 @@ def test_a_plan_says_in_which_floating_point(tmp_path: Path) -> None:
     file.write_text(json.dumps({"plan": {"one": "w8a16"}, "compute": "f8"}))
     with pytest.raises(ConfigError, match=r"plan\.json"):
         read_plan(file)
+
+
+def test_trained_weights_are_not_written_over(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(colour_run / "bundle", copied)
+    for source, reason in ((copied, "is what is exported"), (colour_run, "holds a bundle that is no export")):
+        with pytest.raises(ConfigError, match=reason):
+            deliver(source, copied, ExportRequest(to="openvino"))
+    assert dougong.load(copied)
+
+
+def test_a_plan_with_a_layer_that_is_none_is_refused_before_anything_is_taught(
+    colour_run: Path, colour_table: Path, tmp_path: Path
+) -> None:
+    plan = Plan(layers={"blocks.99.out": "w8a8"})
+    request = ExportRequest(plan=plan, recover=RecoverConfig(steps=1), num_records=32)
+
+    with pytest.raises(ConfigError, match=r"names 'blocks\.99\.out', which is no layer"):
+        deliver(colour_run, tmp_path / "out", request, colour_table)
 
 
 def test_what_needs_records_says_so(colour_run: Path, tmp_path: Path) -> None:

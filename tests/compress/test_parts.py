@@ -9,7 +9,7 @@ import torch
 
 from dougong.bundle import runtime
 from dougong.bundle.exported import media_of
-from dougong.compress.engines.openvino import MOST_AXES, to_graph
+from dougong.compress.engines.openvino import MOST_AXES, name_layers, to_graph
 from dougong.compress.parts import Cut, cut
 from dougong.core.errors import ConfigError
 from dougong.core.signature import (
@@ -186,6 +186,29 @@ def test_every_layer_stands_in_one_graph_under_its_own_name() -> None:
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and module.weight.numel() >= 1024
     ]
     assert sorted(made.layers) == sorted(large)
+
+
+class Wide(torch.nn.Module):
+    """A part of one layer."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"output_BC": self.linear(given["x"])}
+
+
+def test_a_map_to_one_number_is_found_however_wide() -> None:
+    """From 1024 inputs on, its weights are a vector on the way through the exporter."""
+    pytest.importorskip("openvino")
+    part = cut(model(CONFIGS["bridge"]), signature()).parts["roof"]
+    linear = torch.nn.Linear(1024, 1)
+    wide = part._replace(
+        module=Wide(linear), example={"x": torch.randn(2, 1024)}, dynamic={"x": (0,)}, outputs=("output_BC",)
+    )
+
+    assert set(name_layers(to_graph(wide), {"decision.out": linear.weight})) == {"decision.out"}
 
 
 def test_what_is_done_to_the_parts_does_not_reach_the_model() -> None:

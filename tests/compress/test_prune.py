@@ -51,6 +51,25 @@ def test_what_matters_least_goes_first(build: Build, batch: Batch, signature: Si
     assert shape.units.get("text.layers.0.channels", 64) > 40
 
 
+def test_of_a_narrowed_base_the_layer_that_matters_most_stays(build: Build, batch: Batch, signature: Signature) -> None:
+    model = build()
+    structure = structure_of(model)
+    importance = measure_importance(
+        model, structure, [batch], signature.target, ImportanceConfig(criterion="magnitude")
+    )
+    units = {}
+    for axis, scores in importance.units.items():
+        best = axis.startswith("text.layers.1.")
+        worth = torch.linspace(1.3, 1.2, len(scores)) if best else torch.linspace(1.1, 0.9, len(scores))
+        worth[len(scores) // 2 :] = 0.01  # what a base of half the width has left out
+        units[axis] = worth
+    base = shape_of(StudentConfig(width=0.5), structure, importance._replace(units=units))
+
+    for keep in (0.9, 0.7):
+        shape = pruned_shape(model, structure, importance._replace(units=units), base, keep, PruneConfig())
+        assert 1 in shape.layers.get("text", (0, 1, 2)), (keep, shape.layers)
+
+
 def test_parameters_are_counted_without_building(build: Build, batch: Batch, signature: Signature) -> None:
     model = build(own_heads="taught")
     structure = structure_of(model)

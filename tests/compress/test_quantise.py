@@ -8,13 +8,13 @@ from dougong.compress.clock import interleaved
 from dougong.compress.latency import LayerTimes, fit_layer_times
 from dougong.compress.parts import cut
 from dougong.compress.plan import CHOICES, Plan, read_choice
-from dougong.compress.quantise import Budget, QuantiseConfig, bytes_of, calibrate, choose, round_layers
+from dougong.compress.quantise import Budget, QuantiseConfig, bytes_of, calibrate, choose, round_layers, shown_of
 from dougong.compress.recover import RecoverConfig, recover
 from dougong.compress.sensitivity import DRAWS, _drawn, by_output, by_trace, candidate, divergence, simulated
 from dougong.core.errors import ConfigError
 from dougong.core.signature import ImageInput, Signature, Target, TextInput
 from dougong.model.sandwich import Sandwich, SandwichConfig
-from dougong.nn.batch import Batch, MediaBatch
+from dougong.nn.batch import Batch, MediaBatch, only_media
 
 SIGNATURE = Signature(
     inputs={"words": TextInput(vocabulary_size=100, max_tokens=8), "photo": ImageInput(height=16, width=16)},
@@ -60,6 +60,34 @@ def test_one_pass_scores_layers_as_trying_each_does(network: Sandwich, batches: 
 
     for name in few:
         assert known.scores[name]["w4a16"] == pytest.approx(tried[name]["w4a16"], rel=1.0, abs=1e-6)
+
+
+def test_layers_that_no_record_reaches_have_what_needs_no_record(network: Sandwich, batches: list[Batch]) -> None:
+    gone = [
+        Batch({**batch.media, "photo": only_media(photo._replace(present_B=torch.zeros(16).bool()))}, None)
+        for batch in batches
+        for photo in [batch.media["photo"]]
+    ]
+    layers = cut(network, SIGNATURE).layers
+
+    known = calibrate(network, layers, gone, "single_label", QuantiseConfig())
+
+    reached = shown_of(layers, known.seen)
+    blind = {name for name, layer in reached.items() if not layer.shown}
+    assert any("photo" in name or name.startswith("blocks.1") for name in blind)
+    assert all(set(known.scores[name]) == {"w16a16", "w8a16"} for name in blind)
+    alike = {name: layer.choices for name, layer in reached.items()}
+    for choice in ("w8a8", "w4a16"):
+        plan = Plan.uniform(choice, alike)
+        assert {plan.layers[name] for name in blind} == {"w8a16"}
+        round_layers(reached, plan, known.seen)
+        recover(network, plan, known.seen, gone[:1], "single_label", RecoverConfig(steps=1))
+    costs = bytes_of(reached)
+    least = sum(min(each.values()) for each in costs.values())
+    tight = choose(known.scores, costs, None, Budget(weight_bytes=1.02 * least))
+    assert {tight.layers[name] for name in blind} <= {"w8a16"}
+    with pytest.raises(ConfigError, match="no record has shown"):
+        round_layers(reached, Plan(layers={min(blind): "w8a8"}), known.seen)
 
 
 def alone(batch: Batch, row: int) -> Batch:

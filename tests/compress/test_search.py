@@ -24,11 +24,13 @@ from dougong.compress.recover import RecoverConfig
 from dougong.compress.run import compress_bundle, read_ratio
 from dougong.compress.search_config import SearchConfig
 from dougong.compress.student import StudentConfig
+from dougong.compress.workshop import Workshop
 from dougong.core.bundle import Manifest
 from dougong.core.config import override, parse
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import Event, StepDone
 from dougong.core.sizes import read_seconds
+from dougong.data.table import open_table
 from dougong.nn.batch import Batch
 
 SMALL = (
@@ -405,6 +407,25 @@ def test_a_student_of_fewer_modalities_with_teachers_of_one_and_zeros(
         if isinstance(module, torch.nn.Linear) and module.in_features % 4 == 0:
             four_OG4 = module.weight.unflatten(1, (-1, 4))
             assert ((four_OG4 != 0).sum(dim=-1) <= 2).all()
+
+
+def test_steps_that_are_to_be_shared_out_are_asked_for_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"distil\.train\.steps is not given"):
+        small("distil.train.steps=null")
+
+
+def test_more_records_at_once_than_there_are_is_refused(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    budget = Budget(latency_seconds=0.01, max_loss=1.0)
+    with pytest.raises(ConfigError, match="batch_size=5000 records are timed at once, and .* can be learnt from"):
+        compress_bundle(colour_run, colour_table, budget, tmp_path / "out", small("batch_size=5000"))
+
+
+def test_as_many_are_timed_at_once_as_are_asked_for(colour_run: Path, colour_table: Path, tmp_path: Path) -> None:
+    model = dougong.load(colour_run / "bundle")
+
+    shop = Workshop(model, open_table(colour_table), small("batch_size=100"), tmp_path, {})
+
+    assert shop.probe.num_records == 100
 
 
 def test_what_leaves_modalities_out_twice_is_refused() -> None:

@@ -26,6 +26,17 @@ def test_no_unit_is_on_both_sides_and_no_record_is_lost() -> None:
     assert sorted(numbers(train) + numbers(held_out)) == numbers(whole)
 
 
+def test_records_whose_unit_nobody_knows_stand_alone() -> None:
+    speakers = [f"s{i % 40}" if i % 2 else None for i in range(2000)]
+    for seed in range(8):
+        train, held_out = split_table(
+            table_of_rows(pa.table({"speaker": speakers}), Path()), 0.2, unit="speaker", seed=seed
+        )
+        parts = [part.column("speaker").to_pylist() for part in (train, held_out)]
+        assert not (set(parts[0]) & set(parts[1])) - {None}
+        assert 0.15 < parts[1].count(None) / 1000 < 0.25
+
+
 def test_records_keep_their_numbers() -> None:
     _, held_out = split_table(table(), 0.2, unit="speaker", seed=0)
     assert held_out.column("x").to_pylist() == numbers(held_out)

@@ -26,7 +26,7 @@ from dougong.compress.export import DYNAMIC, Source, To, check_installed, export
 from dougong.compress.needs import needed
 from dougong.compress.parts import Layer
 from dougong.compress.plan import BF16, Compute, Plan, read_choice
-from dougong.compress.quantise import QuantiseConfig, Quantised, calibrate, round_layers
+from dougong.compress.quantise import QuantiseConfig, Quantised, calibrate, linear_of, round_layers
 from dougong.compress.recover import RecoverConfig, recover
 from dougong.compress.sensitivity import Seen, observe
 from dougong.core.bundle import Manifest
@@ -97,8 +97,12 @@ class _Prepared:
     @functools.cached_property
     def seen(self) -> dict[str, Seen]:
         """What its layers are given; looked at where bits need it alone."""
-        linear = [name for name, layer in self.source.cut.layers.items() if "w8a8" in layer.choices]
-        return observe(self._model.network.eval(), linear, self._calibration)
+        return observe(self._model.network.eval(), linear_of(self.source.cut.layers), self._calibration)
+
+    @functools.cached_property
+    def shown(self) -> Source:
+        """The source, whose layers have the choices that these records allow."""
+        return self.source.shown(self.seen)
 
 
 def fastest_floats() -> Compute:
@@ -148,9 +152,10 @@ class OpenVinoBackend:
         layers = prepared.source.cut.layers
         quantised = None
         if bits:
-            plan = self._plan(bits, layers)
-            needs = any(choice in ("w8a8", "w4a16") for choice in plan.layers.values())
-            seen = prepared.seen if needs else None
+            plan, seen = self._plan(bits, layers), None
+            if any(choice in ("w8a8", "w4a16") for choice in plan.layers.values()):
+                seen, layers = prepared.seen, prepared.shown.cut.layers
+                plan = self._plan(bits, layers)
             correct = self._quantise.error_correction and not nearest
             quantised = round_layers(layers, plan, seen, correct=correct)
         return GraphRunner(prepared.source, "openvino", folder, self._engine, quantised)
@@ -159,7 +164,7 @@ class OpenVinoBackend:
         self, model: Model, bits: Mapping[str, str], calibration: Sequence[Batch], config: RecoverConfig
     ) -> Model:
         prepared, task = self._prepared(model, calibration), model.preparation.target.task
-        plan = self._plan(bits, prepared.source.cut.layers)
+        plan = self._plan(bits, prepared.shown.cut.layers)
         taught = recover(model.network, plan, prepared.seen, calibration, task, config)
         return Model(taught, model.preparation, model.manifest)
 
@@ -171,9 +176,10 @@ class OpenVinoBackend:
         most_bytes: float | None,
         most_seconds: float | None,
     ) -> Mapping[str, str]:
-        source = self._prepared(model, calibration).source
-        task = model.preparation.target.task
-        known = calibrate(model.network, source.cut.layers, calibration[:CALIBRATION_BATCHES], task, self._quantise)
+        prepared, task = self._prepared(model, calibration), model.preparation.target.task
+        layers = prepared.source.cut.layers
+        known = calibrate(model.network, layers, calibration[:CALIBRATION_BATCHES], task, self._quantise)
+        source = prepared.source.shown(known.seen)
         with tempfile.TemporaryDirectory() as temporary:
             plan = plan_within(
                 source,

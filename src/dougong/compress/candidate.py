@@ -118,6 +118,13 @@ class Point(Config):
     steps: int = 0
     """That it has learnt for."""
 
+    drafted_within: bool | None = None
+    """Whether it kept to the budget when it was drafted: what is ranked goes by that, however it is measured again, so
+    that a search that goes on ranks the same. None: it is no draft."""
+
+    step_seconds: float | None = None
+    """Of a step of learning, where it was ranked."""
+
     @property
     def in_words(self) -> str:
         """One line for people."""

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dougong.bundle import runtime
-from dougong.bundle.exported import Engine, EngineConfig
+from dougong.bundle.exported import KIND, Engine, EngineConfig
 from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
 from dougong.compress.clock import Timed, interleaved
@@ -39,11 +39,13 @@ from dougong.compress.quantise import (
     Quantised,
     bytes_of,
     calibrate,
+    check_plan,
     choose,
     round_layers,
 )
 from dougong.compress.recover import RecoverConfig, recover
 from dougong.compress.sensitivity import divergence
+from dougong.core.bundle import bundle_in, is_bundle, kind_of
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError, DataError
 from dougong.core.sizes import bytes_as_text
@@ -170,10 +172,12 @@ def deliver(
     `table` has records such as the model reads; their target need not be known. Without one, nothing is measured.
 
     Raises:
-        ConfigError: bits need records and there is no table, or the budget cannot be met: it says by how much.
+        ConfigError: bits need records and there is no table, the budget cannot be met (it says by how much), or the
+            export would take the place of trained weights.
         BundleError: no bundle there, or the place is taken by something else.
     """
     model = load_network_from(source)
+    _check_place(folder, source)
     calibration, judged = ([], []) if table is None else records_of(model, table, request.num_records)
     if request.needs_records and not calibration:
         raise ConfigError(
@@ -196,6 +200,8 @@ def deliver(
     known: Calibrated | None = None
     if calibration and (request.needs_records or request.quantise.error_correction):
         known = calibrate(model.network, layers, calibration, task, request.quantise, announce)
+        made = made.shown(known.seen)
+        layers = made.cut.layers
     if request.bits == "mixed":
         assert known is not None
         assert timed is not None
@@ -219,14 +225,28 @@ def deliver(
     rounding = request.quantise
     if request.recover is not None:
         assert known is not None
+        check_plan(layers, plan, known.seen)
         taught = recover(model.network, plan, known.seen, calibration, task, request.recover, announce)
-        made = Source(Model(taught, model.preparation, model.manifest))
+        made = Source(Model(taught, model.preparation, model.manifest)).shown(known.seen)
         rounding = rounding.model_copy(update={"error_correction": False})  # as it was taught
     seen = None if known is None else known.seen
     quantised = round_layers(made.cut.layers, plan, seen, correct=rounding.error_correction)
     memory_bytes = _write(made, folder, "openvino", quantised, request, table)
     told = _told(model, folder, "openvino", plan, judged, timed, request)
     return told._replace(memory_bytes=memory_bytes)
+
+
+def _check_place(folder: Path, source: Path) -> None:
+    """
+    Raises:
+        ConfigError: the export would take the place of trained weights.
+    """
+    if folder.exists() and bundle_in(source).resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ConfigError(f"{folder} is what is exported. Name another folder by --out.")
+    if is_bundle(folder) and kind_of(folder) != KIND:
+        raise ConfigError(
+            f"{folder} holds a bundle that is no export, and would be lost. Name another folder by --out."
+        )
 
 
 def _write(

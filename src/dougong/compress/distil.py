@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
@@ -498,10 +500,19 @@ def judge_on(network: BlockStack[Any, Any], table: Table, preparation: Preparati
 def agreement(found: Evaluation, told: Evaluation | None) -> float:
     """The share of records that both answer alike; of numbers, 1 less the mean distance in the teacher's spread."""
     assert told is not None
+    found_B, told_B = of_both(found, told)
+    answers, wanted = found.prediction_B[found_B], told.prediction_B[told_B]
     if found.probability_BC is None:
         spread = float(told.prediction_B.std()) or 1.0
-        return 1.0 - float(abs(found.prediction_B - told.prediction_B).mean()) / spread
-    return float((found.prediction_B == told.prediction_B).mean())
+        return 1.0 - float(abs(answers - wanted).mean()) / spread
+    return float((answers == wanted).mean())
+
+
+def of_both(one: Evaluation, other: Evaluation) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Places of the records that both answered: who is shown fewer media finds fewer records with one that cannot be
+    read."""
+    _, one_B, other_B = np.intersect1d(one.row_B, other.row_B, assume_unique=True, return_indices=True)
+    return one_B, other_B
 
 
 def _with_metric(found: Evaluation, name: str, value: float) -> Evaluation:

@@ -114,13 +114,13 @@ class Drafting:
             except ConfigError as error:
                 self._say(f"{shape.in_words()} cannot be: {error}")
                 continue
-            self.measure(shape, model)
+            self.measure(shape, model, draft=True)
             done += 1
             if done % 6 == 0 or place + 1 == len(wanted):
                 self._say(f"{place + 1} of {len(wanted)} shapes drafted, {self._limit.left(place + 1, len(wanted))}")
         for backend in others:
             self._draft_on(backend)
-        return self._known.fitting()
+        return self._known.drafted()
 
     def _draft_on(self, backend: Backend) -> None:
         """Measure an engine, the largest shapes first, until so many keep to the budget as are ranked.
@@ -149,11 +149,11 @@ class Drafting:
                         continue
                     model = model or self._workshop.built(eager.candidate)  # bits share what is converted of it
                     try:
-                        self.measure(candidate, model)
+                        self.measure(candidate, model, draft=True)
                     except ConfigError as error:
                         self._say(f"{backend.name} is left out: {error}")
                         return
-                if not self._budget.binds(self._known.of(candidate)):
+                if self._known.of(candidate).drafted_within:
                     found += 1
                     self._say(f"{found} of {self._config.ranked} found: {self._known.of(candidate).in_words}")
                     break  # what comes after loses more
@@ -162,7 +162,7 @@ class Drafting:
                 return
         if not found:
             for _, candidate in sorted(passed, key=lambda each: each[0])[:CLOSEST]:
-                self.measure(candidate, self._workshop.built(candidate))
+                self.measure(candidate, self._workshop.built(candidate), draft=True)
 
     def _is_beaten(self, backend: Backend, shape: Candidate) -> bool:
         """Whether each of its points of this shape has another engine's that takes no more time, and as many bytes."""
@@ -179,7 +179,7 @@ class Drafting:
         known: list[tuple[float, Point, Point]] = []
         for point in self._known:
             own = point.candidate
-            if (own.engine, own.bits) == (candidate.engine, candidate.bits):
+            if (own.engine, own.bits, own.recovered) == (candidate.engine, candidate.bits, False):
                 other = self._known.of(own.model_copy(update={"engine": EAGER, "bits": {}}))
                 known.append((abs(math.log(other.latency_seconds / eager.latency_seconds)), point, other))
         if not known:
@@ -195,8 +195,8 @@ class Drafting:
             }
         )
 
-    def measure(self, candidate: Candidate, model: Model, turns: int | None = None) -> None:
-        """Size and time; what else is known of it stays."""
+    def measure(self, candidate: Candidate, model: Model, turns: int | None = None, *, draft: bool = False) -> None:
+        """Size and time; what else is known of it stays. `draft`: before it has learnt."""
         runner = self._workshop.carried_out(candidate, model)
         asked, probe = EagerRunner(self._workshop.teacher), self._workshop.seen_by(model, self._workshop.probe)
         timed = interleaved(
@@ -211,5 +211,6 @@ class Drafting:
                 size_bytes=runner.num_bytes,
                 latency_seconds=timed["student"].median,
                 speedup=timed["student"].times_as_fast_as(timed["teacher"]),
-            )
+            ),
+            draft=draft,
         )

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -37,7 +38,8 @@ from dougong.compress.engines.openvino import OpenVino, apply_bits, name_layers,
 from dougong.compress.needs import needed
 from dougong.compress.parts import Part, cut
 from dougong.compress.plan import BF16, CHOICES
-from dougong.compress.quantise import Quantised
+from dougong.compress.quantise import Quantised, shown_of
+from dougong.compress.sensitivity import Seen
 from dougong.core.bundle import Manifest, write_bundle
 from dougong.core.errors import ConfigError
 from dougong.core.files import write_atomic, write_json
@@ -83,6 +85,12 @@ class Source:
         if name not in self._graphs:
             self._graphs[name] = to_graph(self.cut.parts[name])
         return self._graphs[name].clone()
+
+    def shown(self, seen: Mapping[str, Seen]) -> Source:
+        """The same, whose layers have the choices that calibration records allow."""
+        other = copy.copy(self)
+        other.cut = self.cut._replace(layers=shown_of(self.cut.layers, seen))
+        return other
 
     def told(self, manifest: Manifest) -> Source:
         """The same, of which the manifest tells something else; what was converted is shared."""

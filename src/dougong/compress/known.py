@@ -45,11 +45,13 @@ class Known:
         write_json(self._file, {key: each.model_dump(mode="json") for key, each in self._points.items()})
         return changed
 
-    def put_cost(self, measured: Point) -> Point:
+    def put_cost(self, measured: Point, *, draft: bool) -> Point:
         """Keep its size and time; what else is known of it stays."""
         before = self._points.get(measured.candidate.key, measured)
-        costs = ("size_bytes", "latency_seconds", "speedup")
-        return self.put(before, **{name: getattr(measured, name) for name in costs})
+        values = {name: getattr(measured, name) for name in ("size_bytes", "latency_seconds", "speedup")}
+        if draft:
+            values["drafted_within"] = not self._budget.binds(measured)
+        return self.put(before, **values)
 
     def offered(self) -> tuple[Point, ...]:
         """All that were measured on an engine that was asked for, but for the teacher as it is."""
@@ -60,8 +62,17 @@ class Known:
             and not (point.candidate.is_teacher and point.candidate.engine == EAGER)
         )
 
+    def drafted(self) -> list[Point]:
+        """Of these, the drafts that kept to the budget."""
+        return [point for point in self.offered() if point.drafted_within]
+
+    def step_seconds(self, candidate: Candidate) -> float | None:
+        """Of a step of this shape, where one is known."""
+        of_shape = (point for point in self if point.candidate.shape_key == candidate.shape_key)
+        return next((point.step_seconds for point in of_shape if point.step_seconds is not None), None)
+
     def fitting(self) -> list[Point]:
-        """Of these, what keeps to the budget."""
+        """Of these, what keeps to the budget, as last measured."""
         return [point for point in self.offered() if not self._budget.binds(point)]
 
     def of_shape(self, candidate: Candidate) -> list[Point]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dougong.compress.plan import CHOICES, Choice
+from dougong.compress.plan import BLIND, CHOICES, Choice
 from dougong.core.errors import ConfigError
 from dougong.core.signature import AudioInput, ImageInput, Input, SignalInput, Signature, TableInput, TextInput
 from dougong.model.encoders.audio import AudioStem
@@ -66,9 +66,15 @@ class Layer(NamedTuple):
     module: nn.Linear | nn.Embedding
     """With the weights that are exported."""
 
+    shown: bool = True
+    """Whether the records at hand reach it. Of one that they do not, nothing says what fewer bits would cost, nor in
+    which range its inputs lie."""
+
     @property
     def choices(self) -> tuple[Choice, ...]:
         """What can be chosen for it. A look-up has no activations to round."""
+        if not self.shown:
+            return BLIND
         return CHOICES if isinstance(self.module, nn.Linear) else tuple(c for c in CHOICES if c != "w8a8")
 
 

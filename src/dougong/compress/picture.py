@@ -55,5 +55,6 @@ def _dot(axes: matplotlib.axes.Axes, point: Point, largest: int, colour: str, ma
 
 
 def as_rows(points: Sequence[Point]) -> list[dict[str, object]]:
-    """The points as JSON holds them, each with what it is in words."""
-    return [{"what": point.candidate.in_words(), **point.model_dump(mode="json")} for point in points]
+    """The points as JSON holds them, each with what it is in words; without what only going on needs."""
+    own = {"drafted_within", "step_seconds"}
+    return [{"what": point.candidate.in_words(), **point.model_dump(mode="json", exclude=own)} for point in points]

@@ -26,6 +26,9 @@ with units for it do about twice as fast, to three digits."""
 BF16: Final = "bf16"
 
 CHOICES: Final[tuple[Choice, ...]] = ("w16a16", "w8a16", "w8a8", "w4a16")
+BLIND: Final[tuple[Choice, ...]] = ("w16a16", "w8a16")
+"""What can be chosen without a record: 8 bits of weights round so little that nothing need be known."""
+
 UNIFORM: Final[dict[str, Choice]] = {"16": "w16a16", "8": "w8a8", "4": "w4a16", **{each: each for each in CHOICES}}
 """What people may say for all layers alike."""
 
@@ -43,9 +46,9 @@ class Plan(Config):
 
     @classmethod
     def uniform(cls, choice: Choice, layers: Mapping[str, Iterable[Choice]], compute: Compute = "f32") -> Self:
-        """The same for all; where a layer cannot have it (a look-up has no activations), its weights' bits alone."""
-        weights_alone: Choice = "w8a16" if choice == "w8a8" else choice
-        chosen = {name: choice if choice in known else weights_alone for name, known in layers.items()}
+        """The same for all; where a layer cannot have it (a look-up has no activations, and of what no record reaches
+        nothing is known), 8 bits of its weights alone."""
+        chosen: dict[str, Choice] = {name: choice if choice in known else "w8a16" for name, known in layers.items()}
         return cls(layers=chosen, compute=compute)
 
     def counts(self) -> dict[str, int]:

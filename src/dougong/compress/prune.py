@@ -146,16 +146,13 @@ def _idle_layers(
         worth: dict[int, float] = {}
         for place in kept:
             axes = [axis for axis in structure.inner_axes() if axis.startswith(f"{name}.layers.{place}.")]
+            # Where nothing was cut now, as many as the base has: it may have left out some before.
+            stays = {axis: left.get(axis, base.units.get(axis, structure.axes[axis].size)) for axis in axes}
             total = sum(
-                float(
-                    importance.units[axis]
-                    .sort(descending=True)
-                    .values[: left.get(axis, structure.axes[axis].size)]
-                    .sum()
-                )
-                for axis in axes
+                float(importance.units[axis].sort(descending=True).values[:count].sum())
+                for axis, count in stays.items()
             )
-            cost = sum(_cost(model, structure, axis, base) * left.get(axis, structure.axes[axis].size) for axis in axes)
+            cost = sum(_cost(model, structure, axis, base) * count for axis, count in stays.items())
             worth[place] = total / cost if cost else math.inf
         stay = tuple(place for place in kept if worth[place] * WORTH >= edge)
         if kept and not stay:

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
+from torch import nn
 
 from dougong.compress.bits import Range, Rounded, to_eight, to_four
 from dougong.compress.needs import needed
@@ -98,8 +99,8 @@ def calibrate(
     say = announce or _silent
     say("inputs of layers", 0, 2)
     network.eval()
-    linear = [name for name, layer in layers.items() if "w8a8" in layer.choices]
-    seen = observe(network, linear, batches)
+    seen = observe(network, linear_of(layers), batches)
+    layers = shown_of(layers, seen)
     say("scores of choices", 1, 2)
     candidates = {name: _candidates(layer, seen.get(name)) for name, layer in layers.items()}
     # All layers' outputs at all choices are held at once: of few records at a time.
@@ -116,6 +117,18 @@ def calibrate(
     return Calibrated(seen, scores)
 
 
+def linear_of(layers: Mapping[str, Layer]) -> list[str]:
+    """Those whose inputs can be rounded, by name."""
+    return [name for name, layer in layers.items() if isinstance(layer.module, nn.Linear)]
+
+
+def shown_of(layers: Mapping[str, Layer], seen: Mapping[str, Seen]) -> dict[str, Layer]:
+    """The layers as calibration records know them: what these do not reach (a modality that all of them lack, what
+    completes one where none is missing) has fewer choices."""
+    linear = frozenset(linear_of(layers))
+    return {name: layer._replace(shown=name in seen or name not in linear) for name, layer in layers.items()}
+
+
 def _candidates(layer: Layer, seen: Seen | None) -> dict[Choice, Candidate]:
     rounded = {8: to_eight(layer.module.weight), 4: to_four(layer.module.weight), 16: None}
     return {choice: candidate(choice, rounded[weight_bits(choice)], seen) for choice in layer.choices}
@@ -129,29 +142,38 @@ def round_layers(
     Raises:
         ConfigError: the plan names no layer of this model, gives one what it cannot have, or needs what was not seen.
     """
+    check_plan(layers, plan, seen)
     weights: dict[str, Rounded] = {}
     ranges: dict[str, Range] = {}
     for name, choice in plan.layers.items():
-        if name not in layers:
-            raise ConfigError(f"the plan names {name!r}, which is no layer of this model with a choice of bits.")
-        layer = layers[name]
-        if choice not in layer.choices:
-            raise ConfigError(
-                f"the plan gives {name!r} {choice}: a look-up has {', '.join(layer.choices)} to choose from."
-            )
         found = None if seen is None else seen.get(name)
         if choice.endswith("a8"):
-            if found is None:
-                raise ConfigError(
-                    f"{choice} rounds what {name!r} is given, which no record has shown. Give records with --data."
-                )
+            assert found is not None
             ranges[name] = found.range
-        weight = layer.module.weight.detach()
+        weight = layers[name].module.weight.detach()
         if weight_bits(choice) == 8:
             weights[name] = to_eight(weight)
         elif weight_bits(choice) == 4:
             weights[name] = to_four(weight, found.hessian_DD if found is not None and correct else None)
     return Quantised(plan, weights, ranges)
+
+
+def check_plan(layers: Mapping[str, Layer], plan: Plan, seen: Mapping[str, Seen] | None) -> None:
+    """
+    Raises:
+        ConfigError: the plan names no layer of this model, gives one what it cannot have, or needs what was not seen.
+    """
+    for name, choice in plan.layers.items():
+        if name not in layers:
+            raise ConfigError(f"the plan names {name!r}, which is no layer of this model with a choice of bits.")
+        if choice.endswith("a8") and isinstance(layers[name].module, nn.Embedding):
+            some = ", ".join(layers[name].choices)
+            raise ConfigError(f"the plan gives {name!r} {choice}: a look-up has {some} to choose from.")
+        if choice.endswith("a8") and name not in (seen or {}):
+            raise ConfigError(
+                f"{choice} rounds what {name!r} is given, which no record has shown. Give records with --data that "
+                f"reach it, or {name!r} another choice."
+            )
 
 
 def bytes_of(layers: Mapping[str, Layer]) -> Costs:

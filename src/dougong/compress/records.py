@@ -7,6 +7,7 @@ Promise     the three share no unit: records with one medium in common are on on
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final, NamedTuple
 
 import pyarrow as pa
@@ -37,6 +38,10 @@ class Records(NamedTuple):
     labelled: bool
     notes: tuple[str, ...]
 
+    def identity(self, target: str) -> list[str]:
+        """What tells these records from others, as far as their numbers and answers do."""
+        return [_identity(each, target) for each in (self.learn, self.choose, self.judge)]
+
 
 def split_records(
     table: Table, preparation: Preparation, *, share: float, unit: str | None, judge: Table | None, seed: int
@@ -56,10 +61,11 @@ def split_records(
             )
     if unit is not None and unit not in table.schema.names:
         raise ConfigError(f"--unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
-    unit = unit or _shared_medium(table, preparation)
+    shared = _shared_media(table, preparation)
+    unit = unit or next(iter(shared), None)
     by = f"by {unit}" if unit else "by record"
     try:
-        notes: list[str] = []
+        notes = [f"records also share {name!r}, whose values may be on both sides" for name in shared if name != unit]
         if judge is None:
             table, judge = split_table(table, share, unit=unit, seed=derive_seed(seed, "judge"))
             notes.append(f"{judge.num_rows} records were held out to judge on at the end, {by}")
@@ -71,23 +77,43 @@ def split_records(
         ) from None
     notes.append(f"{choose.num_rows} records choose among candidates, {by}; {learn.num_rows} are learnt from")
     name = preparation.target.name
-    labelled = name in table.schema.names and name in judge.schema.names
+    known = [_num_known(each, name) for each in (learn, choose, judge)]
+    labelled = min(known) > 0
+    if labelled and (lacking := learn.num_rows + choose.num_rows + judge.num_rows - sum(known)):
+        notes.append(f"{name!r} is not known of {lacking} records: these are left out")
     if not labelled:
         notes.append(f"{name!r} is not known of these records: they are judged by agreement with the teacher")
         learn, choose, judge = (without_target(each, name) for each in (learn, choose, judge))
     return Records(learn, choose, judge, unit, labelled, tuple(notes))
 
 
-def _shared_medium(table: Table, preparation: Preparation) -> str | None:
-    """A media column whose values repeat: its records must not be on two sides."""
+def _identity(table: Table, target: str) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for chunk in range(table.num_chunks):
+        found.update(table.numbers_of(chunk).tobytes())
+        if target in table.schema.names:
+            found.update(repr(table.read(chunk, [target]).column(target).to_pylist()).encode())
+    return f"{table.num_rows} records, {found.hexdigest()}"
+
+
+def _num_known(table: Table, name: str) -> int:
+    if name not in table.schema.names:
+        return 0
+    columns = (table.read(chunk, [name]).column(name) for chunk in range(table.num_chunks))
+    return sum(len(column) - column.null_count for column in columns)
+
+
+def _shared_media(table: Table, preparation: Preparation) -> list[str]:
+    """Media columns whose values repeat: their records must not be on two sides."""
+    found = []
     for modality in preparation.modalities.values():
         if isinstance(modality, ImageModality | AudioModality):
             (column,) = modality.columns
             keys = [media_key(cell) for cell in cells_of(table.head(LOOKED_AT, [column]).column(column))]
             there = [key for key in keys if key is not None]
             if len(set(there)) < SHARED * len(there):
-                return column
-    return None
+                found.append(column)
+    return found
 
 
 class _Unlabelled(Table):

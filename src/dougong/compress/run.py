@@ -20,7 +20,7 @@ from dougong.bundle.exported import KIND
 from dougong.bundle.files import load_network_from
 from dougong.bundle.model import Model
 from dougong.compress.candidate import EAGER, Backend, Budget, Eager, Point
-from dougong.compress.distil import agreement, judge_on
+from dougong.compress.distil import agreement, judge_on, of_both
 from dougong.compress.draft import Say
 from dougong.compress.outcome import BudgetError, Outcome
 from dougong.compress.picture import as_rows, draw_points
@@ -177,10 +177,13 @@ def _judged(model: Model, table: Table, keep: tuple[str, ...]) -> Evaluation:
 
 def _interval(before: Evaluation, after: Evaluation) -> dict[str, float]:
     """Of the difference of accuracies, record by record: 1.96 standard errors."""
-    targets = before.target_B
-    if targets is None or before.confusion is None or len(targets) < 2:
+    if before.target_B is None or before.confusion is None:
         return {}
-    lost_B = (before.prediction_B == targets).astype(float) - (after.prediction_B == targets)
+    before_B, after_B = of_both(before, after)
+    if len(before_B) < 2:
+        return {}
+    targets = before.target_B[before_B]
+    lost_B = (before.prediction_B[before_B] == targets).astype(float) - (after.prediction_B[after_B] == targets)
     error = 1.96 * float(lost_B.std(ddof=1)) / float(np.sqrt(len(lost_B)))
     return {"low": float(lost_B.mean()) - error, "high": float(lost_B.mean()) + error}
 

@@ -36,7 +36,7 @@ from dougong.compress.draft import Drafting, Say, TimeLimit
 from dougong.compress.known import Known
 from dougong.compress.outcome import Outcome, best_first, loss_of
 from dougong.compress.plan import CHOICES
-from dougong.compress.proxy import diverges
+from dougong.compress.proxy import Proxy, diverges
 from dougong.compress.prune import Sparsity
 from dougong.compress.records import Records
 from dougong.compress.search_config import SearchConfig
@@ -54,6 +54,7 @@ from dougong.engine.metrics import primary_metric
 RANKING: Final = 0.45
 """Share of a time limit after which ranking makes do with what it has."""
 
+STEPS: Final = "steps.json"
 SPARED: Final = 0.05
 """Share of a time limit that is kept for judging and writing at the end."""
 
@@ -83,7 +84,6 @@ class Search:
         self.teacher, self.records, self.budget, self.config, self.folder = teacher, records, budget, config, folder
         self._say, self._listeners, self._backends = say, listeners, {each.name: each for each in backends}
         self._limit = TimeLimit(time_limit)
-        self._step_seconds: dict[str, float] = {}
         names = tuple(teacher.preparation.modalities)
         self._distil = config.distil
         if config.modalities is not None:
@@ -154,15 +154,15 @@ class Search:
                 if self._limit.is_late(RANKING) and place:
                     self._say(f"time is short: {len(chosen) - place} candidates are not ranked")
                     break
-                self._known.put(point, divergence=self._divergence(point.candidate))
+                self._known.put(point, **self._proxy(point.candidate)._asdict())
             self._say(f"ranked {place + 1} of {len(chosen)}, {self._limit.left(place + 1, len(chosen))}")
         found = [self._known.of(point.candidate) for point in chosen]
         known = [(point.divergence, point.candidate.key, point) for point in found if point.divergence is not None]
         return [point for *_, point in sorted(known, key=lambda each: each[:2])]
 
-    def _divergence(self, candidate: Candidate) -> float:
+    def _proxy(self, candidate: Candidate) -> Proxy:
         shop = self.workshop
-        found = diverges(
+        return diverges(
             shop.built(candidate),
             self.teacher,
             self.records.learn,
@@ -171,8 +171,6 @@ class Search:
             steps=self.config.proxy_steps,
             seed=derive_seed(self.config.seed, "proxy"),
         )
-        self._step_seconds[candidate.shape_key] = found.step_seconds
-        return found.divergence
 
     # Learning -----------------------------------------------------------------------------------------------------
 
@@ -258,14 +256,14 @@ class Search:
     def _learn(self, point: Point, stage: str, steps: int, runs: float) -> Point:
         """Let a shape learn, from where it is; of its candidates within the budget, the one that then loses least."""
         candidate, folder = point.candidate, self.workshop.stage(point.candidate, stage)
-        done, settings = folder / "done.json", folder / "steps.json"
+        done, settings = folder / "done.json", folder / STEPS
         if self.workshop.is_untaught(candidate) and not done.is_file():
             # It knows all that there is to learn.
             self._judge_shape(candidate, self.workshop.built(candidate), stage, 0)
             write_json(done, {"better": False})
         if not done.is_file():
             if settings.is_file():
-                steps = int(json.loads(settings.read_text(encoding="utf-8"))["steps"])
+                steps = self._steps_of(candidate, stage)
             else:
                 steps = self._steps_in_time(candidate, steps, runs)
                 write_json(settings, {"steps": steps})
@@ -306,10 +304,16 @@ class Search:
         losses = [self._loss_of(metric) for metric in metrics]
         if stage == "final" and min(losses) > min(loss_of(point) for point in shape):
             return False
-        before = max(point.steps for point in shape) if stage == "final" else 0
+        before = self._steps_of(candidate, "try") if stage == "final" else 0
         for point, metric, loss in zip(shape, metrics, losses, strict=True):
             self._say(self._known.put(point, metric=metric, loss=loss, steps=before + steps).in_words)
         return True
+
+    def _steps_of(self, candidate: Candidate, stage: str) -> int:
+        """That it was to learn for; none where it knew all."""
+        if not (self.workshop.stage(candidate, stage) / STEPS).is_file():
+            return 0
+        return int(json.loads((self.workshop.stage(candidate, stage) / STEPS).read_text(encoding="utf-8"))["steps"])
 
     def _fill(self, candidate: Candidate, model: Model) -> None:
         """Add a candidate of this shape for each engine whose layers have bits to choose, as this model needs them."""
@@ -340,15 +344,12 @@ class Search:
 
     def _total_steps(self) -> int:
         steps = self.config.distil.train.steps
-        if steps is None:
-            raise ConfigError(
-                "distil.train.steps is not given, and a search shares them out. Set it, for example to 400."
-            )
+        assert steps is not None, "SearchConfig refuses that"
         return steps
 
     def _steps_in_time(self, candidate: Candidate, steps: int, runs: float) -> int:
         """As many as there is time for, where it is limited, when so many runs like this are still to come."""
-        each = self._step_seconds.get(candidate.shape_key)
+        each = self._known.step_seconds(candidate)
         left = self._limit.seconds_left(1 - SPARED)
         if left is None or each is None:
             return steps
@@ -392,7 +393,7 @@ class Search:
             "budget": self.budget.model_dump(mode="json"),
             "search": self.config.model_dump(mode="json"),
             "teacher": {name: each.sha256 for name, each in self.teacher.manifest.files.items()},
-            "records": [self.records.learn.num_rows, self.records.choose.num_rows, self.records.judge.num_rows],
+            "records": self.records.identity(self.teacher.preparation.target.name),
             "engines": list(self._backends),
         }
         wanted = json.loads(json.dumps(wanted))  # as it comes back from a file

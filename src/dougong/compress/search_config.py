@@ -78,6 +78,14 @@ class SearchConfig(Config):
     seed: int = 0
 
     @model_validator(mode="after")
+    def _steps_to_share_out(self) -> Self:
+        if self.distil.train.steps is None:
+            raise ValueError(
+                "distil.train.steps is not given, and a search shares them out. Set it, for example to 400."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_that_leaves_out(self) -> Self:
         if self.modalities is not None and (self.distil.views or self.distil.withhold):
             raise ValueError(

@@ -27,6 +27,7 @@ from dougong.compress.sensitivity import rows_of
 from dougong.compress.structure import Structure, structure_of
 from dougong.compress.student import Shape, build_student, inherit, shape_of
 from dougong.core.bundle import Manifest
+from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.collate import View
 from dougong.data.loader import Loader, LoaderConfig
@@ -41,6 +42,8 @@ from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 
 RECOVERED: Final = "weights.safetensors"
+AT_ONCE: Final = 64
+"""Records of a batch to calibrate with."""
 
 
 class Workshop:
@@ -49,10 +52,17 @@ class Workshop:
     def __init__(
         self, teacher: Model, learn: Table, config: SearchConfig, folder: Path, backends: Mapping[str, Backend]
     ) -> None:
-        """`learn`: the records that calibrate and tell what is important; `folder` is where candidates learn."""
+        """`learn`: the records that calibrate and tell what is important; `folder` is where candidates learn.
+
+        Raises:
+            ConfigError: there are fewer records than are to be answered at once.
+        """
         self.teacher, self.config, self.folder, self.backends = teacher, config, folder, backends
-        self.calibration = _batches(teacher, learn, config)
-        self.probe = fullest(self.calibration, config.batch_size)
+        self.calibration = _batches(teacher, learn, config.importance.num_records, AT_ONCE, config.seed)
+        together = self.calibration
+        if max(batch.num_records for batch in together) < config.batch_size:
+            together = _batches(teacher, learn, config.batch_size, config.batch_size, config.seed)
+        self.probe = fullest(together, config.batch_size)
         """What is answered where time is measured."""
 
         self.structure: Structure = structure_of(teacher.network)
@@ -169,7 +179,17 @@ def model_of(network: Sandwich, teacher: Model) -> Model:
 
 
 def fullest(batches: Sequence[Batch], count: int) -> Batch:
-    """So many records, those that lack least: what an answer takes is asked of them."""
+    """So many records, those that lack least: what an answer takes is asked of them.
+
+    Raises:
+        ConfigError: no batch has so many.
+    """
+    most = max((batch.num_records for batch in batches), default=0)
+    if most < count:
+        raise ConfigError(
+            f"batch_size={count} records are timed at once, and {most} can be learnt from. Ask for fewer."
+        )
+    batches = [batch for batch in batches if batch.num_records >= count]
     rows: list[tuple[int, int, int]] = []
     for number, batch in enumerate(batches):
         here_B = torch.stack([media.present_B for media in batch.media.values()]).sum(dim=0)
@@ -180,9 +200,9 @@ def fullest(batches: Sequence[Batch], count: int) -> Batch:
     return rows_of(batch, torch.tensor([row for _, row in chosen]))
 
 
-def _batches(teacher: Model, learn: Table, config: SearchConfig) -> list[Batch]:
+def _batches(teacher: Model, learn: Table, most: int, size: int, seed: int) -> list[Batch]:
     """Some records to learn from, as they are."""
-    table = sample_table(learn, config.importance.num_records, seed=config.seed)
+    table = sample_table(learn, most, seed=seed)
     views = (View(keep=tuple(teacher.preparation.modalities)),)
-    loader = Loader(table, teacher.preparation, LoaderConfig(batch_size=64, workers=0), views=views)
+    loader = Loader(table, teacher.preparation, LoaderConfig(batch_size=size, workers=0), views=views)
     return [to_tensors(arrays) for arrays in loader.one_pass() if len(arrays.row_B)]

@@ -47,7 +47,8 @@ class _Part(Table):
 
 
 def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> tuple[Table, Table]:
-    """A part for training and one of about `share` of the units; `unit` is a column, None is each record by itself.
+    """A part for training and one of about `share` of the units; `unit` is a column, None is each record by itself, as
+    is one whose unit is not known.
 
     Raises:
         ConfigError: `unit` is no column.
@@ -58,17 +59,19 @@ def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> t
     aside: dict[Hashable, bool] = {}
     masks: list[npt.NDArray[np.bool_]] = []
     for chunk in range(table.num_chunks):
+        random = np.random.default_rng(derive_seed(seed, "split", chunk))
+        alone = random.random(len(table.rows_of(chunk))) < share
         if unit is None:
-            random = np.random.default_rng(derive_seed(seed, "split", chunk))
-            masks.append(random.random(len(table.rows_of(chunk))) < share)
+            masks.append(alone)
             continue
         keys = [media_key(cell) for cell in cells_of(table.read(chunk, [unit]).column(unit))]
         for key in keys:
-            if key not in aside:
+            if key is not None and key not in aside:
                 aside[key] = (
                     derive_seed(seed, "split", key.hex() if isinstance(key, bytes) else str(key)) < share * 2**63
                 )
-        masks.append(np.array([aside[key] for key in keys], np.bool_))
+        own = zip(keys, alone, strict=True)
+        masks.append(np.array([by_itself if key is None else aside[key] for key, by_itself in own], np.bool_))
     train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
     if train.num_rows == 0 or held_out.num_rows == 0:
         units = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"

@@ -105,8 +105,10 @@ class _Flat(nn.Module):
 
 def name_layers(graph: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Give the operations that use these weights the layers' names; returns them by name."""
-    wanted = {_digest(weight.detach().numpy()): name for name, weight in weights.items()}
-    wanted |= {_digest(weight.detach().numpy().T): name for name, weight in weights.items()}
+    arrays = {name: weight.detach().numpy() for name, weight in weights.items()}
+    # Squeezed as constants are: a map to one number may have become a vector on the way.
+    wanted = {_digest(np.squeeze(array)): name for name, array in arrays.items()}
+    wanted |= {_digest(np.squeeze(array.T)): name for name, array in arrays.items()}
     found: dict[str, Any] = {}
     for operation in graph.get_ordered_ops():
         kind = operation.get_type_name()
