@@ -61,9 +61,9 @@ def test_of_a_narrowed_base_the_layer_that_matters_most_stays(build: Build, batc
     for axis, scores in importance.units.items():
         best = axis.startswith("text.layers.1.")
         worth = torch.linspace(1.3, 1.2, len(scores)) if best else torch.linspace(1.1, 0.9, len(scores))
-        worth[len(scores) // 2 :] = 0.01  # what a base of half the width has left out
+        worth[len(scores) // 4 :] = 0.01  # what a base of a quarter of the width has left out
         units[axis] = worth
-    base = shape_of(StudentConfig(width=0.5), structure, importance._replace(units=units))
+    base = shape_of(StudentConfig(width=0.25), structure, importance._replace(units=units))
 
     for keep in (0.9, 0.7):
         shape = pruned_shape(model, structure, importance._replace(units=units), base, keep, PruneConfig())
