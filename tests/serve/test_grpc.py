@@ -225,9 +225,11 @@ def test_keys_share_out_over_grpc_as_over_http(hollow_bundle: Path) -> None:
                 ask(messages()["ModelInferRequest"](**remark(1)), metadata=[("x-api-key", key)], timeout=10)
             with pytest.raises(grpc.RpcError) as refused:
                 ask(messages()["ModelInferRequest"](**remark(1)), timeout=10)
+        (told,) = stream(server, [remark(1, model_name="none")])
 
     assert clients == ["shop", "lab"]
     assert refused.value.code().name == "UNAUTHENTICATED"
+    assert "needs a key" in told.error_message  # and nothing of which models there are
 
 
 def test_what_a_model_cannot_write_about_is_told_over_grpc(hollow_bundle: Path) -> None:

@@ -183,7 +183,8 @@ class Batcher:
         place to one that has fewer."""
         config = self.config
         waiting = len(self._queue)
-        if waiting >= config.max_queue and self._crowding(client) is None:
+        crowding = self._crowding(client) if waiting >= config.max_queue else None
+        if waiting >= config.max_queue and crowding is None:
             return Refusal("full", self._seconds_until_free(now) + waiting * self._unit_seconds)
         if within_seconds is None:
             due, deadline = now + config.slo_seconds, now + config.timeout_seconds
@@ -205,9 +206,7 @@ class Batcher:
         number = next(self._number)
         ticket = Ticket(payload, shape, client, now, due, deadline)
         ticket.key = (order, number)
-        if waiting >= config.max_queue:
-            crowding = self._crowding(client)
-            assert crowding is not None
+        if crowding is not None:
             ticket.instead_of = next(each for _, _, each in reversed(self._queue) if each.client == crowding)
             self._remove(ticket.instead_of)
             waiting -= 1

@@ -340,16 +340,18 @@ class _Service:
     async def _one_of_many(self, request: Any, context: Any) -> Any:
         with self._call("ModelStreamInfer", context) as call:
             try:
+                self._admit(call)  # before anything is told of what is served
                 version = self._app.models.choose(request.model_name, request.model_version or None)
                 if version.signature is not None:
-                    self._admit(call)
                     return messages()["ModelStreamInferResponse"](infer_response=await self.ModelInfer(request, call))
             except Exception as error:
                 return messages()["ModelStreamInferResponse"](error_message=self._refusal(error, call))
-        return self._words(request, version, context)
+        return self._words(request, version, call)
 
-    async def _words(self, request: Any, version: Version, context: Any) -> Any:
-        with self._call("ModelStreamInfer", context) as call:
+    async def _words(self, request: Any, version: Version, asked: _Call) -> Any:
+        """Counted by themselves: how long they take says nothing of other requests, and they may never be begun."""
+        with self._call("words", asked.context) as call:
+            call.about.caller = asked.about.caller
             async for response in self._written(request, version, call):
                 yield response
 
@@ -357,7 +359,6 @@ class _Service:
         about = {"model_name": version.name, "model_version": version.version, "id": request.id}
         call.about.model, call.about.version = version.name, version.version
         try:
-            self._admit(call)
             records = to_columns(list(_tensors(request)), version.columns)
             if len(records) != 1:
                 raise BadRequest("words are written about one record at a time", 400)
