@@ -7,13 +7,14 @@ policy      in simulated time, so the same everywhere: load x model, ours agains
 throughput  32 callers that wait for their answers, a simulated device (4 ms and 0.1 ms a record) and a perceptron on
             one core: ours, with validation, metrics, limits and deadlines, against the least that batches (uvicorn and
             thirty lines), against no batching, and against peers where PEERS names a Python that has them (litserve,
-            bentoml, ray[serve], mosec; from PyPI); requests a second, quantiles, milliseconds of processor a request,
-            processor when idle
-bundle      the same with a trained bundle of pictures, text and a number, requests with some of them: ours, the least
-            that batches around `model.predict`, and no batching
+            bentoml, ray[serve], mosec; from PyPI, and for bundles what Dougong needs with its extra `compress`);
+            requests a second, quantiles, milliseconds of processor a request, processor when idle
+bundle      the same with trained bundles: one of pictures, text and a number, requests with some of them, and the int8
+            graphs of easy-VQA's student, pictures and questions; the others around `model.predict`
 compressed  a teacher of easy-VQA and what it was compressed to, over HTTP (serve_compressed.py)
 latency     arrivals by chance: p50 at a fifth of what can be served without batching, beside no batching; p99 at four
-            fifths of what the best peer (without peers: the least that batches) can serve, beside each
+            fifths of what the best peer (without peers: the least that batches) can serve, beside each that can; of the
+            models and the bundles (these three parts are in serve_beside.py)
 cells       load x model over HTTP: ours against its own fixed waits
 step        50 to 500 requests a second and back, against an oracle that knew all arrivals; twice as much as can be
             served, and how soon the rest is refused
@@ -46,9 +47,6 @@ from typing import Any
 from harness import Kept, run
 from parts import once
 from serve_asking import (
-    CALLERS,
-    PEERS,
-    Closed,
     Side,
     as_form,
     as_json,
@@ -61,14 +59,14 @@ from serve_asking import (
     side,
     spread,
 )
+from serve_beside import bundles, latency, throughput
 
 from dougong.core.config import parse
-from dougong.core.errors import RunError
 from dougong.core.figures import Figure
 from dougong.serve.batcher import Batcher, BatcherConfig
 from dougong.serve.engine import Engine
 from dougong.serve.event_loop import run_fast
-from dougong.serve.loadtest import Asker, quantile, run_load
+from dougong.serve.loadtest import Asker, run_load
 from dougong.serve.rehearsal import Load, Service, closed_load, feasible, open_load, rehearse
 
 PARTS = ("policy", "throughput", "bundle", "compressed", "latency", "cells", "step", "swap", "attack", "leak")
@@ -83,10 +81,10 @@ TOO_MUCH = ((0.002, 0.001, 0.06, 25), (0.004, 0.0001, 0.05, 32), (0.02, 0.002, 0
 def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
     known: dict[str, Callable[[bool], Iterator[Figure]]] = {
         "policy": _policy,
-        "throughput": _throughput,
-        "bundle": _with_a_bundle,
+        "throughput": throughput,
+        "bundle": bundles,
         "compressed": _compressed,
-        "latency": _latency,
+        "latency": latency,
         "cells": _cells,
         "step": _step,
         "swap": _swap,
@@ -164,124 +162,10 @@ def _rehearsed(model: str, load: Load, wait: float | None) -> Any:
     return rehearse(Batcher(config), load, _affine(*MODELS[model]), noise=0.05, seed=1)
 
 
-def _throughput(quick: bool) -> Iterator[Figure]:
-    python = os.environ.get("PEERS")
-    peers = PEERS if python else ()
-    if not python:
-        print("no peers: PEERS=/path/to/python names an environment that has them", file=sys.stderr)
-    repeats, seconds = (1, 1.0) if quick else (3, 8.0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bundle = str(numbers_bundle(folder))
-        for model in ("device",) if quick else tuple(MODELS):
-            found: dict[str, list[Closed]] = {}
-            idle: dict[str, float] = {}
-            for _ in range(repeats):
-                for each in ("ours", "minimal", "none", *peers):
-                    where = {"python": python} if each in PEERS and python else {}
-                    try:
-                        with side(
-                            each, model, *([bundle] if each == "ours" else []), folder=folder, **where
-                        ) as started:
-                            found.setdefault(each, []).append(run_fast(closed(started, each, CALLERS, seconds)))
-                            before = started.cpu_seconds()
-                            time.sleep(1.0 if quick else 5.0)
-                            idle[each] = (started.cpu_seconds() - before) / (1.0 if quick else 5.0)
-                    except RunError as error:
-                        print(error, file=sys.stderr)
-            yield from _throughput_figures(model, found, idle)
-
-
-def _throughput_figures(model: str, found: Mapping[str, list[Closed]], idle: Mapping[str, float]) -> Iterator[Figure]:
-    rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
-    others = [rates[name] for name in PEERS if name in rates]
-    for name, runs in found.items():
-        yield spread(f"{model}, {name}: answered", [each.rate for each in runs], "1/s")
-        for share in (0.5, 0.99):
-            tails = [1e3 * quantile(each.seconds, share) for each in runs]
-            yield spread(f"{model}, {name}: p{100 * share:g}", tails, "ms")
-        asked = {"asked": "<= 0.15"} if name == "ours" and model == "device" else {}
-        yield spread(f"{model}, {name}: processor a request", [each.cpu_milliseconds for each in runs], "ms", **asked)
-        asked = {"asked": "<= 0.01"} if name == "ours" else {}
-        yield Figure(name=f"{model}, {name}: processor when idle", value=idle[name], unit="cores", **asked)
-    ratio = rates["ours"] / rates["minimal"]
-    yield Figure(name=f"{model}: ours, of the minimal batcher", value=ratio, unit="x", asked=">= 0.9")
-    if others:
-        ratio = rates["ours"] / max(others)
-        yield Figure(name=f"{model}: ours, of the best peer", value=ratio, unit="x", asked=">= 1.25")
-
-
-def _with_a_bundle(quick: bool) -> Iterator[Figure]:
-    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bundle, rows = mixed_bundle(folder), mixed_rows()
-        found: dict[str, list[Closed]] = {}
-        for _ in range(repeats):
-            for each in ("ours", "minimal", "none"):
-                with side(each, "bundle", str(bundle), folder=folder) as started:
-                    found.setdefault(each, []).append(run_fast(closed(started, each, CALLERS, seconds, rows)))
-    rates = {name: statistics.median(each.rate for each in runs) for name, runs in found.items()}
-    for name, runs in found.items():
-        yield spread(f"mixed bundle, {name}: answered", [each.rate for each in runs], "1/s")
-        for share in (0.5, 0.99):
-            tails = [1e3 * quantile(each.seconds, share) for each in runs]
-            yield spread(f"mixed bundle, {name}: p{100 * share:g}", tails, "ms")
-    ratio = rates["ours"] / rates["minimal"]
-    yield Figure(name="mixed bundle: ours, of the minimal batcher", value=ratio, unit="x", asked=">= 0.9")
-
-
 def _compressed(quick: bool) -> Iterator[Figure]:
     from serve_compressed import compressed  # trains, where that was not done before
 
     yield from compressed(quick)
-
-
-def _latency(quick: bool) -> Iterator[Figure]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for model in ("device",) if quick else (*MODELS, "bundle"):
-            yield from _latency_of(model, folder, quick)
-
-
-def _latency_of(model: str, folder: Path, quick: bool) -> Iterator[Figure]:
-    """Of a bundle beside those sides alone that can open it."""
-    repeats, seconds = (1, 1.5) if quick else (3, 10.0)
-    bundle, rows = (mixed_bundle(folder), mixed_rows()) if model == "bundle" else (numbers_bundle(folder), [])
-    python = None if model == "bundle" else os.environ.get("PEERS")
-    start = functools.partial(_other, model=model, bundle=str(bundle), folder=folder, python=python)
-    most: dict[str, float] = {}
-    for each in ("minimal", "none", *(PEERS if python else ())):
-        with contextlib.suppress(RunError), start(each) as started:
-            most[each] = run_fast(closed(started, each, CALLERS, seconds, rows)).rate
-    peers = [each for each in most if each in PEERS] or ["minimal"]
-    best = max(peers, key=most.__getitem__)
-    few: dict[str, list[float]] = {}
-    many: dict[str, list[float]] = {}
-    for repeat in range(repeats):
-        for each in ("ours", *most):
-            ask = functools.partial(opened, seconds=seconds, slo=1.0, seed=repeat, name=each, rows=rows)
-            with start(each) as started:
-                if each in ("ours", "none"):
-                    calm = run_fast(ask(started, 0.2 * most["none"]))
-                    few.setdefault(each, []).append(1e3 * calm.quantiles["0.5"])
-                if each != "none":
-                    busy = run_fast(ask(started, 0.8 * most[best]))
-                    many.setdefault(each, []).append(1e3 * busy.quantiles["0.99"])
-    alone = statistics.median(few["none"])
-    asked = {"baseline": alone, "asked": f"<= {1.15 * alone:.4g}"}
-    yield spread(f"{model}, a fifth of no batching's rate: p50, beside no batching", few["ours"], "ms", **asked)
-    for each, tails in many.items():
-        theirs = statistics.median(many[best])
-        asked = {"baseline": theirs, "asked": f"<= {theirs:.4g}"} if each == "ours" else {}
-        yield spread(f"{model}, {0.8 * most[best]:.0f} a second (80 % of {best}): p99, {each}", tails, "ms", **asked)
-
-
-def _other(
-    name: str, *, model: str, bundle: str, folder: Path, python: str | None
-) -> contextlib.AbstractContextManager[Side]:
-    more = [bundle] if name == "ours" or model == "bundle" else []
-    return side(name, model, *more, folder=folder, python=python if python and name in PEERS else sys.executable)
 
 
 def _cells(quick: bool) -> Iterator[Figure]:

@@ -17,6 +17,6 @@ class Served:
         self._compute = MODELS[os.environ["SIDE_MODEL"]]()
 
     @bentoml.api(route="/", batchable=True, max_batch_size=MOST, max_latency_ms=1000)  # type: ignore[untyped-decorator, unused-ignore]
-    def predict(self, x: list[float]) -> Any:
+    def predict(self, x: list[Any]) -> Any:
         """Of each value."""
         return self._compute(x)

@@ -12,9 +12,9 @@ Promise     what is served is a folder on the disk, by `dougong serve`'s own wor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from compress_path import CALIBRATION_RECORDS, at_bits, batches, student_for
 from harness import Kept
@@ -28,6 +28,8 @@ from dougong.data.split import sample_table
 from dougong.data.table import Table
 from dougong.serve.event_loop import run_fast
 
+TEACHER: Final = "teacher, as it is"
+WAYS: Final = (TEACHER, "teacher-int8", "student-int8")
 RECORDS = 200
 SLO_SECONDS = 0.05
 
@@ -36,7 +38,7 @@ def compressed(quick: bool) -> Iterator[Figure]:
     repeats, seconds = (1, 2.0) if quick else (3, 10.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundles, rows = _bundles(folder, quick)
+        bundles, rows = easy_vqa(folder, WAYS, quick)
         for way, bundle in bundles.items():
             rates, halves, tails = [], [], []
             for repeat in range(repeats):
@@ -52,15 +54,18 @@ def compressed(quick: bool) -> Iterator[Figure]:
             yield spread(f"easy-VQA, {way}: p99 at half of that", tails, "ms")
 
 
-def _bundles(folder: Path, quick: bool) -> tuple[dict[str, Path], list[dict[str, Any]]]:
-    """What is served, by name, and records to ask about."""
+def easy_vqa(folder: Path, ways: Sequence[str], quick: bool) -> tuple[dict[str, Path], list[dict[str, Any]]]:
+    """What is served, by name (of WAYS), and records to ask about."""
     kept = Kept("compress")
     taught = teacher_of(EASY_VQA, 0, kept, quick=quick)
-    student = student_for(EASY_VQA, 0, kept, quick)
     calibration = batches(taught.teacher, taught.tables.train, 32, CALIBRATION_RECORDS)
-    found = {"teacher, as it is": taught.teacher.save(folder / "teacher")}
-    for way, model in {"teacher-int8": taught.teacher, "student-int8": student}.items():
-        found[way] = at_bits("w8a8", Source(model), calibration, folder / way)
+    found = {}
+    for way in ways:
+        if way == TEACHER:
+            found[way] = taught.teacher.save(folder / "teacher")
+        else:
+            model = student_for(EASY_VQA, 0, kept, quick) if way == "student-int8" else taught.teacher
+            found[way] = at_bits("w8a8", Source(model), calibration, folder / way)
     return found, _rows(sample_table(taught.tables.test, RECORDS, seed=0), taught.teacher.preparation.columns)
 
 

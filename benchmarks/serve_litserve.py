@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import litserve  # only in the peers' environment
-from serve_sides import MODELS, MOST, WAIT_SECONDS
+from serve_sides import MODELS, MOST, WAIT_SECONDS, asked
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc, unused-ignore]
@@ -17,8 +17,8 @@ class Api(litserve.LitAPI):  # type: ignore[misc, unused-ignore]
         self.compute = MODELS[os.environ["SIDE_MODEL"]]()
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # an annotation would say where to look for it
-        """Its value."""
-        return request["x"]
+        """What it asks about."""
+        return asked(request)
 
     def batch(self, inputs: Any) -> Any:
         """As they are."""

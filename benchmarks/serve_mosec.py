@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import mosec  # only in the peers' environment
-from serve_sides import MODELS, MOST, WAIT_SECONDS
+from serve_sides import MODELS, MOST, WAIT_SECONDS, asked
 
 
 class Served(mosec.Worker):  # type: ignore[misc, unused-ignore]
@@ -18,7 +18,7 @@ class Served(mosec.Worker):  # type: ignore[misc, unused-ignore]
 
     def forward(self, data: Any) -> Any:
         """Of each value."""
-        return [{"answer": value} for value in self.compute([each["x"] for each in data])]
+        return [{"answer": value} for value in self.compute([asked(each) for each in data])]
 
 
 def run(port: int) -> None:

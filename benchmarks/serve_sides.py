@@ -4,7 +4,7 @@ Here        `run_side`: ours, the minimal batcher, no batching, and the peers; t
 Elsewhere   asking them and reckoning (serve.py).
 Promise     every side runs the same function on a batch, one worker of one core; nothing but its own batching differs.
 
-A peer is imported from the environment that it is started in. Dougong is imported only by our own side.
+A peer is imported from the environment that it is started in. Dougong is imported by our own side and for bundles.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def device(fixed: float = 0.004, item: float = 0.0001) -> Compute:
     return compute
 
 
+def asked(document: Any) -> Any:
+    """What a request asks about: a number where it names one, otherwise the record that it is."""
+    return document.get("x", document)
+
+
 def large_device() -> Compute:
     """With a large model: slow enough that one core can ask for twice as much as it can answer."""
     return device(0.02, 0.002)
@@ -62,13 +67,15 @@ def bundle() -> Compute:
     have to do itself."""
     import base64
     import os
+    from pathlib import Path
 
     import torch
 
-    import dougong
+    from dougong.bundle.exported import EngineConfig
+    from dougong.bundle.files import load_from
 
     torch.set_num_threads(1)
-    model = dougong.load(os.environ["SIDE_BUNDLE"])
+    model = load_from(Path(os.environ["SIDE_BUNDLE"]), EngineConfig(threads=1))
     pictures = [name for name, each in model.preparation.signature().inputs.items() if each.kind == "image"]
 
     def compute(values: Sequence[Any]) -> list[Any]:
@@ -177,8 +184,7 @@ def _uvicorn(port: int, answer: Callable[[Any], Any]) -> None:
             return
         body = (await receive())["body"]
         document = json.loads(body) if body else {}
-        value = document.get("x", document)
-        found = json.dumps({"answer": await answer(value)}).encode()
+        found = json.dumps({"answer": await answer(asked(document))}).encode()
         head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(found))]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         await send({"type": "http.response.body", "body": found})
@@ -268,7 +274,7 @@ def _ray(port: int, model: str, *rest: str) -> None:
             return self.compute(values)
 
         async def __call__(self, request: Any) -> Any:
-            return {"answer": await self.many((await request.json())["x"])}
+            return {"answer": await self.many(asked(await request.json()))}
 
     ray.init(include_dashboard=False, logging_level="ERROR")
     serve.start(http_options={"port": port})
