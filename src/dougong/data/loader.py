@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final, NamedTuple
@@ -115,6 +115,7 @@ class Loader:
         corruptions: Sequence[Corruption] = (),
         quality: bool = False,
         withheld_beside: bool = False,
+        spared: Sequence[str] = (),
         share: Share = WHOLE,
         note: Callable[[str], None] | None = None,
     ) -> None:
@@ -153,10 +154,16 @@ class Loader:
             corruptions=corruptions,
             quality=quality,
             withheld_beside=withheld_beside,
+            spared=spared,
             cache_bytes=config.cache_bytes,
         )
         self.workers = _choose_workers(config, preparation)
         self._held: tuple[tuple[int, ...], list[pa.Table], list[Indices] | None] | None = None
+
+    @property
+    def quality_names(self) -> Mapping[str, Sequence[str]]:
+        """What the figures of quality of each modality's media are, in their order."""
+        return {name: modality.quality_names for name, modality in self._collator.preparation.modalities.items()}
 
     @property
     def batches_per_epoch(self) -> int:
