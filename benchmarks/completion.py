@@ -304,7 +304,8 @@ def _with_gaps(views: Views, seed: int, chance: float = GONE, number: int = 0) -
         gone_NV[np.arange(count), random.integers(0, len(VIEWS), count)] &= ~gone_NV.all(axis=1)
     else:  # as data/collate.py withholds: such a record keeps all
         had_NV = np.stack([~np.isnan(views[view][:, 0]) for view in VIEWS], axis=1)
-        gone_NV &= (had_NV & ~gone_NV).any(axis=1)[:, None]
+        left_N: npt.NDArray[np.bool_] = np.logical_or.reduce(had_NV & ~gone_NV, axis=1)
+        gone_NV &= left_N[:, None]
     return {view: np.where(gone_NV[:, [place]], np.float32(np.nan), views[view]) for place, view in enumerate(VIEWS)}
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,10 +170,6 @@ class ViewsLoader:
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self.part.y_N) // self.batch_size)
-
-    @property
-    def quality_names(self) -> Mapping[str, Sequence[str]]:
-        return {}  # none is measured
 
     def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
         epoch, first = start

@@ -195,7 +195,8 @@ def test_a_record_of_two_or_more_keeps_one_as_it_was(table: Table, preparation: 
             for key, values in media.values.items():
                 length = clean.media[name].values[key].shape[-1]
                 np.testing.assert_array_equal(values[medium][..., :length], clean.media[name].values[key][medium])
-    assert spoilt_share(batch(table, preparation, corrupt=CorruptConfig(chance=1.0, spare_one=False))).all()
+    strong = CorruptConfig(chance=1.0, levels=(0.8, 1.0), spare_one=False)
+    assert spoilt_share(batch(table, preparation, corrupt=strong)).all()
 
 
 def test_the_one_that_is_kept_is_the_least_spoilt(table: Table, preparation: Preparation) -> None:

@@ -194,7 +194,7 @@ def test_a_byte_in_a_csv_that_is_not_utf8_is_its_own_records_trouble(tmp_path: P
 
 
 def test_words_that_mean_nothing_to_numbers_stay_words(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('n,word\n1,NA\nNA,null\n,"N/A"\n4,""\n')
+    (tmp_path / "a.csv").write_text('n,word\n1,NA\nNA,null\n,"N/A"\n4,""\n5,x\n')
     table = open_table(tmp_path / "a.csv")
-    assert cells(table, "word") == ["NA", "null", "N/A", None]
-    assert cells(table, "n") == [1, None, None, 4]
+    assert cells(table, "word") == ["NA", "null", "N/A", None, "x"]
+    assert cells(table, "n") == [1, None, None, 4, 5]

@@ -360,7 +360,7 @@ def test_figures_that_are_not_defined_are_refused() -> None:
 
 def test_more_tokens_than_can_be_gone_through_exactly_are_sampled() -> None:
     shares = token_shares(
-        lambda kept_KT: kept_KT.sum(axis=1).astype(float), ("a", "b"), ["a"] * 9 + ["b"] * 4, num_permutations=400
+        lambda kept_KT: kept_KT.sum(axis=1).astype(float), ["a"] * 9 + ["b"] * 4, ["a", "b"], num_permutations=400
     )
     assert shares == pytest.approx({"a": 9 / 13, "b": 4 / 13})
 

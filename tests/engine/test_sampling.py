@@ -132,7 +132,7 @@ def test_a_text_of_unknown_words_is_left_out_more_often() -> None:
     sampler = ModalitySampler(config, 0, figures=dict.fromkeys(("a", "b"), ("length", "unknown", "pieces")))
     left_out_B = ~sampler(batch, step=0).media["a"].present_B
 
-    assert left_out_B[1::2].double().mean() > left_out_B[::2].double().mean() + 0.2
+    assert left_out_B[1::2].double().mean() > left_out_B[::2].double().mean() + 0.15
     assert sampler.merits(batch) == pytest.approx({"a": 0.5, "b": 0.5})
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,10 +47,6 @@ class TinyLoader:
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self.x_ND) // self.batch_size)
-
-    @property
-    def quality_names(self) -> Mapping[str, Sequence[str]]:
-        return {}
 
     def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
         epoch, first = start

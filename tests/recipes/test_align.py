@@ -272,6 +272,6 @@ def test_tables_that_share_a_medium_are_refused_and_told_by_a_check(tables: Path
 
     with pytest.raises(DataError, match="the split leaks: 1 image media of 'photo_again' are in train and in test"):
         run_align(leaking, tmp_path / "run", quiet=True)
-    (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(leaking))
     found = check_recipe_or_table(str(tmp_path / "recipe.yaml"))
     assert any("photo_again" in warning and "a run would refuse this" in warning for warning in found.warnings)

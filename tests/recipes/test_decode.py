@@ -351,9 +351,9 @@ def test_who_looks_into_a_record_that_is_not_there_is_told_so(
 
 
 def test_the_text_that_is_to_be_written_is_neither_withheld_nor_spoilt(captions: Path, tmp_path: Path) -> None:
-    plain, _, preparation, *_ = begin_run(small(captions), tmp_path / "plain", quiet=True)
+    plain, _, preparation, *_ = begin_run(small(captions), tmp_path / "plain", resume=False, quiet=True)
     settings = ["data.withhold=0.5", "data.corrupt={chance: 1.0, spare_one: false}"]
-    spoilt, tables, *_ = begin_run(small(captions, *settings), tmp_path / "spoilt", quiet=True)
+    spoilt, tables, *_ = begin_run(small(captions, *settings), tmp_path / "spoilt", resume=False, quiet=True)
     views = small(captions, "data.views=[{keep: [image]}]")
 
     def batch_of(recipe: DecodeRecipe) -> BatchArrays:

@@ -144,7 +144,7 @@ def test_copies_under_other_names_are_on_one_side_of_our_own_split(records: Reco
 
 
 def test_a_unit_that_is_no_column_is_refused_by_name(records: Records, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.parquet", records(30, seed=0))
-    other = write(tmp_path / "b.parquet", records(30, seed=1))
+    path = write(tmp_path / "a.parquet", records(30, seed=0, missing=0.0))
+    other = write(tmp_path / "b.parquet", records(30, seed=1, missing=0.0))
     with pytest.raises(ConfigError, match="data.unit 'patiant' is no column of a.parquet. Use one of photo"):
         opened(train=path, validation=other, unit="patiant")

@@ -109,7 +109,7 @@ class Collator:
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         """`withhold` is each modality's chance to be left out of a record, never of one that has no other; those
-        that are `spared` have none, and are no other.
+        that are `spared` have none.
 
         With `withheld_beside`, it is encoded all the same, for a loss alone.
 
@@ -208,7 +208,7 @@ class Collator:
             return has_BM, has_BM
         drawn_BM = random.random((size, has_BM.shape[1]))[request.place]
         kept_BM = has_BM & ((drawn_BM >= self._withhold) | ~self._withheld_M)
-        emptied = ~(kept_BM & self._withheld_M).any(axis=1)
+        emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
         return kept_BM, has_BM if self._withheld_beside else kept_BM
 

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final, NamedTuple
@@ -159,11 +159,6 @@ class Loader:
         )
         self.workers = _choose_workers(config, preparation)
         self._held: tuple[tuple[int, ...], list[pa.Table], list[Indices] | None] | None = None
-
-    @property
-    def quality_names(self) -> Mapping[str, Sequence[str]]:
-        """What the figures of quality of each modality's media are, in their order."""
-        return {name: modality.quality_names for name, modality in self._collator.preparation.modalities.items()}
 
     @property
     def batches_per_epoch(self) -> int:

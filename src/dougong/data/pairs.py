@@ -77,10 +77,6 @@ class PairLoader:
     def batches_per_epoch(self) -> int:
         return -(-len(self._rows) // self._batch_size)
 
-    @property
-    def quality_names(self) -> Mapping[str, Sequence[str]]:
-        return {name: modality.quality_names for name, modality in self._collator.preparation.modalities.items()}
-
     def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
         """Batches without end from `start` on, each with the position after it."""
         epoch, first = start

@@ -8,7 +8,7 @@ Promise     a loader keeps no state that matters: the same position always gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Final, NamedTuple, Protocol
 
 from dougong.data.batch import BatchArrays
@@ -45,11 +45,6 @@ class Loader(Protocol):
 
     @property
     def batches_per_epoch(self) -> int: ...
-
-    @property
-    def quality_names(self) -> Mapping[str, Sequence[str]]:
-        """What the figures of quality of each modality's media are, in their order, where they may be measured."""
-        ...
 
     def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
         """Batches without end from `start` on, one epoch after the other, each with the position behind it."""

@@ -89,9 +89,9 @@ def split_table(
         masks = np.split(aside_R, np.cumsum([len(mask) for mask in masks])[:-1])
     train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
     if train.num_rows == 0 or held_out.num_rows == 0:
-        units = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
+        there = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
         raise DataError(
-            f"{table.path.name} cannot be split: {units} leave one part empty. "
+            f"{table.path.name} cannot be split: {there} leave one part empty. "
             "Give a validation table, or set data.validation_share higher."
         )
     return train, held_out

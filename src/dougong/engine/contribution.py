@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -339,8 +339,19 @@ def token_shares(
 class Probe:
     """A model, and records to ask it about in any combination."""
 
-    def __init__(self, model: BlockStack[Any, Any], batch: Batch, target: Target) -> None:
-        """Raises: DataError: the records' target is not known, or there are none."""
+    def __init__(
+        self,
+        model: BlockStack[Any, Any],
+        batch: Batch,
+        target: Target,
+        quality_names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """`quality_names` are what the figures of quality of each modality's media are, in their order.
+
+        Raises:
+            DataError: the records' target is not known, or there are none.
+        """
+        self.quality_names = quality_names or {}
         if batch.target is None or not batch.num_records:
             raise DataError("contributions are measured on records whose target is known, and there is none here.")
         self.model, self.batch, self.target = model, batch, target
@@ -364,7 +375,7 @@ class Probe:
         order_B = np.random.default_rng(derive_seed(seed, "probe", "order")).permutation(batch.num_records)
         mixed = recombine(batch, order_B[:, None].repeat(len(batch.media), axis=1))
         target = None if batch.target is None else batch.target[torch.from_numpy(order_B).to(batch.target.device)]
-        return cls(model, mixed._replace(target=target), preparation.target)
+        return cls(model, mixed._replace(target=target), preparation.target, preparation.quality_names)
 
     @property
     def num_records(self) -> int:

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dougong.core.config import Config
+from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.quality import WORSE
 from dougong.engine.contribution import Removals
@@ -118,7 +119,16 @@ class ModalitySampler:
         *,
         figures: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """`figures` names those of quality, by modality."""
+        """`figures` names those of quality, by modality.
+
+        Raises:
+            ConfigError: quality is to count, and nobody says what its figures are.
+        """
+        if config.quality and not figures:
+            raise ConfigError(
+                f"train.sampling.quality={config.quality} reads figures of quality, and nobody says which these are. "
+                "Measure on a Probe.on(...) of a preparation, or use 0."
+            )
         self.config = config
         self.figures = figures or {}
         self.state = state if state is not None else SamplingState()
