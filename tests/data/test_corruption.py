@@ -195,7 +195,8 @@ def test_a_record_of_two_or_more_keeps_one_as_it_was(table: Table, preparation: 
             for key, values in media.values.items():
                 length = clean.media[name].values[key].shape[-1]
                 np.testing.assert_array_equal(values[medium][..., :length], clean.media[name].values[key][medium])
-    assert spoilt_share(batch(table, preparation, corrupt=CorruptConfig(chance=1.0, spare_one=False))).all()
+    strong = CorruptConfig(chance=1.0, levels=(0.8, 1.0), spare_one=False)
+    assert spoilt_share(batch(table, preparation, corrupt=strong)).all()
 
 
 def test_the_one_that_is_kept_is_the_least_spoilt(table: Table, preparation: Preparation) -> None:
@@ -300,3 +301,18 @@ def test_for_fewer_modalities_the_rest_is_left_out() -> None:
     assert config.only(("speech", "question")) == CorruptConfig(chance={"speech": 0.2})
     assert config.only(("question",)) is None
     assert CorruptConfig().only(("question",)) == CorruptConfig()
+
+
+def test_a_weak_damage_that_changes_nothing_is_not_made_up_for_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rarely(medium: Any, level: float, random: np.random.Generator) -> Any:
+        return medium + 1 if level > random.random() else medium
+
+    def never(medium: Any, level: float, random: np.random.Generator) -> Any:
+        return medium
+
+    class Thing:
+        damages = {"one": rarely, "two": rarely, "three": rarely, "none": never}
+
+    medium, random = np.zeros(3), np.random.default_rng(0)
+    changed = sum(bool(corrupt(Thing(), medium, None, 0.1, random).any()) for _ in range(2000))  # type: ignore[arg-type]
+    assert 0.07 < changed / 2000 < 0.13

@@ -1,6 +1,7 @@
 """Holds data/duplicates.py to its promise: copies are found in whatever form, different media are not called alike."""
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dougong.data.duplicates import (
     Fingerprint,
     _cosines,
     find_duplicates,
+    fingerprint_array,
     fingerprint_image,
     fingerprint_row,
     fingerprint_sound,
@@ -187,3 +189,26 @@ def test_different_recordings_and_broken_ones_are_no_duplicates() -> None:
     assert (found.num_repeats, found.num_near) == (0, 0)
     assert found.num_compared == 29
     assert soundfile.info(io.BytesIO(clips[0]["bytes"])).samplerate == 8000
+
+
+def test_rows_with_numbers_that_are_none_are_compared_like_others() -> None:
+    cells = [(math.nan, 1.0, 2.0), (math.inf, 1.0, 2.0), (1e-320, 0.0, -5.0), (10**400, 1.0, 2.0), (9.99996, 1.0, 2.0)]
+    found = [fingerprint_row(each) for each in cells]
+    assert len({tuple(each.keys.tolist()) for each in found}) == len(cells)
+    assert fingerprint_row((10.0, 1.0, 2.0)).keys[1] == found[-1].keys[1]
+    assert not set(fingerprint_row((1.5, 1.0)).keys.tolist()) & set(fingerprint_row((15.0, 1.0)).keys.tolist())
+
+
+def test_a_check_lists_a_number_that_is_none_and_goes_on() -> None:
+    random = np.random.default_rng(0)
+    values = {name: random.standard_normal(60).tolist() for name in "abc"}
+    values["a"][7], values["b"][9] = math.nan, math.inf
+    table = rows(**values, label=["x", "y"] * 30)
+    roles = infer_roles(table, target="label", named={})
+    (found,) = find_duplicates({"train": table}, roles)
+    assert (found.kind, found.num_repeats, found.num_near) == ("table", 0, 0)
+
+
+def test_a_signal_with_time_first_costs_no_more_than_its_first_channels() -> None:
+    tall = np.random.default_rng(0).standard_normal((200_000, 1))
+    assert len(fingerprint_array(tall).check) <= 8 * 128

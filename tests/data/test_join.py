@@ -12,6 +12,7 @@ from data_builders import parquet, picture, rows, sound
 
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError, DataError
+from dougong.data import join as join_module
 from dougong.data.columns import infer_roles
 from dougong.data.join import JoinConfig, JoinReport, estimate_offset, join_table, nearest, write_joined
 from dougong.data.modality.medium import BadValue, media_bytes
@@ -302,3 +303,87 @@ def test_a_column_named_as_media_stays_in_its_folder_though_it_does_not_look_lik
     assert media_bytes(inside, table.folder) == b"a scan"
     with pytest.raises(BadValue, match="is an empty file"):
         media_bytes(outside, table.folder)
+
+
+def test_of_equal_times_the_first_row_is_taken_and_the_others_are_counted(tmp_path: Path) -> None:
+    base = open_table(parquet(tmp_path / "base.parquet", t=[0.9, 1.0, 1.2, 5.0]))
+    other = parquet(tmp_path / "other.parquet", t=[1.0, 1.0, 1.0, 5.0], z=[10, 20, 30, 40])
+
+    table, report = joined(base, other, time="t", tolerance=0.5)
+
+    assert cells(table, "z") == [10, 10, 10, 40]
+    assert report.num_duplicate_keys == 2
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (pa.array([2**63 + 1, 5], pa.uint64()), pa.array([5, 2**63 + 1], pa.uint64())),
+        (pa.array([b"\xff\xfe", b"b"]), pa.array([b"b", b"\xff\xfe"])),
+        (pa.array([1, 2], pa.int8()), pa.array([2, 1], pa.uint64())),
+    ],
+)
+def test_keys_of_any_kind_find_each_other(tmp_path: Path, left: pa.Array, right: pa.Array) -> None:
+    base = open_table(parquet(tmp_path / "base.parquet", id=left))
+    table, report = joined(base, parquet(tmp_path / "other.parquet", id=right, z=[10, 20]), key="id")
+    assert cells(table, "z") == [20, 10]
+    assert report.num_matched == 2
+
+
+def test_keys_below_and_far_above_nothing_cannot_be_compared(tmp_path: Path) -> None:
+    base = open_table(parquet(tmp_path / "base.parquet", id=pa.array([-1, 5])))
+    other = parquet(tmp_path / "other.parquet", id=pa.array([5, 2**63 + 1], pa.uint64()), z=[10, 20])
+    with pytest.raises(DataError, match=r"below 0 on one side and above 2\*\*63 on the other"):
+        joined(base, other, key="id")
+
+
+def test_moments_of_any_year_are_compared_to_the_nanosecond(tmp_path: Path) -> None:
+    far = pa.array([datetime.datetime(9999, 12, 31), datetime.datetime(1, 1, 1), None], pa.timestamp("us"))
+    base = open_table(parquet(tmp_path / "base.parquet", t=far))
+    other = parquet(
+        tmp_path / "other.parquet", t=pa.array([far[1].as_py(), far[0].as_py()], pa.timestamp("us")), z=[1, 2]
+    )
+    table, report = joined(base, other, time="t", tolerance=1.0)
+    assert cells(table, "z") == [2, 1, None]
+    assert report.num_without_key == 1
+
+    near = pa.array([1_700_000_000_000_000_000, 1_700_000_000_000_000_400], pa.timestamp("ns"))
+    base = open_table(parquet(tmp_path / "near.parquet", t=near.slice(1)))
+    table, report = joined(base, parquet(tmp_path / "many.parquet", t=near, z=[1, 2]), time="t", tolerance=1e-7)
+    assert cells(table, "z") == [2]
+    assert report.skew_p95 == 0
+
+
+def test_a_path_column_of_repeated_words_is_spelt_from_the_shared_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "one.png").write_bytes(picture(seed=1))
+    (tmp_path / "a" / "secret.png").write_bytes(picture(seed=2))
+    base = open_table(parquet(tmp_path / "a" / "base.parquet", id=[1, 2]))
+    names = pa.array(["one.png", "a/secret.png"]).dictionary_encode()
+    other = parquet(tmp_path / "b" / "other.parquet", id=[1, 2], photo=names)
+
+    table, _ = joined(base, other, key="id")
+    first, second = cells(table, "photo")
+
+    assert media_bytes(first, table.folder) == picture(seed=1)
+    with pytest.raises(BadValue):
+        media_bytes(second, table.folder)
+
+
+def test_a_joined_table_is_written_by_parts_of_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [picture(seed=seed) for seed in range(6)]
+    for place, content in enumerate(contents):
+        (tmp_path / f"{place}.png").write_bytes(content)
+    parquet(tmp_path / "base.parquet", id=list(range(7)))
+    names = [*(f"{place}.png" for place in range(6)), "gone.png"]
+    parquet(tmp_path / "other.parquet", id=list(range(7)), photo=names)
+    monkeypatch.setattr(join_module, "EMBEDDED_BYTES", 2 * max(map(len, contents)))
+
+    join = parse(JoinConfig, {"table": str(tmp_path / "other.parquet"), "key": "id"}, where="join")
+    write_joined(tmp_path / "base.parquet", [join], tmp_path / "out.parquet")
+
+    written = pq.ParquetFile(tmp_path / "out.parquet")
+    assert written.num_row_groups >= 3
+    found = [cell["bytes"] for cell in written.read().column("photo").to_pylist()]
+    assert found == [*contents, b""]

@@ -1,5 +1,6 @@
 """Holds data/leak.py to its promise: a unit or a medium on two sides is found wherever it lies; what may repeat may."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from data_builders import inline, npy, picture, rows
 from dougong.core.errors import DataError
 from dougong.data import leak as leak_module
 from dougong.data.columns import infer_roles
-from dougong.data.leak import check_leaks, find_leaks
+from dougong.data.leak import check_leaks, copies, find_leaks
 from dougong.data.table import Table
 
 
@@ -93,3 +94,39 @@ def test_a_long_list_of_numbers_is_a_medium() -> None:
     (leak,) = find_leaks({"train": train, "test": test}, infer_roles(train, target="label", named={}))
 
     assert (leak.kind, leak.num_shared) == ("signal", 1)
+
+
+def test_units_that_nobody_knows_are_on_no_side() -> None:
+    train = rows(patient=["a", "", " ", None], label=["a", "b", "a", "b"])
+    test = rows(patient=["", "b", None], label=["a", "b", "a"])
+    numbers = rows(patient=[math.nan, 2.0], label=["a", "b"])
+    others = rows(patient=[math.nan, 3.0], label=["a", "b"])
+
+    assert find_leaks({"train": train, "test": test}, {}, "patient") == ()
+    assert find_leaks({"train": numbers, "test": others}, {}, "patient") == ()
+
+
+def test_the_same_numbers_are_found_whether_stored_as_whole_or_not() -> None:
+    whole = rows(wave=[list(range(20)), [7] * 20], label=["a", "b"])
+    double = rows(wave=[[float(n) for n in range(20)], [0.5] * 20], label=["a", "b"])
+    roles = infer_roles(whole, target="label", named={"wave": "signal"})
+
+    (leak,) = find_leaks({"train": whole, "test": double}, roles)
+
+    assert (leak.kind, leak.num_shared) == ("signal", 1)
+
+
+def test_copies_are_told_by_content_and_what_many_share_is_none(tmp_path: Path) -> None:
+    for place in range(20):
+        (tmp_path / f"{place}.png").write_bytes(picture(seed=place))
+    (tmp_path / "again.png").write_bytes(picture(seed=3))
+    names = [*(f"{place}.png" for place in range(20)), "again.png", None, "gone.png"]
+    table = rows(tmp_path, image=names, sign=[inline(picture(seed=place % 2)) for place in range(23)])
+
+    number_R = copies(table, "image")
+
+    assert number_R is not None
+    assert number_R[20] == number_R[3]
+    assert number_R[21] == number_R[22] == -1
+    assert len(set(number_R[:20].tolist())) == 20
+    assert copies(table, "sign") is None

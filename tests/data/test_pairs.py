@@ -110,3 +110,13 @@ def test_columns_and_sides_that_are_not_there_are_refused(table: Table, preparat
         PairLoader(table, preparation, {"left": ("e",), "right": ("d",)}, batch_size=4)
     with pytest.raises(ConfigError, match="side 'top' has no modality"):
         PairLoader(table, preparation, {"top": ("a",)}, batch_size=4)
+
+
+def test_records_whose_key_nobody_knows_share_it_with_nobody(table: Table, preparation: Preparation) -> None:
+    keys = [None, None, float("nan"), float("nan"), 1.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    known = table_of_rows(table.read(0, [*"abcd"]).append_column("key", pa.array(keys)), Path())
+    loader = PairLoader(known, preparation, SIDES, batch_size=10, key="key")
+    _, batch = next(iter(loader.batches(Position())))
+    number = dict(zip(batch.row_B.tolist(), batch.target.tolist(), strict=True))  # type: ignore[union-attr]
+    assert number[4] == number[5]
+    assert len(set(number.values())) == len(number) - 1

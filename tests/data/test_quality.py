@@ -305,3 +305,13 @@ def _fastest(what: Any) -> float:
 )
 def test_troubles_of_letters_are_named(text: str, troubles: list[str]) -> None:
     assert text_troubles(text) == troubles
+
+
+@pytest.mark.parametrize("text", ["voil\u00c3\u00a0 tout", "he said \u00e2\u20ac\u009d", "caf\u00c3\u00a9"])
+def test_letters_that_were_misread_are_found_at_their_places_without_a_letter(text: str) -> None:
+    assert "misread" in text_troubles(text)
+
+
+@pytest.mark.parametrize("text", ["voil\u00e0 tout", "\u201cquoted\u201d", "\u65e5\u672c", "na\u00efve\u00a0caf\u00e9"])
+def test_letters_that_were_read_well_are_none(text: str) -> None:
+    assert "misread" not in text_troubles(text)

@@ -81,3 +81,34 @@ def test_a_part_made_elsewhere_keeps_its_rows_in_order(tmp_path: Path) -> None:
     assert part.num_chunks == 2
     with pytest.raises(DataError, match="has no rows"):
         part_of(open_table(path), np.array([], np.int64))
+
+
+def test_records_that_belong_together_are_on_one_side_also_by_way_of_others() -> None:
+    # Row 0 has a copy in row 1; row 1's speaker speaks in row 2, whose picture is in row 3, too.
+    speakers = ["a", "b", "b", "c", *(f"s{row}" for row in range(4, 400))]
+    first, second = np.full(400, -1), np.full(400, -1)
+    first[[0, 1]], second[[2, 3]] = 5, 0
+    whole = table_of_rows(pa.table({"speaker": speakers}), Path())
+    for seed in range(12):
+        for unit in ("speaker", None):
+            parts = split_table(whole, 0.3, unit=unit, seed=seed, together=[first, second])
+            sides = [set(numbers(part)) for part in parts]
+            assert len({0, 1} & sides[0]) in (0, 2)
+            assert len({2, 3} & sides[0]) in (0, 2)
+            assert len({0, 1, 2, 3} & sides[0]) in ((0, 4) if unit else (0, 2, 4))
+            assert sorted(sides[0] | sides[1]) == list(range(400))
+
+
+def test_a_split_without_copies_is_the_same_with_or_without_looking_for_them() -> None:
+    alone = np.arange(12_000)
+    for unit in ("speaker", None):
+        plain = split_table(table(), 0.2, unit=unit, seed=3)
+        looked = split_table(table(), 0.2, unit=unit, seed=3, together=[alone])
+        assert [numbers(part) for part in plain] == [numbers(part) for part in looked]
+
+
+def test_a_unit_that_is_no_number_or_blank_stands_alone() -> None:
+    units = [float("nan") if row % 2 else float(row % 7) for row in range(2000)]
+    _, held_out = split_table(table_of_rows(pa.table({"unit": units}), Path()), 0.2, unit="unit", seed=0)
+    unknown = sum(value is None or value != value for value in held_out.column("unit").to_pylist())
+    assert 0.15 < unknown / 1000 < 0.25

@@ -184,3 +184,17 @@ def test_the_size_of_a_chunk_counts_what_the_file_holds_once(tmp_path: Path) -> 
     for chunk in range(table.num_chunks):
         held = table.read(chunk, ["image"]).nbytes
         assert held <= table.bytes_of(chunk) <= 1.5 * held
+
+
+def test_a_byte_in_a_csv_that_is_not_utf8_is_its_own_records_trouble(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("n,word\n1,fine\n2,caf\xe9\n3,\n".encode("latin-1"))
+    table = open_table(tmp_path / "a.csv")
+    assert cells(table, "word") == ["fine", b"caf\xe9", None]
+    assert cells(table, "n") == [1, 2, 3]
+
+
+def test_words_that_mean_nothing_to_numbers_stay_words(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('n,word\n1,NA\nNA,null\n,"N/A"\n4,""\n5,x\n')
+    table = open_table(tmp_path / "a.csv")
+    assert cells(table, "word") == ["NA", "null", "N/A", None, "x"]
+    assert cells(table, "n") == [1, None, None, 4, 5]

@@ -1,14 +1,19 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError, DataError
 from dougong.core.signature import Target
+from dougong.data.columns import ColumnRole
+from dougong.data.preparation import PreparationConfig, fit_preparation
+from dougong.data.table import table_of_rows
 from dougong.engine.contribution import (
     ABSENT,
     ModalityShapley,
@@ -320,7 +325,6 @@ def test_a_probe_asks_the_model_as_it_is_in_use_and_leaves_it_as_it_was() -> Non
     assert found.with_all == pytest.approx(((x + y).argmax(dim=1) == batch.target).double().mean().item())
     assert 0 in model.media_met  # what nobody has is not encoded
     assert probe.commonest() == pytest.approx(1 / 3)
-    assert probe.quality() == pytest.approx({"x": 0.5})
 
 
 def test_of_a_figure_of_which_less_is_better_the_negative_is_shared() -> None:
@@ -352,3 +356,24 @@ def test_figures_that_are_not_defined_are_refused() -> None:
     probe: Any = Probe(TwoInputs(), shared_batch()._replace(target=torch.zeros(12, 3)), target)
     with pytest.raises(DataError, match="do not define mean_average_precision"):
         probe.score(torch.zeros(12, 3))
+
+
+def test_more_tokens_than_can_be_gone_through_exactly_are_sampled() -> None:
+    shares = token_shares(
+        lambda kept_KT: kept_KT.sum(axis=1).astype(float), ["a"] * 9 + ["b"] * 4, ["a", "b"], num_permutations=400
+    )
+    assert shares == pytest.approx({"a": 9 / 13, "b": 4 / 13})
+
+
+def test_the_first_records_of_a_probe_are_of_all_kinds_however_the_table_is_sorted(tmp_path: Path) -> None:
+    labels = [label for label in "abc" for _ in range(40)]
+    table = table_of_rows(pa.table({"x": [[float(n), 0.0] for n in range(120)], "kind": labels}), tmp_path)
+    roles = {"x": ColumnRole("signal", "")}
+    preparation = fit_preparation(table, roles, TARGET, PreparationConfig())
+    probe = Probe.on(TwoInputs(), table, preparation, most=90, seed=1)  # type: ignore[arg-type]
+
+    assert probe.batch.target is not None
+    assert set(probe.batch.target[:20].tolist()) == {0, 1, 2}
+    value_B = probe.batch.media["x"].values["samples_UCT"][probe.batch.media["x"].index_B][:, 0, 0]
+    order = value_B.argsort()
+    assert probe.batch.target[order].tolist() == sorted(probe.batch.target.tolist())  # each with its own label

@@ -279,3 +279,28 @@ def test_looking_for_where_a_number_broke_leaves_the_backward_and_its_buffers_al
         means.append(model.norm.running_mean)
     assert torch.equal(gradients[0].nan_to_num(), gradients[1].nan_to_num())
     assert torch.equal(means[0].nan_to_num(), means[1].nan_to_num())
+
+
+def test_a_bad_batch_is_told_once_with_what_was_bad_in_it() -> None:
+    model = Plain(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    meter = FlowMeter(model, optimizer, FlowConfig(every=1000), steps=100)
+    told = []
+    for number in range(40):
+        x = torch.randn(8, 6)
+        if number == 1:
+            x[5, 2] = math.nan
+        loss = functional.cross_entropy(model(x), torch.arange(8) % 3)
+        optimizer.zero_grad()
+        if loss.isfinite():
+            loss.backward()
+            optimizer.step()
+        found = meter.step(float(loss.detach()))
+        if found is not None:
+            told.append((found.first_not_finite, found.inputs["x"].get("not_finite", 0.0)))
+    meter.close()
+
+    assert told[0][0] == {"module": "first", "kind": "Linear", "rows": [5]}
+    assert told[0][1] == pytest.approx(1 / 48)
+    assert len(told) > 1
+    assert all(each == (None, 0.0) for each in told[1:])

@@ -35,3 +35,8 @@ def test_both_ways_are_judged() -> None:
     assert found.metrics["words_to_picture_r10"] == pytest.approx(11 / 12)
     assert found.metrics["picture_to_words_r10"] == pytest.approx(11 / 12)
     assert found.metrics["recall_at_10"] == pytest.approx(11 / 12)
+
+
+def test_a_score_that_is_no_number_beats_nothing() -> None:
+    score = np.array([[0.9, np.nan, 0.1], [0.95, 0.9, np.nan], [0.1, 0.2, np.nan]])
+    assert ranks(score).tolist() == [0, 1, 2]

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from dougong.engine.contribution import Removals
-from dougong.engine.sampling import ModalitySampler, SamplingConfig, SamplingState
+from dougong.engine.sampling import ModalitySampler, SamplingConfig, SamplingState, merit
 from dougong.nn.batch import Batch, MediaBatch
 
 STILL = SamplingConfig(rate=0.5, highest=0.5)
@@ -105,13 +105,35 @@ def test_what_stood_beside_a_view_stays_there() -> None:
 
 def test_bad_media_are_left_out_more_often_up_to_the_highest_rate() -> None:
     config = SamplingConfig(rate=0.2, quality=0.3, highest=0.4)
-    batch = batch_of(20_000, "a", "b", quality=True)  # media with even numbers have quality 0, the others 1
+    batch = batch_of(20_000, "a", "b", quality=True)  # media with even numbers have figures of 0, the others of 1
+    good = ("sharpness", "contrast", "snr")
 
-    left_out_B = ~ModalitySampler(config, 0)(batch, step=0).media["a"].present_B
+    left_out_B = ~ModalitySampler(config, 0, figures={"a": good, "b": good})(batch, step=0).media["a"].present_B
 
     both_lost = (0.4**2 / 2, 0.2**2 / 2)  # in half of which this one is kept
     assert left_out_B[::2].double().mean().item() == pytest.approx(0.4 - both_lost[0], abs=0.02)
     assert left_out_B[1::2].double().mean().item() == pytest.approx(0.2 - both_lost[1], abs=0.02)
+
+
+def test_what_is_good_follows_the_side_of_each_figure_that_is_worse() -> None:
+    quality_UQ = torch.tensor([[0.9, 0.9, 0.2, 0.7], [0.1, 0.9, 0.2, 0.7], [0.9, 0.9, 0.8, 0.7], [0.9, 0.1, 0.2, 0.7]])
+
+    figures = ("sharpness", "exposure", "noise", "clipped")
+
+    # Sharp is better, noise and clipping are worse, and exposure may be unusual either way.
+    assert merit(quality_UQ, figures).tolist() == pytest.approx([2 / 3, 0.4, 1.4 / 3, 2 / 3])
+    assert merit(quality_UQ[:, :1], ("exposure",)).tolist() == [1, 1, 1, 1]
+
+
+def test_a_text_of_unknown_words_is_left_out_more_often() -> None:
+    config = SamplingConfig(rate=0.2, quality=0.3, highest=0.5)
+    batch = batch_of(20_000, "a", "b", quality=True)  # odd media: as long as can be, and nothing of them is known
+
+    sampler = ModalitySampler(config, 0, figures=dict.fromkeys(("a", "b"), ("length", "unknown", "pieces")))
+    left_out_B = ~sampler(batch, step=0).media["a"].present_B
+
+    assert left_out_B[1::2].double().mean() > left_out_B[::2].double().mean() + 0.15
+    assert sampler.merits(batch) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
 # How rates move ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from dougong.core.errors import ConfigError
 from dougong.core.signature import ImageInput, SignalInput, Signature, Target, TextInput
 from dougong.model.bridge import BridgeConfig
-from dougong.model.dual import Dual, DualConfig
+from dougong.model.dual import Dual, DualConfig, MineBlock
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.encoders.vector import VectorEncoderConfig
@@ -217,3 +217,22 @@ def test_a_plain_head_is_the_mean_of_the_tokens_that_are_there() -> None:
     x_UTD = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [float("nan"), 7.0]]])
     found = PlainHead()(x_UTD, torch.tensor([[True, True, False]]))
     torch.testing.assert_close(found, torch.tensor([[0.6, 0.8]]))
+
+
+def test_records_of_one_key_are_never_mined_as_wrong_pairs() -> None:
+    model = dual(bridge=True).train()
+    # Two kinds of records: of one kind, every wrong partner is spared; the others are all that is left.
+    both = batch(6, 6, 6)._replace(target=torch.tensor([0, 0, 0, 1, 1, 1]))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mine = next(block for block in model.blocks if isinstance(block, MineBlock))
+    mine.register_forward_hook(lambda _, __, state: seen.append((state.medium["picture"], state.medium["words"])))
+    for _ in range(10):
+        model(both)
+    for pictures, words in seen:
+        wrong = slice(6, None)
+        assert ((pictures[wrong] < 3) != (words[wrong] < 3)).all()
+
+    alone = both._replace(target=torch.zeros(6, dtype=torch.int64))
+    known_P = model(alone).known_P
+    assert known_P is not None
+    assert not known_P[6:].any()

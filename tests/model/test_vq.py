@@ -114,3 +114,25 @@ def test_cells_that_do_not_fit_are_refused() -> None:
         TokenizerConfig(cell=6)
     with pytest.raises(ConfigError, match="cell=16 cannot share out pictures of 16x24 pixels"):
         build(cell=16)
+
+
+def test_a_batch_without_pictures_says_nothing_of_any_code() -> None:
+    model = build(revive_below=0.5).train()
+    model(batch_of(torch.randn(3, 3, 16, 24)))
+    before = {name: value.clone() for name, value in model.codebook.state_dict().items()}
+
+    empty = model(batch_of(torch.zeros(0, 3, 16, 24)))
+    build().train()(batch_of(torch.zeros(0, 3, 16, 24)))  # before any picture was met, too
+
+    assert empty.x_UDHW.shape == (0, 3, 16, 24)
+    for name, value in model.codebook.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_codes_are_the_same_whatever_is_rounded_around() -> None:
+    model = build(num_codes=200).train()
+    model(batch_of(torch.randn(8, 3, 16, 24)))
+    pixels = torch.randn(16, 3, 16, 24)
+    exact = model.eval().encode(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(pixels), exact)

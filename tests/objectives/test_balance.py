@@ -166,10 +166,11 @@ def test_the_noise_is_as_wide_as_the_gradient(batch: Batch) -> None:
     _, plain = taken(model, plain_backward, batch)
     drawn = [taken(model, backward, batch)[1] for _ in range(200)]
     noisy = [n for n in plain if not torch.equal(drawn[0][n], plain[n])]
-    assert noisy
-    assert all(name.startswith("encoders") for name in noisy)
-    spread = torch.stack([each[noisy[0]] for each in drawn]).std()
-    torch.testing.assert_close(spread, plain[noisy[0]].std(), rtol=0.1, atol=0)
+    assert noisy == [name for name in plain if name.startswith("encoders")]  # as in the paper, all encoders'
+    for name in noisy:
+        values = torch.stack([each[name] for each in drawn])
+        if plain[name].numel() > 1:
+            torch.testing.assert_close((values - values.mean(dim=0)).std(), plain[name].std(), rtol=0.15, atol=1e-7)
 
 
 def test_pareto_mixes_each_encoder_and_leaves_the_heads(batch: Batch) -> None:

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from dougong.core.errors import ConfigError
-from dougong.objectives.contrastive import all_pairs_loss, contrastive_loss, negative_weights, spared
+from dougong.model.mining import spared
+from dougong.objectives.contrastive import all_pairs_loss, contrastive_loss, negative_weights
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -138,3 +139,19 @@ def test_equal_keys_reach_the_loss() -> None:
     assert all_pairs_loss(vectors, index, there, key_B=torch.tensor([5, 5])) == pytest.approx(0.0, abs=1e-6)
     apart = all_pairs_loss(vectors, index, there, key_B=torch.tensor([5, 6]))
     torch.testing.assert_close(apart, all_pairs_loss(vectors, index, there))
+
+
+def test_scores_are_not_rounded_where_products_are() -> None:
+    torch.manual_seed(0)
+    left, right = (functional.normalize(torch.randn(16, 32), dim=-1).requires_grad_() for _ in range(2))
+    order = torch.arange(16)
+
+    exact = contrastive_loss(left, right, order, order, temperature=0.01)
+    (wanted,) = torch.autograd.grad(exact, left)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_loss(left, right, order, order, temperature=0.01)
+    (gradient,) = torch.autograd.grad(found, left)
+
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)

@@ -66,3 +66,12 @@ def test_probabilities_are_over_the_classes_or_of_each() -> None:
 def test_half_precision_outputs_are_judged_in_full() -> None:
     loss = decision_loss(torch.zeros(2, 3, dtype=torch.bfloat16), torch.tensor([0, 1]), "single_label")
     assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_what_is_computed_in_float64_stays_so(task: Task) -> None:
+    output = torch.randn(4, 3, dtype=torch.float64)
+    target = {"single_label": torch.tensor([0, 1, 2, 0]), "multi_label": torch.ones(4, 3), "regression": torch.ones(4)}
+    found = decision_loss(output, target[task], task)
+    assert found.dtype == torch.float64
+    assert found != decision_loss(output.float(), target[task], task).double()

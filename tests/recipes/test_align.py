@@ -15,8 +15,8 @@ import pytest
 from dougong.bundle.aligner import load_aligner
 from dougong.bundle.model import load
 from dougong.cli.main import main
-from dougong.core.config import from_yaml, parse
-from dougong.core.errors import BundleError, ConfigError, RunError
+from dougong.core.config import from_yaml, parse, to_yaml
+from dougong.core.errors import BundleError, ConfigError, DataError, RunError
 from dougong.core.events import read_events
 from dougong.data.table import open_table
 from dougong.engine import prepare
@@ -24,6 +24,7 @@ from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.nn.block_stack import BlockStack
 from dougong.recipes.align import run_align
 from dougong.recipes.alignment import AlignRecipe
+from dougong.recipes.check import check_recipe_or_table
 from dougong.recipes.known import read_any_recipe, read_recipe
 from dougong.serve.backend import load_backend
 
@@ -259,3 +260,18 @@ def test_sides_of_several_kinds_or_of_no_column_are_refused(tables: Path, tmp_pa
         values["model"]["encoders"] = {}
         with pytest.raises(ConfigError, match=message):
             run_align(parse(AlignRecipe, values, where="test"), tmp_path / message[:20], quiet=True)
+
+
+def test_tables_that_share_a_medium_are_refused_and_told_by_a_check(tables: Path, tmp_path: Path) -> None:
+    train, test = (pq.read_table(tables / f"{name}.parquet").to_pylist() for name in ("train", "test"))
+    test[3]["photo_again"] = train[5]["photo_again"]
+    pq.write_table(pa.Table.from_pylist(test), tmp_path / "test.parquet")
+    values = recipe(tables).model_dump(mode="json")
+    values["data"]["test"] = str(tmp_path / "test.parquet")
+    leaking = parse(AlignRecipe, values, where="test")
+
+    with pytest.raises(DataError, match="the split leaks: 1 image media of 'photo_again' are in train and in test"):
+        run_align(leaking, tmp_path / "run", quiet=True)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(leaking))
+    found = check_recipe_or_table(str(tmp_path / "recipe.yaml"))
+    assert any("photo_again" in warning and "a run would refuse this" in warning for warning in found.warnings)

@@ -8,9 +8,11 @@ import pytest
 import soundfile
 from PIL import Image
 
-from dougong.recipes.compare import compare
+from dougong.core.errors import ConfigError
+from dougong.recipes.compare import _arrangements, compare
 from dougong.recipes.interval import paired_gain
 from dougong.recipes.known import read_recipe
+from dougong.recipes.losses import check_objective
 
 
 def small_vqa(path: Path, pictures: int) -> Path:
@@ -71,3 +73,25 @@ def test_a_gain_of_whole_units_is_less_sure_than_one_of_records() -> None:
 
     assert by_unit.value == by_record.value == better.mean()
     assert by_unit.high - by_unit.low > 2 * (by_record.high - by_record.low)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.gate_quality=true", "data.preparation.quality=true"],
+        ["model.decide=gated"],
+        ["objective.gate_weight=0.5", "data.corrupt={}"],
+        ["model.completion.num_tokens=1", "objective.completion_weight=0.5"],
+    ],
+)
+def test_baselines_leave_out_what_only_a_bridge_has(settings: list[str]) -> None:
+    found = _arrangements(read_recipe("vqa-demo", settings))
+    assert [recipe.model.fusion for _, recipe in found] == ["late", "late", "late", "bridge"]
+    for name, recipe in found:
+        check_objective(recipe.objective, recipe.model)
+        assert (recipe.model.completion is None) or name == "sandwich"
+
+
+def test_without_conditions_there_is_nothing_to_compare() -> None:
+    with pytest.raises(ConfigError, match="data.conditions are none. Name two or more"):
+        _arrangements(read_recipe("vqa-demo", ["data.conditions={}"]))

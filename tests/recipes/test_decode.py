@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,6 +24,8 @@ from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError
 from dougong.core.events import read_events
+from dougong.data.batch import BatchArrays
+from dougong.data.position import Position
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.table import open_table
 from dougong.engine.batches import to_tensors
@@ -35,6 +38,7 @@ from dougong.recipes.decode import run_decode
 from dougong.recipes.decoding import DecodeRecipe, caption_decoder
 from dougong.recipes.known import read_any_recipe, read_laid_out
 from dougong.recipes.settle import SETTINGS, lay_out, settle_recipe
+from dougong.recipes.training import begin_run, training_loader
 from dougong.watch.word_by_word import _arrays
 
 SMALL = [
@@ -344,3 +348,24 @@ def test_who_looks_into_a_record_that_is_not_there_is_told_so(
 
     assert "--record 99999 is not in" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
+
+
+def test_the_text_that_is_to_be_written_is_neither_withheld_nor_spoilt(captions: Path, tmp_path: Path) -> None:
+    plain, _, preparation, *_ = begin_run(small(captions), tmp_path / "plain", resume=False, quiet=True)
+    settings = ["data.withhold=0.5", "data.corrupt={chance: 1.0, spare_one: false}"]
+    spoilt, tables, *_ = begin_run(small(captions, *settings), tmp_path / "spoilt", resume=False, quiet=True)
+    views = small(captions, "data.views=[{keep: [image]}]")
+
+    def batch_of(recipe: DecodeRecipe) -> BatchArrays:
+        _, found = next(iter(training_loader(recipe, tables, preparation).batches(Position())))
+        return found
+
+    whole, less, viewed = batch_of(plain), batch_of(spoilt), batch_of(views)
+    words = [each.media["caption"] for each in (whole, less, viewed)]
+    assert all(each.present_B.all() for each in words)
+    np.testing.assert_array_equal(words[0].values["ids_UT"], words[1].values["ids_UT"])
+    assert words[1].level_U is None or not words[1].level_U.any()
+    seen = less.media["image"]
+    assert 0 < seen.present_B.sum() < len(seen.present_B)
+    assert seen.level_U is not None
+    assert seen.level_U.all()

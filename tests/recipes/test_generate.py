@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import dougong
 from dougong.bundle.generator import batch_of_cells, load_generator
@@ -20,6 +23,7 @@ from dougong.core.events import read_events
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.table import open_table
 from dougong.engine import prepare
+from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.model.sampling import SamplingConfig
 from dougong.nn.batch import MediaBatch
@@ -272,3 +276,60 @@ def test_a_model_that_only_draws_has_no_words_to_look_into(
     assert main(command) == 2
 
     assert "has learnt to draw, not to caption" in capsys.readouterr().err
+
+
+def test_a_table_without_labels_is_learnt_from_and_says_nothing_of_names(captions: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        table = pq.read_table(captions / f"{part}.parquet").drop_columns(["named", "colour", "shape"])
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    values = small(captions).model_dump(mode="json")
+    values["data"] |= {name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
+    values["data"] |= {"target": None, "columns": {"image_id": "ignore"}}
+
+    result = run_generation(parse(GenerateRecipe, values, where="test"), tmp_path / "run", quiet=True)
+
+    assert set(result.evaluations["caption"].metrics) == {"loss", "bits", "token_accuracy"}
+    assert (tmp_path / "run" / "bundle").is_dir()
+
+
+def test_numbers_named_as_the_target_are_no_names_and_end_no_run(captions: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        table = pq.read_table(captions / f"{part}.parquet").drop_columns(["named", "colour", "shape"])
+        score = pa.array([None if place % 5 == 0 else place / 7 for place in range(table.num_rows)])
+        pq.write_table(table.append_column("score", score), tmp_path / f"{part}.parquet")
+    values = small(captions).model_dump(mode="json")
+    values["data"] |= {name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
+    values["data"] |= {"target": "score", "columns": {"image_id": "ignore"}}
+
+    result = run_generation(parse(GenerateRecipe, values, where="test"), tmp_path / "run", quiet=True)
+
+    assert "names" not in result.evaluations["caption"].metrics
+    assert result.evaluations["caption"].num_records == pq.read_table(tmp_path / "test.parquet").num_rows
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.withhold=0.3", "data.withhold=0.3 has no effect"),
+        ("data.corrupt={}", "has no effect"),
+        ("data.conditions={a: [image]}", "has no effect"),
+        ("train.sampling={}", "none is made"),
+        ("tokenizer.train.sampling={}", "none is made"),
+        ("data.loader.batch_size=1", "leaves some of 2 directions without a record"),
+    ],
+)
+def test_what_a_writer_does_not_do_is_refused(captions: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(captions, setting)
+
+
+def test_an_average_of_the_tokenizers_weights_is_what_is_kept(captions: Path, tmp_path: Path) -> None:
+    recipe = small(captions, "tokenizer.train.ema=0.5", "tokenizer.train.steps=4", "train.steps=2")
+    result = run_generation(recipe, tmp_path / "run", quiet=True)
+    kept = best_weights(tmp_path / "run" / "tokenizer")
+    found = {name: value.clone() for name, value in result.generator.network.tokenizer.state_dict().items()}
+    load_weights(result.generator.network.tokenizer, kept)  # of an average, where there is one
+    for name, value in result.generator.network.tokenizer.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    last = load_file(kept / "model.safetensors")
+    assert any(not torch.equal(found[name], value) for name, value in last.items())

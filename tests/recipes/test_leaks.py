@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.core.config import parse
-from dougong.core.errors import DataError, RunError
+from dougong.core.errors import ConfigError, DataError, RunError
 from dougong.recipes.check import check_recipe_or_table
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.run import run_recipe
@@ -125,3 +125,26 @@ def test_a_joined_table_is_trained_on_as_any(records: Records, tmp_path: Path) -
     assert set(result.model.preparation.modalities) == {"clip", "photo"}
     assert "joined to b.parquet: p.parquet: 50 of 60 records matched, 10 unmatched" in result.notes
     assert all(not found.bad for found in result.evaluations.values())
+
+
+def test_copies_under_other_names_are_on_one_side_of_our_own_split(records: Records, tmp_path: Path) -> None:
+    some = records(120, seed=0, missing=0.0)
+    for place in range(5):  # exact copies, too few for the medium to be the unit
+        some[100 + place]["photo"] = {**some[place]["photo"], "path": f"again-{place}.png"}
+    train = write(tmp_path / "a.parquet", some)
+
+    for seed in range(6):
+        data = parse(DataConfig, {"target": "colour", "train": train, "validation_share": 0.4}, where="data")
+        tables = open_tables(data, seed=seed)
+        sides = [
+            {cell["bytes"] for cell in part.column("photo").to_pylist()} for part in (tables.train, tables.validation)
+        ]
+        assert not sides[0] & sides[1]
+        assert any("those with the same photo on one side" in note for note in tables.notes)
+
+
+def test_a_unit_that_is_no_column_is_refused_by_name(records: Records, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", records(30, seed=0, missing=0.0))
+    other = write(tmp_path / "b.parquet", records(30, seed=1, missing=0.0))
+    with pytest.raises(ConfigError, match="data.unit 'patiant' is no column of a.parquet. Use one of photo"):
+        opened(train=path, validation=other, unit="patiant")

@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dougong
 from dougong.bundle.model import Model
 from dougong.core.config import parse
-from dougong.core.errors import ConfigError, RunError
+from dougong.core.errors import ConfigError
 from dougong.core.events import read_events
 from dougong.data.corruption import Corruption
 from dougong.data.preparation import Preparation
@@ -121,7 +122,27 @@ def test_training_on_spoilt_records_is_another_training_and_resumes_to_its_own_l
 
 
 def test_what_a_recipe_spoils_is_there_or_left_out_by_name(colour_table: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="data.corrupt names 'smell', which is no modality here. Use some of photo"):
+    with pytest.raises(ConfigError, match="data.corrupt names 'smell', which is no modality here. Use some of photo"):
         run_recipe(small(colour_table, corrupt={"chance": {"smell": 0.5}}), tmp_path / "none", quiet=True)
     fewer = small(colour_table, corrupt={"chance": {"clip": 0.5, "table": 0.5}}, modalities=["table"])
     assert run_recipe(fewer, tmp_path / "fewer", quiet=True).model.preparation.quality is False
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"conditions": {"only": ["phto"]}},
+            "data.conditions names 'phto', which is no modality here. Use some of photo",
+        ),
+        ({"conditions": {"only": ["clip"]}}, "data.conditions keep none of the modalities here: photo, remark."),
+        ({"views": [{"keep": ["photo", "remrk"]}]}, "data.views names 'remrk', which is no modality here."),
+    ],
+)
+def test_a_misspelt_modality_is_refused_before_a_step_is_taken(
+    colour_table: Path, tmp_path: Path, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_recipe(small(colour_table, **data), tmp_path / "run", quiet=True)
+    events = tmp_path / "run" / "events.jsonl"
+    assert not events.exists() or not losses(tmp_path / "run")

@@ -14,7 +14,7 @@ do differently: directions, correlations and scores come from three disjoint set
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from dougong.core.seeds import derive_seed
 from dougong.data.columns import ColumnRole
 from dougong.data.features import SideValues, read_sides, sides_of
-from dougong.data.modality.medium import media_key
+from dougong.data.modality.medium import unit_key
 from dougong.data.table import Table, cells_of
 
 ROWS_LOOKED_AT: Final = 4000
@@ -275,12 +275,14 @@ def _runs(table: Table, num_rows: int) -> dict[int, Ints]:
 
 def _units(table: Table, unit: str, places: Mapping[int, Ints]) -> Ints:
     keys = [
-        media_key(cell)
+        unit_key(cell)
         for chunk, inner in places.items()
         for cell in cells_of(table.read(chunk, [unit]).column(unit).take(inner))
     ]
-    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    return np.array([number[key] for key in keys], np.int64)
+    number: dict[Hashable, int] = {}
+    # A record whose unit nobody knows is one by itself.
+    alone = [("alone", place) if key is None else key for place, key in enumerate(keys)]
+    return np.array([number.setdefault(key, len(number)) for key in alone], np.int64)
 
 
 def _distinct(left_R: Ints, right_R: Ints, unit_R: Ints, row_R: Ints) -> _Pairs:

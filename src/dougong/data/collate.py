@@ -105,9 +105,11 @@ class Collator:
         corruptions: Sequence[Corruption] = (),
         quality: bool = False,
         withheld_beside: bool = False,
+        spared: Sequence[str] = (),
         cache_bytes: int = 512 * 2**20,
     ) -> None:
-        """`withhold` is each modality's chance to be left out of a record, never of one that has no other.
+        """`withhold` is each modality's chance to be left out of a record, never of one that has no other; those
+        that are `spared` have none.
 
         With `withheld_beside`, it is encoded all the same, for a loss alone.
 
@@ -129,6 +131,7 @@ class Collator:
         self._seed = seed
         self._augment = augment
         self._withhold = withhold
+        self._withheld_M = np.array([name not in spared for name in preparation.modalities], np.bool_)
         self._corruptor = Corruptor(preparation.modalities, seed=seed, training=corrupt, judging=corruptions)
         self._quality = quality or preparation.quality
         self._withheld_beside = withheld_beside
@@ -204,7 +207,7 @@ class Collator:
         if not self._withhold:
             return has_BM, has_BM
         drawn_BM = random.random((size, has_BM.shape[1]))[request.place]
-        kept_BM = has_BM & (drawn_BM >= self._withhold)
+        kept_BM = has_BM & ((drawn_BM >= self._withhold) | ~self._withheld_M)
         emptied = ~kept_BM.any(axis=1)
         kept_BM[emptied] = has_BM[emptied]
         return kept_BM, has_BM if self._withheld_beside else kept_BM

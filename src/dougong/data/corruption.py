@@ -21,6 +21,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import Array
+from dougong.data.damage.damage import Damage
 from dougong.data.modality.medium import Modality
 
 
@@ -111,7 +112,8 @@ def _checked_level(level: float) -> float:
 def corrupt(modality: Modality, medium: Array, kind: str | None, level: float, random: np.random.Generator) -> Array:
     """A decoded medium, spoilt. At level 0, or where nothing of the kind can change it, the same array comes back.
 
-    Without a kind, those that leave the medium as it was are passed over: a grey picture has no colour to lose.
+    Without a kind, those that could not change the medium at any level are passed over: a grey picture has no colour to
+    lose. One that is too weak to change it this time is not: else weak levels would spoil as often as strong ones.
 
     Raises:
         ConfigError: the modality knows no such kind.
@@ -125,7 +127,13 @@ def corrupt(modality: Modality, medium: Array, kind: str | None, level: float, r
         changed = damages[str(name)](medium, level, random)
         if not np.array_equal(changed, medium, equal_nan=True):
             return changed
+        if _can_change(damages[str(name)], medium):
+            return medium
     return medium
+
+
+def _can_change(damage: Damage, medium: Array) -> bool:
+    return not np.array_equal(damage(medium, 1.0, np.random.default_rng(0)), medium, equal_nan=True)
 
 
 def parse_corruption(text: str) -> Corruption:

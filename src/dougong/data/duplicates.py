@@ -12,6 +12,7 @@ random projections (Charikar 2002) of their log-mel energies or samples, rows of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import heapq
@@ -29,7 +30,7 @@ from PIL import Image
 from dougong.core.seeds import derive_seed
 from dougong.data.columns import ColumnRole
 from dougong.data.features import Kind, Side, in_slots, log_mel, read_sound, sides_of, value_key
-from dougong.data.modality.array import read_array
+from dougong.data.modality.array import list_content, read_array
 from dougong.data.modality.image import ImageConfig, open_picture
 from dougong.data.modality.medium import BadValue, media_bytes
 from dougong.data.table import Table, cells_of
@@ -73,6 +74,7 @@ SAME_NUMBERS: Final = 0.998
 """Correlations."""
 
 ROUNDED_DIGITS: Final = 4
+MOST_CHANNELS: Final = 8
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -255,7 +257,7 @@ def _digest(side: Side, cells: tuple[Any, ...], folder: Path) -> bytes | None:
     elif side.kind == "text":
         content = cell.encode("utf-8", "surrogatepass")
     elif isinstance(cell, list):
-        content = repr(cell).encode()
+        content = list_content(cell)
     else:
         try:
             content = media_bytes(cell, folder)
@@ -334,7 +336,9 @@ def fingerprint_sound(samples: Floats, rate: int) -> Fingerprint:
 
 
 def fingerprint_array(array: Floats) -> Fingerprint:
-    """A signal's channels in 128 parts, a volume in 8 x 8 x 8, mean and scale put aside."""
+    """A signal's first channels in 128 parts, a volume in 8 x 8 x 8, mean and scale put aside."""
+    if array.ndim == 2:
+        array = array[:MOST_CHANNELS]
     for axis in range(array.ndim):
         if array.ndim >= 3 or axis == array.ndim - 1:
             num = 8 if array.ndim >= 3 else min(128, array.shape[axis])
@@ -356,17 +360,33 @@ def _directions(size: int) -> Floats:
 
 def fingerprint_row(cells: tuple[Any, ...]) -> Fingerprint:
     """Its numbers to so many digits, on two grids half a step apart: one of them does not cut between near numbers."""
-    numbers = [float(cell) for cell in cells if isinstance(cell, (int, float)) and not isinstance(cell, bool)]
-    words = [str(cell) for cell in cells if not isinstance(cell, (int, float)) or isinstance(cell, bool)]
+    numbers = [_number_of(cell) for cell in cells]
+    words = [str(cell) for cell, number in zip(cells, numbers, strict=True) if number is None]
     grids = []
     for half in (0.0, 0.5):
-        rounded = [math.floor(number * 10 ** (ROUNDED_DIGITS - 1 - _digits(number)) + half) for number in numbers]
+        rounded = [_rounded(number, half) for number in numbers if number is not None]
         grids.append(_number(repr((rounded, words)).encode("utf-8", "surrogatepass")))
     return Fingerprint(np.array(grids, np.uint64), np.array([0.0], np.float32))
 
 
-def _digits(number: float) -> int:
-    return math.floor(math.log10(abs(number))) if number and math.isfinite(number) else 0
+def _number_of(cell: Any) -> float | None:
+    if isinstance(cell, bool) or not isinstance(cell, (int, float)):
+        return None
+    with contextlib.suppress(OverflowError):
+        number = float(cell)
+        return number if math.isfinite(number) else None
+    return None
+
+
+def _rounded(number: float, half: float) -> tuple[int, int]:
+    """Its first digits, and where they stand."""
+    place = math.floor(math.log10(abs(number))) if number else 0
+    shift = ROUNDED_DIGITS - 1 - place
+    # In two steps: ten to the power of so many is no float where the number is almost 0.
+    digits = math.floor(number * 10.0 ** (shift // 2) * 10.0 ** (shift - shift // 2) + half)
+    if abs(digits) >= 10**ROUNDED_DIGITS:  # rounded up to one digit more
+        return digits // 10, place + 1
+    return digits, place
 
 
 def _bands(bits: npt.NDArray[np.bool_]) -> Keys:

@@ -8,12 +8,14 @@ Promise     the same medium gives the same numbers, whatever else is in the tabl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -24,7 +26,8 @@ import soundfile
 from PIL import Image
 
 from dougong.data.columns import ColumnRole
-from dougong.data.modality.array import read_array
+from dougong.data.modality.array import list_content, read_array
+from dougong.data.modality.audio import check_rate
 from dougong.data.modality.image import ImageConfig, open_picture
 from dougong.data.modality.medium import BadValue, media_bytes, media_key
 from dougong.data.modality.numbers import to_category, to_number
@@ -44,8 +47,13 @@ SLOTS: Final = 10
 
 SECONDS_LOOKED_AT: Final = 30.0
 LARGEST_SECONDS: Final = 3600.0
+BLOCK_NUMBERS: Final = 2**20
 WINDOW_SECONDS: Final = 0.032
 MOST_CATEGORIES: Final = 40
+FEWEST_NUMBERS: Final = 0.9
+"""Of a column's cells, for it to be one of numbers."""
+
+NOTHING: Final = -2
 
 
 class Side(NamedTuple):
@@ -88,26 +96,35 @@ def read_sides(
 
 def _read_side(table: Table, side: Side, rows_by_chunk: Mapping[int, npt.NDArray[np.int64]]) -> SideValues:
     number: dict[Hashable, int] = {}
-    found: list[Any] = []
+    found: dict[int, Any] = {}
     value_R: list[int] = []
-    num_bad = 0
     for chunk, places in rows_by_chunk.items():
         part = table.read(chunk, list(side.columns)).take(places)
         for cells in zip(*(cells_of(part.column(name)) for name in side.columns), strict=True):
             key = value_key(side, cells)
             if key is None:
-                value_R.append(-1)
+                value_R.append(NOTHING)
                 continue
             if key not in number:
-                try:
-                    found.append(_describe(side, cells, table.folder))
-                    number[key] = len(found) - 1
-                except BadValue:
-                    number[key] = -1
-            num_bad += number[key] < 0
+                number[key] = len(number)
+                with contextlib.suppress(BadValue):
+                    found[number[key]] = _describe(side, cells, table.folder)
             value_R.append(number[key])
-    x_NF = _columns_as_numbers(found) if side.kind == "table" else np.array(found, np.float64)
-    return SideValues(side, x_NF.reshape(len(found), -1), np.array(value_R, np.int64), num_bad)
+    if side.kind != "table" and found:
+        # One of another shape than most cannot be held against them.
+        (usual, _), *_ = Counter(len(values) for values in found.values()).most_common(1)
+        found = {place: values for place, values in found.items() if len(values) == usual}
+    place_of = {place: new for new, place in enumerate(found)}
+    value_R = [place_of.get(place, -1) if place >= 0 else NOTHING for place in value_R]
+    num_bad = sum(place == -1 for place in value_R)
+    x_NF = _as_array(side, list(found.values()))
+    return SideValues(side, x_NF, np.array(value_R, np.int64).clip(-1), num_bad)
+
+
+def _as_array(side: Side, found: list[Any]) -> Floats:
+    if not found:
+        return np.zeros((0, 0))
+    return _columns_as_numbers(found) if side.kind == "table" else np.array(found, np.float64)
 
 
 def value_key(side: Side, cells: tuple[Any, ...]) -> Hashable:
@@ -117,7 +134,7 @@ def value_key(side: Side, cells: tuple[Any, ...]) -> Hashable:
     cell = cells[0]
     if side.kind == "text":
         return cell if isinstance(cell, str) and cell.strip() else None
-    return media_key(cell)
+    return media_key(list_content(cell) if isinstance(cell, list) else cell)
 
 
 def _describe(side: Side, cells: tuple[Any, ...], folder: Path) -> Any:
@@ -160,10 +177,15 @@ def read_sound(content: bytes) -> tuple[Floats, int]:
     """
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
+            check_rate(file.samplerate)
             if file.frames > LARGEST_SECONDS * file.samplerate:
                 raise BadValue(f"claims over {LARGEST_SECONDS:.0f} seconds")
-            samples = file.read(int(SECONDS_LOOKED_AT * file.samplerate), dtype="float64", always_2d=True).mean(axis=1)
-            rate = int(file.samplerate)
+            rate, blocks = int(file.samplerate), [np.zeros(0)]
+            left = int(SECONDS_LOOKED_AT * rate)
+            while left > 0 and len(block := file.read(min(left, BLOCK_NUMBERS // file.channels), always_2d=True)):
+                blocks.append(block.mean(axis=1))
+                left -= len(block)
+            samples = np.concatenate(blocks)
     except soundfile.LibsndfileError:
         raise BadValue("is not sound") from None
     if len(samples) < 2 or not np.isfinite(samples).all():
@@ -258,9 +280,16 @@ def _columns_as_numbers(rows: Sequence[tuple[Any, ...]]) -> Floats:
 
 
 def _numbers(cells: Sequence[Any]) -> Floats | None:
-    if any(isinstance(cell, (str, list, dict, bool)) for cell in cells):
-        return None
+    """Not a number where one cell is none; nothing where more than a few are none."""
+    numbers = np.array([_number(cell) for cell in cells], np.float64)
+    given = sum(cell is not None for cell in cells)
+    return numbers if given and (~np.isnan(numbers)).sum() >= FEWEST_NUMBERS * given else None
+
+
+def _number(cell: Any) -> float:
+    if isinstance(cell, (bool, list, dict, bytes)):
+        return math.nan
     try:
-        return np.array([to_number(cell, "") for cell in cells], np.float64)
+        return to_number(cell, "")
     except BadValue:
-        return None
+        return math.nan

@@ -8,6 +8,7 @@ Promise     nothing is dropped silently: what is unmatched, unused or ambiguous 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import OrderedDict
@@ -25,11 +26,14 @@ from pydantic import Field, field_validator, model_validator
 from dougong.core.config import Config
 from dougong.core.errors import DataError
 from dougong.core.files import inside, whole_file, write_json
-from dougong.data.modality.medium import BadValue, media_bytes
+from dougong.data.modality.medium import LARGEST_FILE_BYTES, BadValue, media_bytes
 from dougong.data.table import MEDIA_ENDINGS, Table, cells_of, open_table
 
 HELD_BYTES: Final = 2**30
 """Of another table's chunks, kept at hand while it is joined."""
+
+EMBEDDED_BYTES: Final = 64 * 2**20
+"""Of media that are held at once while a joined table is written."""
 
 MEDIA: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 OFFSET_PAIRS: Final = 2_000_000
@@ -76,7 +80,8 @@ class JoinConfig(Config):
     """A record without a partner: kept with nothing in these columns, or dropped and counted."""
 
     duplicates: Literal["refuse", "first"] = "refuse"
-    """A key that stands twice in the other table: refused, or its first row taken and the rest counted."""
+    """A key that stands twice in the other table: refused, or its first row taken and the rest counted. With a time,
+    the first of equally near rows is taken, and what repeats a key and time is counted."""
 
     @field_validator("tolerance", "largest_offset")
     @classmethod
@@ -122,7 +127,7 @@ class JoinReport(NamedTuple):
     """Its rows that several records took."""
 
     num_duplicate_keys: int
-    """Its rows beyond the first of their key."""
+    """Its rows beyond the first of their key, of their time, or of both."""
 
     offset: float
     """That was added to its times."""
@@ -144,7 +149,7 @@ class JoinReport(NamedTuple):
             (self.num_without_key, "of them without key or time"),
             (self.num_unused, f"of its {self.num_rows} rows unused"),
             (self.num_shared, "of its rows taken by several records"),
-            (self.num_duplicate_keys, "rows repeat a key"),
+            (self.num_duplicate_keys, "rows repeat a key or a time"),
         ]
         text += "".join(f", {count} {what}" for count, what in details if count)
         if self.skew_median is not None:
@@ -326,10 +331,12 @@ def write_joined(
     with whole_file(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for chunk in range(table.num_chunks):
             rows = table.read(chunk, table.schema.names)
-            for name in media:
-                held = _embed(rows.column(name), table.folder, name, unreadable)
-                rows = rows.set_column(rows.schema.get_field_index(name), schema.field(name), held)
-            writer.write_table(rows.cast(schema), row_group_size=max(1, rows.num_rows))
+            for start, stop in itertools.pairwise(_cuts(rows, list(media), table.folder)):
+                part = rows.slice(start, stop - start)
+                for name in media:
+                    held = _embed(part.column(name), table.folder, name, unreadable)
+                    part = part.set_column(part.schema.get_field_index(name), schema.field(name), held)
+                writer.write_table(part.cast(schema), row_group_size=max(1, part.num_rows))
             if announce is not None:
                 announce("joining records", table.first_rows[chunk + 1], table.num_rows)
     report = {
@@ -341,6 +348,27 @@ def write_joined(
     }
     write_json(out.with_name(out.name + ".join.json"), report)
     return {**report, "lines": [found.line() for found in reports]}
+
+
+def _cuts(rows: pa.Table, media: Sequence[str], folder: Path) -> list[int]:
+    """Where to cut, so that no part's media have many more bytes than EMBEDDED_BYTES."""
+    bytes_R = np.zeros(rows.num_rows, np.int64)
+    for name in media:
+        for row, cell in enumerate(cells_of(rows.column(name))):
+            cell = cell if isinstance(cell, dict) else {"path": cell}
+            if cell.get("bytes") is not None:
+                bytes_R[row] += len(cell["bytes"])
+            elif isinstance(cell.get("path"), str):
+                path = _inside(folder, cell["path"])
+                with contextlib.suppress(OSError, ValueError):
+                    bytes_R[row] += min(path.stat().st_size, LARGEST_FILE_BYTES) if path is not None else 0
+    cuts, held = [0], 0
+    for row, size in enumerate(bytes_R.tolist()):
+        if held and held + size > EMBEDDED_BYTES:
+            cuts.append(row)
+            held = 0
+        held += size
+    return [*cuts, rows.num_rows]
 
 
 def _embed(column: pa.ChunkedArray, folder: Path, name: str, unreadable: dict[str, dict[str, Any]]) -> pa.ChunkedArray:
@@ -406,6 +434,8 @@ def _match(base: Table, table: Table, join: JoinConfig) -> tuple[Ints, JoinRepor
         else:
             offset = join.offset
         match, skews = nearest(base_time, time + offset, base_group, group, join.tolerance)
+        keyed = np.stack([group, time], axis=1)[(group >= 0) & ~np.isnan(time)]
+        num_repeats = len(keyed) - len(np.unique(keyed, axis=0))
     used, counts = np.unique(match[match >= 0], return_counts=True)
     return match, JoinReport(
         table=table.path.name,
@@ -438,8 +468,7 @@ def _groups(base: Table, base_key: str, table: Table, key: str) -> tuple[Ints, I
             f"key {base_key!r} of {base.path.name} holds {left.type} and {key!r} of {table.path.name} {right.type}: "
             "no value of one equals one of the other. Write both alike."
         )
-    kind = pa.int64() if _family(left.type) == "whole number" else pa.large_string()
-    both = pa.chunked_array([*left.cast(kind).chunks, *right.cast(kind).chunks], kind)
+    both = _alike(left, right, base_key, base)
     codes = both.combine_chunks() if isinstance(both, pa.ChunkedArray) else both
     if isinstance(codes, pa.ChunkedArray):
         codes = pa.concat_arrays(codes.chunks)
@@ -447,10 +476,28 @@ def _groups(base: Table, base_key: str, table: Table, key: str) -> tuple[Ints, I
     return numbers[: base.num_rows], numbers[base.num_rows :]
 
 
+def _alike(left: pa.ChunkedArray, right: pa.ChunkedArray, name: str, base: Table) -> pa.ChunkedArray:
+    """One after the other, as one type that holds the values of both."""
+    family = _family(left.type)
+    kinds: tuple[pa.DataType, ...] = (left.type,)
+    if family == "whole number":
+        kinds = (pa.int64(), pa.uint64())
+    elif family == "word":
+        kinds = (pa.large_binary(),)  # also of what is no UTF-8
+    for kind in kinds:
+        with contextlib.suppress(pa.ArrowInvalid):
+            return pa.chunked_array([*left.cast(kind).chunks, *right.cast(kind).chunks], kind)
+    raise DataError(
+        f"key {name!r} of {base.path.name} holds whole numbers below 0 on one side and above 2**63 on the other: "
+        "no value of one equals one of the other. Write both alike."
+    )
+
+
 def _family(kind: pa.DataType) -> str:
     if pa.types.is_integer(kind):
         return "whole number"
-    return "word" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)
+    words = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return "word" if any(is_kind(kind) for is_kind in words) else str(kind)
 
 
 def _plain(table: Table, name: str) -> pa.ChunkedArray:
@@ -498,13 +545,25 @@ def _times(base: Table, base_time: str, table: Table, time: str) -> tuple[Floats
         )
     if not stamped[0]:
         return _floats(left), _floats(right)
-    nanoseconds = [column.cast(pa.timestamp("ns", column.type.tz if zoned[0] else None)) for column in (left, right)]
-    # Whole numbers first: a float of nanoseconds since 1970 is off by hundreds of them.
-    first = min(
-        (value for column in nanoseconds if (value := pc.min(column.cast(pa.int64())).as_py()) is not None), default=0
-    )
-    since = [pc.subtract(column.cast(pa.int64()), first) for column in nanoseconds]
-    return _floats(since[0]) / 1e9, _floats(since[1]) / 1e9
+    # Seconds, which any moment has, and what is left of them: a float of nanoseconds since 1970 is off by hundreds.
+    parts = [_seconds(column) for column in (left, right)]
+    first = min((int(whole[known].min()) for whole, _, known in parts if known.any()), default=0)
+    found = []
+    for whole, rest, known in parts:
+        found.append(np.where(known, (whole - first).astype(np.float64) + rest, np.nan))
+    return found[0], found[1]
+
+
+def _seconds(column: pa.ChunkedArray) -> tuple[Ints, Floats, npt.NDArray[np.bool_]]:
+    """Whole seconds since 1970, the part of a second beyond, and whether there is a moment at all."""
+    kind = column.type
+    if pa.types.is_date(kind):
+        column, kind = column.cast(pa.timestamp("ms")), pa.timestamp("ms")
+    ticks = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
+    known = np.asarray(column.is_valid().to_numpy(), np.bool_)
+    count = np.asarray(column.cast(pa.int64()).fill_null(0).to_numpy(), np.int64)
+    whole, rest = np.divmod(count, ticks)
+    return whole, rest / ticks, known
 
 
 def _is_moment(kind: pa.DataType) -> bool:
@@ -520,7 +579,8 @@ def _floats(column: pa.ChunkedArray) -> Floats:
 def nearest(base_time: Floats, time: Floats, base_group: Ints, group: Ints, tolerance: float) -> tuple[Ints, Floats]:
     """For each base time the nearest other row of the same group within the tolerance, or -1; and the skews of those.
 
-    Of two equally near ones the earlier is taken. NaN times and groups below 0 match nothing.
+    Of two equally near ones the earlier is taken, of equal times the first row. NaN times and groups below 0 match
+    nothing.
     """
     usable = np.flatnonzero(~np.isnan(time) & (group >= 0))
     usable = usable[np.lexsort((usable, time[usable], group[usable]))]
@@ -539,6 +599,7 @@ def nearest(base_time: Floats, time: Floats, base_group: Ints, group: Ints, tole
             continue
         after = low + np.searchsorted(times[low:high], base_time[rows], "left")
         before = np.maximum(after - 1, low)
+        before = low + np.searchsorted(times[low:high], times[before], "left")  # the first of its time
         after = np.minimum(after, high - 1)
         earlier = np.abs(times[before] - base_time[rows]) <= np.abs(times[after] - base_time[rows])
         best = np.where(earlier, before, after)
@@ -581,9 +642,11 @@ def _path_columns(table: Table, columns: Sequence[str], named: Sequence[str] = (
     found: dict[str, bool] = {}
     for name in columns:
         kind = table.schema.field(name).type
-        if pa.types.is_struct(kind) and {"bytes", "path"} >= {field.name for field in kind}:
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind) and "path" in {field.name for field in kind}:
             found[name] = True
-        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        elif _family(kind) == "word":
             words = [cell for cell in cells_of(table.head(1000, [name]).column(name)) if isinstance(cell, str)]
             alike = sum(word.lower().endswith(endings) for word in words) >= 0.9 * len(words)
             if name in named or (words and alike):

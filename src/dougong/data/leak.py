@@ -1,6 +1,6 @@
 """What stands on two sides of a split.
 
-Here        find_leaks, check_leaks, Leak.
+Here        find_leaks, check_leaks, Leak; `copies`, which records of one table hold the same medium.
 Elsewhere   splitting by unit (data/split.py); media that are nearly the same (data/duplicates.py).
 Promise     a unit or a medium on two sides is found whatever its file is called and wherever it lies; it is refused
             unless allowed. Texts, numbers and categories may repeat: they are what records have in common.
@@ -8,17 +8,22 @@ Promise     a unit or a medium on two sides is found whatever its file is called
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from dougong.core.errors import DataError
 from dougong.core.files import inside
 from dougong.data.columns import ColumnRole
-from dougong.data.modality.medium import BadValue, media_bytes, media_key
-from dougong.data.modality.numbers import to_category
+from dougong.data.modality.array import list_content
+from dougong.data.modality.medium import BadValue, media_bytes, unit_key
 from dougong.data.table import Table, cells_of
 
 MEDIA: Final = ("image", "audio", "signal", "volume")
@@ -26,6 +31,8 @@ FEWEST_NUMBERS: Final = 16
 """A list of fewer numbers may well be that of another record."""
 
 EXAMPLE_LETTERS: Final = 40
+MOST_COPIES: Final = 0.1
+"""Of the media of a column, for them to be thought copies of one another."""
 
 
 class Leak(NamedTuple):
@@ -115,13 +122,37 @@ def _shared(column: str, kind: str, found: Mapping[str, _Found]) -> Iterator[Lea
             )
 
 
-def _units(table: Table, unit: str) -> _Found:
-    def key(cell: Any) -> Hashable:
-        if cell is None or isinstance(cell, (dict, bytes, list)):
-            return media_key(cell)
-        return to_category(cell)  # 3 and 3.0 are one patient, however a file format stores them
+def copies(table: Table, column: str) -> npt.NDArray[np.int64] | None:
+    """Of each record a number, equal for the same content of a column of media; -1: none. None where more than a few
+    hold what others do: such media (a sign, a blank) are what records have in common."""
+    place = {row: index for index, row in enumerate(row for chunk in _rows(table) for row in chunk)}
+    unread = _collected(_keys(table, column))
+    held = Counter(_size(key) for key in unread.num_records)
+    content = _contents(unread, table.folder, {size for size, number in held.items() if number > 1})
+    there = sum(unread.num_records.values())
+    if there - len(set(content.values())) > MOST_COPIES * there:
+        return None
+    number: dict[Hashable, int] = {}
+    number_R = np.full(table.num_rows, -1, np.int64)
+    for row, key in _keys(table, column):
+        if key is not None:
+            number_R[place[row]] = number.setdefault(content[key], len(number))
+    return number_R
 
-    return _collected((row, key(cell)) for row, cell in _cells(table, unit))
+
+def _contents(found: _Found, folder: Path, sizes: set[int]) -> dict[Hashable, Hashable]:
+    """What stands for each medium's content; files of other sizes are told apart by their size alone."""
+    content: dict[Hashable, Hashable] = {}
+    for key in found.num_records:
+        content[key] = key
+        if isinstance(key, _Path) and key.size in sizes:
+            with contextlib.suppress(BadValue):
+                content[key] = _inline(media_bytes(key.name, folder))
+    return content
+
+
+def _units(table: Table, unit: str) -> _Found:
+    return _collected((row, unit_key(cell)) for row, cell in _cells(table, unit))
 
 
 class _Path(NamedTuple):
@@ -146,7 +177,7 @@ def _keys(table: Table, name: str) -> Iterator[tuple[int, Hashable]]:
     known: dict[str, _Path | None] = {}
     for row, cell in _cells(table, name):
         if isinstance(cell, list):
-            yield row, (_inline(repr(cell).encode()) if _num_numbers(cell) >= FEWEST_NUMBERS else None)
+            yield row, (_inline(list_content(cell)) if _num_numbers(cell) >= FEWEST_NUMBERS else None)
             continue
         if isinstance(cell, dict):
             cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
@@ -188,6 +219,11 @@ def _read(found: _Found, folder: Path, sizes: set[int]) -> _Found:
 
 def _inline(content: bytes) -> tuple[int, bytes]:
     return len(content), hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _rows(table: Table) -> Iterator[list[int]]:
+    for chunk in range(table.num_chunks):
+        yield table.numbers_of(chunk).tolist()
 
 
 def _cells(table: Table, name: str) -> Iterator[tuple[int, Any]]:

@@ -115,6 +115,7 @@ class Loader:
         corruptions: Sequence[Corruption] = (),
         quality: bool = False,
         withheld_beside: bool = False,
+        spared: Sequence[str] = (),
         share: Share = WHOLE,
         note: Callable[[str], None] | None = None,
     ) -> None:
@@ -153,6 +154,7 @@ class Loader:
             corruptions=corruptions,
             quality=quality,
             withheld_beside=withheld_beside,
+            spared=spared,
             cache_bytes=config.cache_bytes,
         )
         self.workers = _choose_workers(config, preparation)

@@ -9,7 +9,7 @@ Promise     a batch follows from the seed, the epoch and its number alone; what 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request
+from dougong.data.modality.medium import unit_key
 from dougong.data.position import Position
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, cells_of
@@ -125,8 +126,10 @@ class PairLoader:
 
 
 def _numbered(keys: list[Any]) -> npt.NDArray[np.int64]:
-    place: dict[str, int] = {}
-    return np.array([place.setdefault(str(key), len(place)) for key in keys], np.int64)
+    """Equal for equal keys; a key that nobody knows is like no other."""
+    place: dict[Hashable, int] = {}
+    known = [("alone", row) if (key := unit_key(cell)) is None else key for row, cell in enumerate(keys)]
+    return np.array([place.setdefault(key, len(place)) for key in known], np.int64)
 
 
 def _some(table: Table) -> str:

@@ -124,11 +124,14 @@ class Preparation:
     def signature(self) -> Signature:
         inputs = {name: modality.signature() for name, modality in self.modalities.items()}
         if self.quality:
-            inputs = {
-                name: found.model_copy(update={"quality": self.modalities[name].quality_names})
-                for name, found in inputs.items()
-            }
+            figures = self.quality_names
+            inputs = {name: found.model_copy(update={"quality": figures[name]}) for name, found in inputs.items()}
         return Signature(inputs=inputs, target=self.target)
+
+    @property
+    def quality_names(self) -> dict[str, tuple[str, ...]]:
+        """What the figures of quality of each modality's media are, in their order."""
+        return {name: modality.quality_names for name, modality in self.modalities.items()}
 
     @property
     def columns(self) -> list[str]:

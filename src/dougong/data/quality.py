@@ -9,6 +9,7 @@ Promise     computed on a batch's finished values, so whatever was done to a med
 from __future__ import annotations
 
 import math
+import re
 from typing import Final, Literal
 
 import numpy as np
@@ -253,7 +254,8 @@ def text_troubles(text: str) -> list[str]:
     found = []
     if "\ufffd" in text:
         found.append("lost")
-    if not text.isascii() and any(_misread(word) for word in text.split()):
+    # Not at the spaces of other encodings: U+00A0 is half of an "à" that was misread.
+    if not text.isascii() and any(_misread(word) for word in re.split(r"[ \t\n\r]+", text)):
         found.append("misread")
     if any((letter < " " and letter not in "\t\n\r") or "\x7f" <= letter < "\xa0" for letter in text):
         found.append("of control")
@@ -266,13 +268,24 @@ def _misread(word: str) -> bool:
     """Whether its letters, as bytes of an old encoding, spell other letters in UTF-8: by chance that is rare."""
     if word.isascii():
         return False
-    for encoding in ("cp1252", "latin-1"):
+    # cp1252 has no letter at five of its places; who reads them passes them on as they are.
+    for content in (b"".join(map(_byte_of, word)), word.encode("latin-1", "replace")):
         try:
-            word.encode(encoding).decode("utf-8")
+            content.decode("utf-8")
         except UnicodeError:
             continue
-        return True
+        if not content.isascii():
+            return True
     return False
+
+
+def _byte_of(letter: str) -> bytes:
+    for encoding in ("cp1252", "latin-1"):
+        try:
+            return letter.encode(encoding)
+        except UnicodeError:
+            continue
+    return b"\xff"  # of no such encoding, and nowhere in UTF-8
 
 
 def _by_medium(array: Array) -> Array:

@@ -8,7 +8,7 @@ Promise     records of one unit (a speaker, a patient, or those that share a med
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
-from dougong.data.modality.medium import media_key
+from dougong.data.modality.medium import unit_key
 from dougong.data.table import Table, cells_of
 
 
@@ -46,9 +46,17 @@ class _Part(Table):
         return self._whole.read(self._kept[chunk], columns).filter(pa.array(self._masks[chunk]))
 
 
-def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> tuple[Table, Table]:
+def split_table(
+    table: Table,
+    share: float,
+    *,
+    unit: str | None,
+    seed: int,
+    together: Sequence[npt.NDArray[np.int64]] = (),
+) -> tuple[Table, Table]:
     """A part for training and one of about `share` of the units; `unit` is a column, None is each record by itself, as
-    is one whose unit is not known.
+    is one whose unit is not known. `together` has numbers of records (R,) each: those with equal ones, but -1, are on
+    one side, and so is who shares a unit with them.
 
     Raises:
         ConfigError: `unit` is no column.
@@ -58,28 +66,50 @@ def split_table(table: Table, share: float, *, unit: str | None, seed: int) -> t
         raise ConfigError(f"unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
     aside: dict[Hashable, bool] = {}
     masks: list[npt.NDArray[np.bool_]] = []
+    unit_numbers: dict[Hashable, int] = {}
+    units: list[int] = []
     for chunk in range(table.num_chunks):
         random = np.random.default_rng(derive_seed(seed, "split", chunk))
         alone = random.random(len(table.rows_of(chunk))) < share
         if unit is None:
             masks.append(alone)
             continue
-        keys = [media_key(cell) for cell in cells_of(table.read(chunk, [unit]).column(unit))]
+        keys = [unit_key(cell) for cell in cells_of(table.read(chunk, [unit]).column(unit))]
         for key in keys:
             if key is not None and key not in aside:
                 aside[key] = (
                     derive_seed(seed, "split", key.hex() if isinstance(key, bytes) else str(key)) < share * 2**63
                 )
+            units.append(-1 if key is None else unit_numbers.setdefault(key, len(unit_numbers)))
         own = zip(keys, alone, strict=True)
         masks.append(np.array([by_itself if key is None else aside[key] for key, by_itself in own], np.bool_))
+    if together and table.num_rows:
+        first_R = _first_of_each([*together, *([np.array(units, np.int64)] if unit is not None else [])])
+        aside_R = np.concatenate(masks)[first_R]
+        masks = np.split(aside_R, np.cumsum([len(mask) for mask in masks])[:-1])
     train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
     if train.num_rows == 0 or held_out.num_rows == 0:
-        units = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
+        there = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
         raise DataError(
-            f"{table.path.name} cannot be split: {units} leave one part empty. "
+            f"{table.path.name} cannot be split: {there} leave one part empty. "
             "Give a validation table, or set data.validation_share higher."
         )
     return train, held_out
+
+
+def _first_of_each(numbers: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """For each record the first one that it belongs together with, by any of the numbers, also by way of others."""
+    first_R = np.arange(len(numbers[0]))
+    while True:
+        before_R = first_R
+        for number_R in numbers:
+            there = number_R >= 0
+            least = np.full(number_R.max(initial=-1) + 1, len(first_R), np.int64)
+            np.minimum.at(least, number_R[there], first_R[there])
+            first_R = first_R.copy()
+            first_R[there] = least[number_R[there]]
+        if (first_R == before_R).all():
+            return first_R
 
 
 def sample_table(table: Table, most: int, *, seed: int) -> Table:

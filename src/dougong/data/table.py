@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -232,11 +233,23 @@ def _whole(path: Path) -> int:
 def _open_csv(path: Path) -> Table:
     _check_fits(path)
     try:
-        options = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+        # A byte that is not UTF-8 is its own record's trouble, not a column's.
+        options = pyarrow.csv.ConvertOptions(check_utf8=False)
         rows = pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(block_size=_whole(path)), convert_options=options)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path.name} is not a CSV table with one header line: {_first_line(error)}") from None
-    return _InMemory(path, path.parent, rows)
+    return _InMemory(path, path.parent, _without_empty_words(rows))
+
+
+def _without_empty_words(rows: pa.Table) -> pa.Table:
+    """In columns of words an empty cell is a missing one, and "NA" or "null" are words as they would be in Parquet; in
+    columns of numbers those are missing numbers, which reading has seen to."""
+    for place, field in enumerate(rows.schema):
+        if pa.types.is_string(field.type):
+            column = rows.column(place)
+            empty = pc.equal(pc.binary_length(column), 0)
+            rows = rows.set_column(place, field, pc.if_else(empty, pa.scalar(None, field.type), column))
+    return rows
 
 
 def _open_jsonl(path: Path) -> Table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -324,7 +324,7 @@ def token_shares(
     (K, T) alone; `owner_T` says whose they are. Few tokens are gone through exactly. Where no token moves
     anything, every share is 0.
     """
-    exact = 2 ** len(owner_T) <= 2 * num_permutations * (len(owner_T) + 1)
+    exact = len(owner_T) <= MOST_EXACT and 2 ** len(owner_T) <= 2 * num_permutations * (len(owner_T) + 1)
     value_T = np.abs(
         shapley_values(score, len(owner_T), num_permutations=None if exact else num_permutations, seed=seed)
     )
@@ -339,8 +339,19 @@ def token_shares(
 class Probe:
     """A model, and records to ask it about in any combination."""
 
-    def __init__(self, model: BlockStack[Any, Any], batch: Batch, target: Target) -> None:
-        """Raises: DataError: the records' target is not known, or there are none."""
+    def __init__(
+        self,
+        model: BlockStack[Any, Any],
+        batch: Batch,
+        target: Target,
+        quality_names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """`quality_names` are what the figures of quality of each modality's media are, in their order.
+
+        Raises:
+            DataError: the records' target is not known, or there are none.
+        """
+        self.quality_names = quality_names or {}
         if batch.target is None or not batch.num_records:
             raise DataError("contributions are measured on records whose target is known, and there is none here.")
         self.model, self.batch, self.target = model, batch, target
@@ -351,7 +362,7 @@ class Probe:
     def on(
         cls, model: BlockStack[Any, Any], table: Table, preparation: Preparation, *, most: int, seed: int = 0
     ) -> Probe:
-        """With at most so many records of a table, drawn from all over it and held in memory.
+        """With at most so many records of a table, drawn from all over it, mixed, and held in memory.
 
         Raises:
             DataError: the table has no target, or none of the records can be used.
@@ -359,7 +370,12 @@ class Probe:
         chosen = sample_table(table, most, seed=derive_seed(seed, "probe"))
         config = LoaderConfig(batch_size=chosen.num_rows, window_rows=sys.maxsize, window_bytes=sys.maxsize, workers=0)
         (arrays,) = Loader(chosen, preparation, config).one_pass()
-        return cls(model, to_tensors(arrays, next(model.parameters()).device), preparation.target)
+        batch = to_tensors(arrays, next(model.parameters()).device)
+        # What is measured on the first few of them is to be of all kinds, however the table is sorted.
+        order_B = np.random.default_rng(derive_seed(seed, "probe", "order")).permutation(batch.num_records)
+        mixed = recombine(batch, order_B[:, None].repeat(len(batch.media), axis=1))
+        target = None if batch.target is None else batch.target[torch.from_numpy(order_B).to(batch.target.device)]
+        return cls(model, mixed._replace(target=target), preparation.target, preparation.quality_names)
 
     @property
     def num_records(self) -> int:
@@ -407,14 +423,6 @@ class Probe:
     def removals(self) -> Removals:
         """`removals` of this model."""
         return removals(self.answer, self.score, self.names, self.num_records)
-
-    def quality(self) -> dict[str, float]:
-        """The mean quality of each modality's media, where it is known."""
-        return {
-            name: float(media.quality_UQ.mean())
-            for name, media in self.batch.media.items()
-            if media.quality_UQ is not None and media.quality_UQ.numel()
-        }
 
 
 def recombine(batch: Batch, source_RM: npt.NDArray[np.int64]) -> Batch:

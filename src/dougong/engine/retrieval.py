@@ -33,7 +33,7 @@ def ranks(score_NN: Floats) -> Places:
     """Of each query, how many others score at least as high as its own, which stands on the diagonal: 0 is best."""
     own_N1 = np.diagonal(score_NN)[:, None]
     # A score that is no number beats nothing, and an own one that is none is beaten by all.
-    rank_N: Places = (~(score_NN < own_N1)).sum(axis=1) - 1
+    rank_N: Places = ((score_NN >= own_N1) | np.isnan(own_N1)).sum(axis=1) - 1
     return rank_N
 
 

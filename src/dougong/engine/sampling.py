@@ -10,6 +10,7 @@ Promise     a record never loses its last modality; what a step leaves out follo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -17,7 +18,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dougong.core.config import Config
+from dougong.core.errors import ConfigError
 from dougong.core.seeds import derive_seed
+from dougong.data.quality import WORSE
 from dougong.engine.contribution import Removals
 from dougong.nn.batch import Batch, only_media
 
@@ -32,10 +35,12 @@ class SamplingConfig(Config):
     where reliance_m, from 0 to 1, is the part of what the model has learnt that is lost without m: (score with all -
     score with all but m) / (score with all - score with none), on held-out records, averaged over evaluations with
     `smoothing`. The rate goes towards what is wanted by at most `largest_step`, and not at all where the way is
-    shorter than `smallest_step`. A single medium whose mean quality is q, where that is known, is left out with the
-    chance
+    shorter than `smallest_step`. A single medium that is as good as q, where that is known, is left out with the chance
 
         min(rate_m + quality * (1 - q), highest)
+
+    where q is the mean of its figures of quality, those of which more is worse taken from 1, and those without that may
+    be unusual either way (data/quality.py).
 
     What a model leans on is left out more often, so that the others learn to stand in for it, and less often again once
     they do: the idea of OGM-GE (Peng et al. 2022, arXiv:2203.15332), which weakens the gradients of the modality that
@@ -51,7 +56,7 @@ class SamplingConfig(Config):
     """Where everything is lost without it. Equal to `rate`: the rates never move, and nothing is measured."""
 
     quality: float = Field(default=0.0, ge=0, le=1)
-    """Added to the chance of a medium whose quality is 0, less for better ones. 0: quality changes nothing."""
+    """Added to the chance of the worst medium, less for better ones. 0: quality changes nothing."""
 
     smallest_step: float = Field(default=0.02, ge=0, le=1)
     """A rate that is this near to what is wanted stays, so that chance in few records does not move it."""
@@ -106,8 +111,26 @@ class Change(NamedTuple):
 class ModalitySampler:
     """Leaves modalities out of batches. Shapes: B records, M modalities, U media, Q figures of quality."""
 
-    def __init__(self, config: SamplingConfig, seed: int, state: SamplingState | None = None) -> None:
+    def __init__(
+        self,
+        config: SamplingConfig,
+        seed: int,
+        state: SamplingState | None = None,
+        *,
+        figures: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """`figures` names those of quality, by modality.
+
+        Raises:
+            ConfigError: quality is to count, and nobody says what its figures are.
+        """
+        if config.quality and not figures:
+            raise ConfigError(
+                f"train.sampling.quality={config.quality} reads figures of quality, and nobody says which these are. "
+                "Measure on a Probe.on(...) of a preparation, or use 0."
+            )
         self.config = config
+        self.figures = figures or {}
         self.state = state if state is not None else SamplingState()
         self._seed = seed
 
@@ -138,9 +161,17 @@ class ModalitySampler:
         media = batch.media[name]
         rate_B = torch.full(media.present_B.shape, self.rate(name), device=media.present_B.device)
         if self.config.quality and media.quality_UQ is not None and len(media.quality_UQ):
-            lacking_U = 1 - media.quality_UQ.mean(dim=1).clamp(0, 1)
+            lacking_U = 1 - merit(media.quality_UQ, self.figures[name])
             rate_B = (rate_B + self.config.quality * lacking_U[media.index_B]).clamp(max=self.config.highest)
         return rate_B
+
+    def merits(self, batch: Batch) -> dict[str, float]:
+        """How good each modality's media are on average, where their figures are known."""
+        return {
+            name: float(merit(media.quality_UQ, self.figures[name]).mean())
+            for name, media in batch.media.items()
+            if media.quality_UQ is not None and len(media.quality_UQ) and name in self.figures
+        }
 
     def rate(self, name: str) -> float:
         """The chance of a modality to be left out, whatever its quality."""
@@ -162,3 +193,13 @@ class ModalitySampler:
             reason[name] = f"{does}: without it {reliance[name]:.0%} is lost, so {wanted:.3f} is wanted"
         self.state = SamplingState(rate=rate, reliance=reliance)
         return Change(before, rate, reason)
+
+
+def merit(quality_UQ: Tensor, figures: Sequence[str]) -> Tensor:
+    """How good each medium is (U,), from 0 to 1. Where no figure has a worse side, nothing is known against any."""
+    sided = [place for place, name in enumerate(figures) if WORSE[name] != "either"]
+    if not sided:
+        return quality_UQ.new_ones(len(quality_UQ))
+    worse_Q = torch.tensor([WORSE[figures[place]] == "high" for place in sided], device=quality_UQ.device)
+    figure_UQ = quality_UQ[:, sided].clamp(0, 1)
+    return torch.where(worse_Q, 1 - figure_UQ, figure_UQ).mean(dim=1)

@@ -395,7 +395,8 @@ class _Run:
                 "train.sampling follows what is lost without each modality, and there are no records to measure it on. "
                 "Give the watch a probe, or leave sampling out."
             )
-        self.sampler = None if config.sampling is None else ModalitySampler(config.sampling, seed)
+        figures = watch.probe.quality_names if watch is not None and watch.probe is not None else {}
+        self.sampler = None if config.sampling is None else ModalitySampler(config.sampling, seed, figures=figures)
         if config.flow is not None and (ranks.world > 1 or layout.shelved is not None):
             raise ConfigError(
                 "train.flow looks into one process that holds the whole model, and this run has ranks or offloads. "
@@ -685,7 +686,7 @@ class _Run:
                 with_all=found.with_all,
                 without=found.without,
                 with_none=found.with_none,
-                quality=probe.quality(),
+                quality=self.sampler.merits(probe.batch),
                 reason=change.reason,
                 seconds=time.perf_counter() - started,
             )

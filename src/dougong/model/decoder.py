@@ -204,7 +204,7 @@ class Decoder(BlockStack[DecoderState, DecoderOutput]):
 
     def __init__(self, config: DecoderConfig, signature: Signature) -> None:
         super().__init__()
-        self.writes, text = _written(config, signature)
+        self.writes, text = written_text(config, signature)
         others = {name: shape for name, shape in signature.inputs.items() if name != self.writes}
         read = signature.model_copy(update={"inputs": others})
         settled = settled_encoders(config.encoders, read, config.width) if others or config.encoders else {}
@@ -524,7 +524,12 @@ def _magnitudes(stretch: Stretch | None) -> tuple[float, float]:
     return magnitude(stretch.factor), every
 
 
-def _written(config: DecoderConfig, signature: Signature) -> tuple[str, TextInput]:
+def written_text(config: DecoderConfig, signature: Signature) -> tuple[str, TextInput]:
+    """Which text a decoder so described writes.
+
+    Raises:
+        ConfigError: it names none, or what is no text.
+    """
     texts: dict[str, Any] = {name: shape for name, shape in signature.inputs.items() if isinstance(shape, TextInput)}
     name = config.writes
     if name is None and len(texts) == 1:

@@ -21,7 +21,7 @@ from dougong.core.errors import ConfigError
 from dougong.core.signature import Signature
 from dougong.model.bridge import BridgeConfig
 from dougong.model.heads import ContrastiveHead, LearntTemperature, MatchingHead, PlainHead
-from dougong.model.mining import hard_negatives
+from dougong.model.mining import hard_negatives, spared
 from dougong.model.sandwich import (
     BridgeBlock,
     EncoderBlock,
@@ -146,7 +146,8 @@ class Dual(BlockStack[SandwichState, DualOutput]):
                 tokens[name], masks[name] = self.embedders[name](media.values)
                 medium[name] = media.index_B
         present_BM = torch.stack([batch.media[name].present_B for name in self.names], dim=1)
-        return SandwichState.begin(tokens, masks, medium, present_BM)
+        # A batch's target is what records share that are not held against each other.
+        return SandwichState.begin(tokens, masks, medium, present_BM)._replace(key_B=batch.target)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Each encoder, with its way to the shared width, by its modality's name."""
@@ -204,6 +205,9 @@ class MineBlock(nn.Module):
             score_UV = state.aligned[self.left] @ state.aligned[self.right].T / self._temperature[0]()
             pair_UV = torch.zeros_like(score_UV, dtype=torch.bool)
             pair_UV[left_B[both_B], right_B[both_B]] = True
+            if state.key_B is not None:
+                shape = (pair_UV.shape[0], pair_UV.shape[1])
+                pair_UV |= spared(left_B[both_B], right_B[both_B], state.key_B[both_B], shape)
             wrong_right = hard_negatives(score_UV, pair_UV)
             wrong_left = hard_negatives(score_UV.T, pair_UV.T)
         known_B = [both_B, both_B & wrong_right.known_U[left_B], both_B & wrong_left.known_U[right_B]]

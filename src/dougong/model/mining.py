@@ -1,7 +1,8 @@
 """Wrong partners that are nearly right.
 
-Here        `hard_negatives`.
-Elsewhere   who looks at them (model/dual.py); how wrong it is about them (objectives/matching.py).
+Here        `hard_negatives`; `spared`, which pairs are perhaps not wrong.
+Elsewhere   who looks at them (model/dual.py, objectives/contrastive.py); how wrong it is about them
+            (objectives/matching.py).
 Promise     a partner is never drawn as a wrong one; a medium for which the batch has no wrong one is told so. The draw
             is torch's own, whose state a checkpoint keeps.
 """
@@ -39,3 +40,14 @@ def hard_negatives(score_UV: Tensor, pair_UV: Tensor) -> Mined:
     # Where all are partners the floor alone is left, whose softmax is even: something is drawn, and marked unknown.
     chance_UV = score_UV.softmax(dim=1)
     return Mined(torch.multinomial(chance_UV, 1)[:, 0], known_U)
+
+
+def spared(left_B: Tensor, right_B: Tensor, key_B: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Which of the U x V pairs of media come from records of one key: they may say the same (Khosla et al. 2020,
+    arXiv:2004.11362, call such records positives; here they are only left out)."""
+    key_B = torch.unique(key_B, return_inverse=True)[1]
+    num_keys = int(key_B.max()) + 1 if len(key_B) else 1
+    left_UK, right_VK = (key_B.new_zeros((size, num_keys), dtype=torch.float32) for size in shape)
+    left_UK[left_B, key_B] = 1.0
+    right_VK[right_B, key_B] = 1.0
+    return left_UK @ right_VK.T > 0

@@ -191,6 +191,9 @@ class SandwichState(NamedTuple):
     completed: dict[str, Tensor]
     """(B, K, D): the completed tokens of each such modality; zero in other records."""
 
+    key_B: Tensor | None = None
+    """Records of equal numbers are not held against each other, where wrong partners are looked for."""
+
     @classmethod
     def begin(
         cls, tokens: dict[str, Tensor], masks: dict[str, Tensor], medium: dict[str, Tensor], present_BM: Tensor
@@ -326,7 +329,7 @@ class Sandwich(BlockStack[SandwichState, SandwichOutput]):
     def _head_config(config: SandwichConfig, signature: Signature, width: int) -> DecisionConfig:
         return DecisionConfig(
             width=width,
-            hidden=round(config.width * config.head_ratio),
+            hidden=max(1, round(config.width * config.head_ratio)),
             num_outputs=signature.target.num_outputs,
             dropout=config.head_dropout,
         )

@@ -126,12 +126,13 @@ class PictureTokenizer(BlockStack[Coded, Coded]):
 
     @torch.no_grad()
     def encode(self, pixels_UCHW: Tensor) -> Tensor:
-        """The codes, row by row, (U, P) for P cells."""
-        state = self._start(pixels_UCHW)
-        for block in self.blocks:
-            state = block(state)
-            if block is self.codebook:
-                break
+        """The codes, row by row, (U, P) for P cells; the same under any precision."""
+        with torch.autocast(pixels_UCHW.device.type, enabled=False):
+            state = self._start(pixels_UCHW.float())
+            for block in self.blocks:
+                state = block(state)
+                if block is self.codebook:
+                    break
         return state.code_UHW.flatten(1)
 
     @torch.no_grad()
@@ -176,11 +177,12 @@ class Codebook(nn.Module):
     def forward(self, state: Coded) -> Coded:
         z_UHWE = self.narrow(state.x_UDHW).permute(0, 2, 3, 1)
         z_NE = z_UHWE.detach().flatten(0, 2).float()
-        if self.training:
+        learns = self.training and len(z_NE) > 0  # a batch without pictures says nothing of any code
+        if learns:
             self._revive(z_NE)
         nearest_N = _nearest(z_NE, self.code_KE)
         chosen_UHWE = functional.embedding(nearest_N, self.code_KE).view(z_UHWE.shape)
-        if self.training:
+        if learns:
             self._follow(z_NE, nearest_N)
         strayed_U = (z_UHWE - chosen_UHWE).square().mean(dim=(1, 2, 3))
         passed_UHWE = z_UHWE + (chosen_UHWE - z_UHWE).detach()
@@ -222,9 +224,10 @@ class Codebook(nn.Module):
 
 
 def _nearest(z_NE: Tensor, code_KE: Tensor) -> Tensor:
-    # |z|^2 is the same for every code.
-    distance_NK = code_KE.square().sum(dim=1) - 2 * z_NE @ code_KE.T
-    return distance_NK.argmin(dim=1)
+    # |z|^2 is the same for every code. In float32 under any precision: of near codes a rounded product takes another.
+    with torch.autocast(z_NE.device.type, enabled=False):
+        distance_NK = code_KE.square().sum(dim=1) - 2 * z_NE @ code_KE.T
+        return distance_NK.argmin(dim=1)
 
 
 class PlaceNorm(nn.LayerNorm):

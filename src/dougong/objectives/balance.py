@@ -102,7 +102,8 @@ def pareto_weights(whole: Tensor, own: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ModulatedBackward:
-    """OGM-GE: gradients of the stronger modality's encoder are held back, and noise keeps what it loses of wandering.
+    """OGM-GE: gradients of the stronger modality's encoder are held back, and noise, in every encoder, keeps what that
+    loses of wandering.
 
     How much each modality knows is read from its own head (model.own_heads). The paper reads it from its share of a
     linear classifier over the concatenation, which a head with a hidden layer does not have.
@@ -125,7 +126,7 @@ class ModulatedBackward:
         factor_M = modulation(right_BM, present_BM, self.alpha)
         gradients = _gradients(loss, parts.model)
         for factor, parameters in zip(factor_M.tolist(), self.parts.values(), strict=True):
-            if factor == 1.0:
+            if factor == 1.0 and not self.noise:
                 continue
             for parameter in parameters:
                 gradient = gradients.get(parameter)

@@ -1,7 +1,7 @@
 """How far modalities are from saying the same of a record.
 
-Here        `contrastive_loss` of two modalities, `all_pairs_loss` of any number, `negative_weights` and `spared`, which
-            say how much is held against what.
+Here        `contrastive_loss` of two modalities, `all_pairs_loss` of any number, `negative_weights`, which says how
+            much is held against what.
 Elsewhere   the vectors and the learnt temperature (model/heads.py); whether two belong together, asked of each pair
             (matching.py); adding it to what else is learnt (recipes/).
 Promise     two records that share a medium are never held against each other; a medium that weighs 0 as a negative
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dougong.core.errors import ConfigError
+from dougong.model.mining import spared
 
 TEMPERATURE = 0.07
 
@@ -45,7 +46,8 @@ def contrastive_loss(
         negative_UV: how much each pair that is no partnership is held against both, from 0, not at all, to 1, as any
             other. It multiplies the pair's share of the softmax. None: 1 everywhere.
     """
-    score_UV = (left_UD.float() @ right_VD.float().T) / temperature
+    with torch.autocast(left_UD.device.type, enabled=False):  # which would round the scores, and so all that follows
+        score_UV = (left_UD.float() @ right_VD.float().T) / temperature
     pair_UV = _partners(score_UV, left_B, right_B)
     # A finite floor, not -inf: a medium without any partner here would get NaN gradients.
     floor = torch.finfo(score_UV.dtype).min
@@ -103,17 +105,6 @@ def all_pairs_loss(
     if not losses:  # a batch without any pair still has a loss, which asks nothing of anybody
         return sum((each.float().sum() * 0.0 for each in vectors.values()), torch.zeros(()))
     return torch.stack(losses).mean()
-
-
-def spared(left_B: Tensor, right_B: Tensor, key_B: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Which of the U x V pairs of media come from records of one key: they may say the same (Khosla et al. 2020,
-    arXiv:2004.11362, call such records positives; here they are only left out)."""
-    key_B = torch.unique(key_B, return_inverse=True)[1]
-    num_keys = int(key_B.max()) + 1 if len(key_B) else 1
-    left_UK, right_VK = (key_B.new_zeros((size, num_keys), dtype=torch.float32) for size in shape)
-    left_UK[left_B, key_B] = 1.0
-    right_VK[right_B, key_B] = 1.0
-    return left_UK @ right_VK.T > 0
 
 
 def negative_weights(similarity_UV: Tensor, *, low: float, high: float) -> Tensor:

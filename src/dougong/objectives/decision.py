@@ -7,6 +7,7 @@ Promise     a loss is a sum over records, so that micro-batches and ranks of une
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,18 +29,18 @@ def decision_loss(output_BC: Tensor, target: Tensor, task: Task, label_smoothing
             f"label_smoothing={label_smoothing} is no share: it is the probability taken from the true label. "
             "Use 0.0 for none, 0.1 for some."
         )
-    output_BC = output_BC.float()
+    output_BC = output_BC if output_BC.dtype == torch.float64 else output_BC.float()
     if task == "single_label":
         return functional.cross_entropy(output_BC, target, label_smoothing=label_smoothing, reduction="sum")
     if task == "multi_label":
-        target_BC = target.float() * (1.0 - label_smoothing) + 0.5 * label_smoothing
+        target_BC = target.to(output_BC.dtype) * (1.0 - label_smoothing) + 0.5 * label_smoothing
         loss_BC = functional.binary_cross_entropy_with_logits(output_BC, target_BC, reduction="none")
         return loss_BC.mean(dim=-1).sum()
     if label_smoothing:
         raise ConfigError(
             f"label_smoothing={label_smoothing} has no labels to smooth: the task is regression. Use 0.0."
         )
-    return functional.mse_loss(output_BC[:, 0], target.float(), reduction="sum")
+    return functional.mse_loss(output_BC[:, 0], target.to(output_BC.dtype), reduction="sum")
 
 
 def decision_probabilities(output_BC: Tensor, task: Task) -> Tensor:

@@ -60,8 +60,9 @@ def gathered_contrastive_loss(
 
     left_UD, right_VD = left_GD[lefts.first_U], right_HD[rights.first_U]
     # Only the rows and columns of this rank's own records: the scores are shared out like the records.
-    to_right_B = _surprise(left_UD[left_B] @ right_VD.T / temperature, pair_UV[left_B])
-    to_left_B = _surprise(right_VD[right_B] @ left_UD.T / temperature, pair_UV.T[right_B])
+    with torch.autocast(left_UD.device.type, enabled=False):  # as contrastive.py
+        to_right_B = _surprise(left_UD[left_B] @ right_VD.T / temperature, pair_UV[left_B])
+        to_left_B = _surprise(right_VD[right_B] @ left_UD.T / temperature, pair_UV.T[right_B])
     return 0.5 * (to_right_B + to_left_B).sum()
 
 

@@ -30,6 +30,7 @@ from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import Target
 from dougong.data.columns import ColumnRole, infer_role
+from dougong.data.leak import Leak, check_leaks, find_leaks
 from dougong.data.modality.image import open_picture
 from dougong.data.modality.medium import BadValue, media_bytes
 from dougong.data.pairs import PairLoader
@@ -75,6 +76,8 @@ class AlignTables(NamedTuple):
     test: Table
     test_is_validation: bool
     notes: tuple[str, ...]
+    leaks: tuple[Leak, ...] = ()
+    """What the tables share; only where that is allowed."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def open_align_tables(data: AlignDataConfig, *, seed: int, quiet: bool = True) -
 
     Raises:
         ConfigError: there is no validation table.
-        DataError: a table cannot be used.
+        DataError: a table cannot be used, or two of them share a medium and data.allow_leak is not set.
     """
     if data.source == "emoji":
         return _emoji_tables(data, seed=seed, quiet=quiet)
@@ -160,7 +163,27 @@ def open_align_tables(data: AlignDataConfig, *, seed: int, quiet: bool = True) -
     validation = open_table(data.validation)
     test = validation if data.test is None else open_table(data.test)
     notes = () if data.test else ("no test table was given: the figures are of the validation records",)
-    return AlignTables(open_table(data.train), validation, test, data.test is None, notes)
+    given = {"train": open_table(data.train), "validation": validation}
+    if data.test is not None:
+        given["test"] = test
+    leaks = find_leaks(given, roles_of_sides(data, given["train"]))
+    if not data.allow_leak:
+        check_leaks(leaks)
+    said = [f"data.allow_leak: {leak.line()}" for leak in leaks]
+    return AlignTables(given["train"], validation, test, data.test is None, (*notes, *said), leaks)
+
+
+def roles_of_sides(data: AlignDataConfig, table: Table) -> dict[str, ColumnRole]:
+    """What the columns of all sides hold.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    return {
+        column: ColumnRole(side_role(side, (column,), table).role, f"shows {side}")
+        for side, columns in data.sides.items()
+        for column in columns
+    }
 
 
 def _emoji_tables(data: AlignDataConfig, *, seed: int, quiet: bool) -> AlignTables:

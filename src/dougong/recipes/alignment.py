@@ -83,6 +83,9 @@ class AlignDataConfig(Config):
     group: str | None = None
     """A column by whose values the report shows what was found."""
 
+    allow_leak: bool = False
+    """Whether a medium may stand in two of the tables. A run refuses it otherwise."""
+
     batch_size: int = Field(default=64, gt=1)
     """Records of one batch: each is told from so many less one."""
 

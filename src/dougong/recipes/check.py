@@ -27,10 +27,9 @@ from dougong.data.leak import MEDIA, Leak
 from dougong.data.pairs import PairLoader
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.table import Table
-from dougong.recipes.align import fit_sides, open_align_tables, side_role
+from dougong.recipes.align import fit_sides, open_align_tables, roles_of_sides
 from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
 from dougong.recipes.build import target_of
-from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Tables, open_tables
@@ -116,7 +115,7 @@ def check_recipe_or_table(
         return _check_alignment(what, recipe)
     # What leaks is told here; only a run refuses it.
     data = recipe.data.model_copy(update={"allow_leak": True})
-    tables = open_tables(data, seed=recipe.seed, decides=not isinstance(recipe, DecodeRecipe))
+    tables = open_tables(data, seed=recipe.seed, decides=isinstance(recipe, Recipe))
     found = target_of(data, tables)
     preparation = fit_preparation(tables.train, tables.roles, found, recipe.data.preparation)
     parts = {"train": tables.train, "validation": tables.validation}
@@ -176,9 +175,11 @@ def _relations(
     data: DataConfig, tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]
 ) -> list[str]:
     """What is wrong between records, parts and modalities."""
-    would = "is allowed by data.allow_leak" if data.allow_leak else "a run would refuse this"
-    warnings = [f"{leak.line()}: {would}" for leak in tables.leaks]
+    warnings = _leaking(data, tables.leaks)
     for found in duplicates:
+        refused = any(leak.column == found.column for leak in tables.leaks)
+        if found.kind in MEDIA and found.num_exact_across and not refused:
+            warnings.append(f"{found.column}: {found.num_exact_across} {found.kind} media are in more than one part")
         if found.kind in MEDIA and found.num_near_across:
             warnings.append(
                 f"{found.column}: {found.num_near_across} groups of nearly the same {found.kind} media "
@@ -188,6 +189,11 @@ def _relations(
         if pair.shift or pair.num_flagged:
             warnings.append(f"{pair.left} and {pair.right}: {pair.verdict}")
     return warnings
+
+
+def _leaking(data: DataConfig | AlignDataConfig, leaks: Sequence[Leak]) -> list[str]:
+    would = "is allowed by data.allow_leak" if data.allow_leak else "a run would refuse this"
+    return [f"{leak.line()}: {would}" for leak in leaks]
 
 
 def _looked_at(tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]) -> list[str]:
@@ -209,27 +215,24 @@ def _looked_at(tables: Tables, duplicates: Sequence[Duplicates], alignments: Seq
 
 def _check_alignment(what: str, recipe: AlignRecipe) -> CheckResult:
     """The same of a recipe that draws modalities together."""
-    tables = open_align_tables(recipe.data, seed=recipe.seed)
+    data = recipe.data.model_copy(update={"allow_leak": True})
+    tables = open_align_tables(data, seed=recipe.seed)
     preparation = fit_sides(recipe.data, tables.train)
     network = recipe.model.build(preparation.signature())
     parts = {"train": tables.train, "validation": tables.validation}
     if not tables.test_is_validation:
         parts["test"] = tables.test
     reports = {part: _read_all(table, preparation, recipe.data) for part, table in parts.items()}
-    roles = {
-        column: ColumnRole(side_role(side, (column,), tables.train).role, f"shows {side}")
-        for side, columns in recipe.data.sides.items()
-        for column in columns
-    }
     return CheckResult(
         name=what,
-        roles=roles,
+        roles=roles_of_sides(recipe.data, tables.train),
         reports=reports,
         inputs={name: shape.model_dump() for name, shape in preparation.signature().inputs.items()},
         target={},
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         notes=tables.notes,
-        warnings=tuple(_warnings(reports, recipe.train.max_bad_share)),
+        warnings=(*_warnings(reports, recipe.train.max_bad_share), *_leaking(recipe.data, tables.leaks)),
+        leaks=tables.leaks,
     )
 
 

@@ -12,21 +12,29 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dougong.core.config import parse
+from dougong.core.errors import ConfigError
 from dougong.core.files import write_json
-from dougong.data.modality.medium import media_key
+from dougong.data.modality.medium import unit_key
+from dougong.data.table import cells_of
 from dougong.engine.evaluate import Evaluation
+from dougong.model.sandwich import SandwichConfig
 from dougong.recipes.interval import Gain, paired_gain
 from dougong.recipes.known import read_recipe
+from dougong.recipes.losses import ObjectiveConfig
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, judged_views, run_recipe, write_evaluation
 from dougong.recipes.tables import Tables, open_tables
 from dougong.watch.report import write_report
+
+OF_THE_BRIDGE: Final = ("completion", "gate_quality", "gate_temperature")
+TAUGHT_OF_THE_BRIDGE: Final = ("completion_weight", "gate_weight")
+"""Settings of the model and the objective that late fusion has nothing for."""
 
 
 class Row(NamedTuple):
@@ -93,6 +101,10 @@ def compare(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Comparison:
 def _arrangements(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """The same recipe with the parts put together otherwise; the sandwich last, since its folder holds the others."""
     conditions = recipe.data.conditions
+    if not conditions:
+        raise ConfigError(
+            "this compares what is asked in several ways, and data.conditions are none. Name two or more."
+        )
     shared = set.intersection(*(set(keep) for keep in conditions.values()))
     asked = tuple(sorted({name for keep in conditions.values() for name in keep} - shared))
     return [
@@ -108,7 +120,12 @@ def _altered(recipe: Recipe, *, modalities: tuple[str, ...] | None, fusion: str)
     values["data"]["modalities"] = modalities
     values["model"]["fusion"] = fusion
     if fusion == "late":
-        values["model"]["completion"] = None  # nothing meets before the head: there is nowhere to stand in
+        # Nothing meets before the head: there is no gate, and nowhere to stand in.
+        model, objective = SandwichConfig().model_dump(mode="json"), ObjectiveConfig().model_dump(mode="json")
+        values["model"] |= {name: model[name] for name in OF_THE_BRIDGE}
+        values["objective"] |= {name: objective[name] for name in TAUGHT_OF_THE_BRIDGE}
+        if values["model"]["decide"] == "gated":
+            values["model"]["decide"] = "mean"
     if modalities is not None:
         values["model"]["encoders"] = {
             name: encoder for name, encoder in values["model"]["encoders"].items() if name in modalities
@@ -129,9 +146,10 @@ def _majority(tables: Tables, recipe: Recipe) -> Row:
 
 def _units(tables: Tables) -> list[Any]:
     """What each test record shares with others, by the column that the split went by."""
-    if tables.unit is None:
+    if tables.unit is None or tables.unit not in tables.test.schema.names:
         return list(range(tables.test.num_rows))
-    return [media_key(cell) for cell in tables.test.column(tables.unit).to_pylist()]
+    keys = [unit_key(cell) for cell in cells_of(tables.test.column(tables.unit))]
+    return [("alone", row) if key is None else key for row, key in enumerate(keys)]
 
 
 def _gain(ours: Evaluation, theirs: Evaluation, units: list[Any]) -> Gain:

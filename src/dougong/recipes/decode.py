@@ -39,6 +39,7 @@ from dougong.recipes.training import (
     Learning,
     Lesson,
     begin_run,
+    check_names,
     judging_loader,
     provenance,
     train_on_ranks,
@@ -131,6 +132,9 @@ def _train(
     resume: bool,
     ranks: Ranks,
 ) -> Decoder:
+    kept = [name for keep in recipe.data.conditions.values() for name in keep]
+    check_names("data.conditions", kept, tables, preparation)
+
     def build() -> Decoder:
         return build_model(recipe, preparation)
 

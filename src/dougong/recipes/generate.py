@@ -9,8 +9,9 @@ Promise     a run folder is never overwritten; one that was stopped goes on with
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +25,14 @@ from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Listener
 from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import ImageInput, Target
+from dougong.core.signature import NOTHING, ImageInput
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.modality.text import TextModality
 from dougong.data.position import Share
 from dougong.data.preparation import Preparation, fit_preparation
-from dougong.data.table import Table
+from dougong.data.table import Table, cells_of
 from dougong.engine.batches import to_tensors
+from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.evaluate import evaluating
 from dougong.engine.memory.recompute import Keep
 from dougong.engine.parallel.ranks import Ranks
@@ -90,7 +92,7 @@ def run_generation(
         ConfigError: the records are not of one picture and one text, or the tokenizer to take is another one.
     """
     recipe = settle_recipe(recipe, folder, resume=resume, kept=_kept_blocks)
-    tables = open_tables(recipe.data, seed=recipe.seed)
+    tables = open_tables(recipe.data, seed=recipe.seed, decides=False)
     preparation = _prepare(recipe, tables, folder)
     listeners: list[Listener] = [] if quiet else [Progress()]
     tokenizer = _tokenizer(recipe, tables, preparation, folder, listeners, resume=resume)
@@ -102,13 +104,14 @@ def run_generation(
 
     notes = (
         *tables.notes,
-        "names: share of captions written that have every word of the record's own label and of no other",
+        "names: share of pictures whose caption has every word of the record's own label and of no other",
         "bits: of held-out words or codes, given the true ones before them",
     )
     evaluations = judge_writer(model, tables.test, preparation, batch_size=JUDGED_AT_ONCE)
     generator = _generator(recipe, model, preparation, tables, evaluations, notes)
-    if "caption" in evaluations:
-        named = captions_that_name(generator, tables.test, seed=recipe.seed)
+    labels = _labels(tables)
+    if "caption" in evaluations and labels:
+        named = captions_that_name(generator, tables.test, labels, seed=recipe.seed)
         evaluations["caption"].metrics["names"] = named
         generator = _generator(recipe, model, preparation, tables, evaluations, notes)
     generator.save(folder / "bundle")
@@ -135,19 +138,36 @@ def judge_writer(
     return {direction: found for direction, found in judged.items() if found.metrics}
 
 
-def captions_that_name(generator: Generator, table: Table, *, seed: int = 0) -> float:
-    """Share of the captions written of the table's pictures that have the words of the record's own label, and of the
-    other words that labels are made of none."""
-    target = generator.preparation.target
-    known = {word for label in target.labels for word in label.split()}
+def captions_that_name(generator: Generator, table: Table, labels: Mapping[int, str], *, seed: int = 0) -> float:
+    """Share of the table's pictures of which a caption is written that has the words of the record's own label, and of
+    the other words that labels are made of none. `labels` are by row; a record without one, or without a picture, is
+    not counted. Not a number where none is."""
+    known = {word for label in labels.values() for word in label.split()}
     right = total = 0
-    for number, batch in enumerate(batches_of(table, generator.preparation, JUDGED_AT_ONCE)):
+    loader = Loader(table, generator.preparation, LoaderConfig(batch_size=JUDGED_AT_ONCE))
+    for number, arrays in enumerate(arrays for arrays in loader.one_pass() if len(arrays.row_B)):
+        batch = to_tensors(arrays)
         captions = generator.write(batch, "caption", seed=derive_seed(seed, "judged", number))
-        assert batch.target is not None
-        for caption, label in zip(captions, batch.target.tolist(), strict=True):
-            right += known & set(caption.split()) == set(target.labels[label].split())
-            total += 1
-    return right / total
+        seen_B = batch.media[generator.network.picture].present_B
+        for caption, row, seen in zip(captions, arrays.row_B.tolist(), seen_B.tolist(), strict=True):
+            if seen and row in labels:
+                right += known & set(caption.split()) == set(labels[row].split())
+                total += 1
+    return right / total if total else math.nan
+
+
+def _labels(tables: Tables) -> dict[int, str]:
+    """The words of each test record's label, by row, where a column is named as the target; it is not learnt."""
+    name = next((name for name, role in tables.roles.items() if role.role == "target"), None)
+    found: dict[int, str] = {}
+    if name is not None and name in tables.test.schema.names:
+        for chunk in range(tables.test.num_chunks):
+            cells = cells_of(tables.test.read(chunk, [name]).column(name))
+            rows = tables.test.numbers_of(chunk).tolist()
+            found |= {
+                row: cell for row, cell in zip(rows, cells, strict=True) if isinstance(cell, str) and cell.strip()
+            }
+    return found
 
 
 def batches_of(table: Table, preparation: Preparation, batch_size: int = JUDGED_AT_ONCE) -> Iterator[Batch]:
@@ -172,7 +192,8 @@ def prepare_records(recipe: GenerateRecipe, tables: Tables) -> Preparation:
     """What the two columns hold, learnt from training records alone."""
     if recipe.tokenizer.take is not None:
         # Codes mean something only for pixels that are normalised as the tokenizer's were.
-        return load_generator(recipe.tokenizer.take).preparation
+        taken = load_generator(recipe.tokenizer.take).preparation
+        return Preparation(taken.modalities, NOTHING, quality=taken.quality)
     target = target_of(recipe.data, tables)
     preparation = fit_preparation(tables.train, tables.roles, target, recipe.data.preparation)
     return preparation if recipe.data.modalities is None else preparation.only(recipe.data.modalities)
@@ -250,6 +271,8 @@ def _tokenizer(
         seed=recipe.seed,
         resume=resume,
     )
+    if recipe.tokenizer.train.ema is not None:
+        load_weights(tokenizer, best_weights(folder / "tokenizer"))
     return tokenizer
 
 
@@ -287,7 +310,7 @@ def _lesson(
 
 def _kept_blocks(recipe: GenerateRecipe) -> tuple[Keep, ...] | None:
     """What each of the writer's blocks keeps to meet the recipe's budget, whatever its tokenizer has learnt."""
-    tables = open_tables(recipe.data, seed=recipe.seed)
+    tables = open_tables(recipe.data, seed=recipe.seed, decides=False)
     preparation = prepare_records(recipe, tables)
     tokenizer = functools.partial(_first_tokenizer, recipe, preparation)
     return kept_alone(recipe, _lesson(recipe, tables, preparation, tokenizer))
@@ -324,8 +347,9 @@ def _generator(
 def _write_samples(result: GenerationResult, recipe: GenerateRecipe) -> None:
     """Test records with what is written about them, for the page."""
     generator, network = result.generator, result.generator.network
-    target: Target = generator.preparation.target
-    batch = next(batches_of(result.tables.test, generator.preparation, SHOWN))
+    loader = Loader(result.tables.test, generator.preparation, LoaderConfig(batch_size=SHOWN, workers=0))
+    arrays = next(arrays for arrays in loader.one_pass() if len(arrays.row_B))
+    batch, labels = to_tensors(arrays), _labels(result.tables)
     folder = result.folder / GALLERY
     folder.mkdir(exist_ok=True)
     image, text = batch.media[network.picture], batch.media[network.words]
@@ -339,9 +363,10 @@ def _write_samples(result: GenerationResult, recipe: GenerateRecipe) -> None:
     true = generator.pictures(pixels_UCHW)
     samples = []
     for place in range(batch.num_records):
-        sample: dict[str, Any] = {"row": place}
-        if batch.target is not None and target.labels:
-            sample["label"] = target.labels[int(batch.target[place])]
+        row = int(arrays.row_B[place])
+        sample: dict[str, Any] = {"row": row}
+        if row in labels:
+            sample["label"] = labels[row]
         if bool(text.present_B[place]):
             sample["caption"] = generator.text(text.values["ids_UT"][text.index_B[place]])
             if "draw" in written:

@@ -85,6 +85,24 @@ class GenerateRecipe(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> GenerateRecipe:
+        for name in ("views", "one_view_a_batch", "withhold", "corrupt", "conditions"):
+            given = getattr(self.data, name)
+            if given != DataConfig.model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(
+                    f"data.{name}={given} has no effect: a writer reads each record as it is, to write one part of it "
+                    "from the other. Leave it out; model.condition_dropped leaves conditions out."
+                )
+        if self.train.sampling is not None or self.tokenizer.train.sampling is not None:
+            raise ValueError("train.sampling follows what a decision loses, and none is made. Leave it out.")
+        if self.data.loader.batch_size < len(self.model.directions):
+            raise ValueError(
+                f"data.loader.batch_size={self.data.loader.batch_size} leaves some of {len(self.model.directions)} "
+                "directions without a record. Use as many or more."
+            )
+        return self
+
 
 def vqa_generate() -> GenerateRecipe:
     """Captions of easy-VQA's pictures, and pictures of captions, by one decoder."""

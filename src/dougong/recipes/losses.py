@@ -74,7 +74,7 @@ class ObjectiveConfig(Config):
     """ogm-ge: how strongly."""
 
     ogm_noise: bool = True
-    """ogm-ge: add noise as wide as the gradient to what is held back, as its paper does."""
+    """ogm-ge: add noise as wide as its gradient to each encoder's, held back or not, as its paper does."""
 
     teach_weight: float = 0.0
     """Of each modality's own scores learning what all together decide, where the model has taught heads of its own."""
@@ -115,6 +115,7 @@ def check_objective(objective: ObjectiveConfig, model: SandwichConfig) -> None:
         "doubt_weight": model.decide != "evidence",
         "rank_weight": model.decide != "confidence",
         "completion_weight": model.completion is None,
+        "align_weight": not model.align,
         "own_weight": bool(objective.blend) or (model.decide == "fused" and model.own_heads == "none"),
         "label_smoothing": model.decide == "evidence",
     }

@@ -16,8 +16,10 @@ import torch
 
 from dougong.core.config import parse
 from dougong.core.errors import ConfigError
+from dougong.core.seeds import derive_seed
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.preparation import Preparation
+from dougong.data.split import sample_table
 from dougong.data.table import Table
 from dougong.engine.batches import to_tensors
 from dougong.model.sandwich import Sandwich
@@ -65,15 +67,13 @@ def blending_pilot(recipe: Recipe, folder: Path, tables: Tables, *, share: float
 
 @torch.inference_mode()
 def _head_losses(recipe: Recipe, model: Sandwich, table: Table, preparation: Preparation) -> dict[str, float]:
-    """Each head's mean loss over the table's first records."""
+    """Each head's mean loss over some of the table's records, drawn from all over it."""
     losses_by_head = losses_of(recipe.objective, recipe.model, preparation.target.task)
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
-    seen = 0
+    table = sample_table(table, MOST_RECORDS, seed=derive_seed(recipe.seed, "pilot"))
     for arrays in Loader(table, preparation, LoaderConfig(batch_size=256)).one_pass():
         batch = to_tensors(arrays)
-        if seen >= MOST_RECORDS:
-            break
         if not batch.num_records:
             continue
         found = losses_by_head(model(batch), batch)
@@ -82,5 +82,4 @@ def _head_losses(recipe: Recipe, model: Sandwich, table: Table, preparation: Pre
         for name, loss in found.own.items():
             sums[name] += float(loss)
             counts[name] += int(batch.media[name].present_B.sum())
-        seen += batch.num_records
     return {name: sums[name] / counts[name] for name in sums}

@@ -516,7 +516,7 @@ class _Trial:
                 break
         sampling = self.recipe.train.sampling
         if sampling is not None:
-            sampler = ModalitySampler(sampling, self.recipe.seed)
+            sampler = ModalitySampler(sampling, self.recipe.seed, figures=self.preparation.quality_names)
             found = [[sampler(batch, step=0, part=place) for batch in row] for place, row in enumerate(found)]
         return tuple(batch for row in found for batch in row)
 

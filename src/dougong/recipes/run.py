@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from dougong.bundle.model import Model
 from dougong.core.bundle import Manifest
+from dougong.core.errors import ConfigError
 from dougong.core.events import Listener
 from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
@@ -42,6 +43,7 @@ from dougong.recipes.training import (
     Learning,
     Lesson,
     begin_run,
+    check_names,
     encodes_withheld,
     judging_loader,
     narrowed_corrupt,
@@ -151,14 +153,23 @@ def train_recipe(
 
 
 def judged_views(recipe: Recipe, preparation: Preparation) -> dict[str, View]:
-    """What to judge under: the recipe's conditions, else everything, without each, each alone."""
+    """What to judge under: the recipe's conditions, else everything, without each, each alone.
+
+    Raises:
+        ConfigError: no condition keeps any of the modalities.
+    """
     names = tuple(preparation.modalities)
     if recipe.data.conditions:
         narrowed = {
             condition: tuple(name for name in keep if name in names)
             for condition, keep in recipe.data.conditions.items()
         }
-        return {condition: View(keep=keep) for condition, keep in narrowed.items() if keep}
+        found = {condition: View(keep=keep) for condition, keep in narrowed.items() if keep}
+        if not found:
+            raise ConfigError(
+                f"data.conditions keep none of the modalities here: {', '.join(names)}. Name some of them."
+            )
+        return found
     views = {"all": View(keep=names)}
     if 1 < len(names) <= MOST_CONDITIONS:
         views.update({f"without {name}": View(keep=tuple(n for n in names if n != name)) for name in names})
@@ -225,6 +236,8 @@ def _train(
     metric = primary_metric(task)
     beside = encodes_withheld(recipe)
     # Named conditions are all that matters to this recipe; otherwise what matters is the whole record.
+    kept = [name for keep in recipe.data.conditions.values() for name in keep]
+    check_names("data.conditions", kept, tables, preparation)
     judged = judged_views(recipe, preparation)
     judged = judged if recipe.data.conditions else {"all": judged["all"]}
     check_blend(recipe.objective, tuple(preparation.modalities))
@@ -267,7 +280,7 @@ def _unseen(recipe: Recipe, tables: Tables, preparation: Preparation) -> Iterato
             preparation,
             LoaderConfig(batch_size=JUDGED_AT_ONCE, workers=recipe.data.loader.workers),
             seed=derive_seed(recipe.seed, "weigh", number),
-            views=narrowed_views(recipe, preparation),
+            views=narrowed_views(recipe, tables, preparation),
             withhold=recipe.data.withhold,
             corrupt=narrowed_corrupt(recipe, tables, preparation),
         ).one_pass()

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from dougong.core.errors import ConfigError
 from dougong.data.columns import ColumnRole, infer_roles
 from dougong.data.join import join_table
-from dougong.data.leak import Leak, check_leaks, find_leaks
+from dougong.data.leak import Leak, check_leaks, copies, find_leaks
 from dougong.data.modality.medium import media_key
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.sources.digits import prepare_digits
@@ -25,12 +28,14 @@ from dougong.data.sources.seen_and_spoken import PAIRINGS, prepare_seen_and_spok
 from dougong.data.sources.uci_views import fetch_uci_views, prepare_uci_views
 from dougong.data.sources.xor import prepare_xor
 from dougong.data.split import split_table
-from dougong.data.table import Table, open_table
+from dougong.data.table import Table, cells_of, open_table
 from dougong.recipes.recipe import DataConfig
 
 Announce = Callable[[str, int, int], None]
 
 MEDIA_ROLES: Final = ("image", "audio", "signal", "volume")
+LOOKED_AT: Final = 2000
+"""Records in which a medium that repeats is looked for."""
 
 
 class Tables(NamedTuple):
@@ -75,6 +80,9 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     roles = infer_roles(train, target=data.target, named=data.columns, decides=decides)
     unread = ("ignore",) if decides else ("ignore", "target")
     target = next(name for name, found in roles.items() if found.role == "target") if decides else None
+    if data.unit is not None and data.unit not in train.schema.names:
+        known = ", ".join(train.schema.names[:40])
+        raise ConfigError(f"data.unit {data.unit!r} is no column of {train.path.name}. Use one of {known}.")
     unit = data.unit or _shared_medium(train, roles)
     given = {"train": train}
     for part, path in (("validation", validation_path), ("test", test_path)):
@@ -86,8 +94,11 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     if "validation" in given:
         validation = given["validation"]
     else:
-        train, validation = split_table(train, data.validation_share, unit=unit, seed=seed)
+        together = _copies(train, roles, unit) if data.source is None else {}
+        own = list(together.values())
+        train, validation = split_table(train, data.validation_share, unit=unit, seed=seed, together=own)
         by = f"by {unit}" if unit else "by record"
+        by += "".join(f", those with the same {name} on one side" for name in together)
         notes = (*notes, f"{validation.num_rows} validation records were held out of the training table, {by}")
     test = given.get("test", validation)
     if test_path is None:
@@ -126,6 +137,17 @@ def _leaks(
     lacking = [part for part, table in given.items() if data.unit is not None and data.unit not in table.schema.names]
     notes += [f"{part} has no column {data.unit!r}: whether it shares units is not known" for part in lacking]
     return leaks, tuple(notes)
+
+
+def _copies(table: Table, roles: dict[str, ColumnRole], unit: str | None) -> dict[str, npt.NDArray[np.int64]]:
+    """Which records hold the same medium of a column, by those columns where any do."""
+    found = {}
+    for name, role in roles.items():
+        if role.role in MEDIA_ROLES and name != unit:
+            number_R = copies(table, name)
+            if number_R is not None and len(np.unique(number_R[number_R >= 0])) < (number_R >= 0).sum():
+                found[name] = number_R
+    return found
 
 
 def _locate(
@@ -184,8 +206,8 @@ def _three_tables(folder: Path) -> tuple[Path, Path, Path]:
 def _shared_medium(table: Table, roles: dict[str, ColumnRole]) -> str | None:
     """A media column whose values repeat: its records must not be on two sides."""
     for name, found in roles.items():
-        if found.role in ("image", "audio"):
-            keys = [media_key(cell) for cell in table.read(0, [name]).column(name).to_pylist()[:2000]]
+        if found.role in MEDIA_ROLES:
+            keys = [media_key(cell) for cell in cells_of(table.first(0, LOOKED_AT, [name]).column(name))]
             there = [key for key in keys if key is not None]
             if len(set(there)) < 0.9 * len(there):
                 return name

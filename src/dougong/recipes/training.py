@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ import torch
 
 import dougong
 from dougong.core.config import parse
-from dougong.core.errors import RunError
+from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Listener
 from dougong.data.collate import View
 from dougong.data.corruption import CorruptConfig
@@ -42,8 +42,10 @@ from dougong.engine.planner.rehearse import Rehearsal, rehearse
 from dougong.engine.prepare import prepare_model
 from dougong.engine.step import Backward, Loss
 from dougong.engine.trainer import Watch, train
+from dougong.model.decoder import written_text
 from dougong.nn.block_stack import BlockStack
 from dougong.recipes.build import LaidOut, LaidOutT, check_layout, known_preparation, learn_preparation, open_records
+from dougong.recipes.decoding import DecodeRecipe
 from dougong.recipes.known import AnyRecipe
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.room import building, check_state, shelf_folder
@@ -225,18 +227,20 @@ def training_loader(
     ranks: Ranks = ALONE,
     withheld_beside: bool = False,
 ) -> Loader:
-    """Training records, seen as the recipe says."""
+    """Training records, seen as the recipe says; the text that is to be written always as it is."""
+    written = written_text(recipe.model, preparation.signature())[0] if isinstance(recipe, DecodeRecipe) else None
     return Loader(
         tables.train,
         preparation,
         recipe.data.loader,
         seed=recipe.seed,
         train=True,
-        views=narrowed_views(recipe, preparation),
+        views=narrowed_views(recipe, tables, preparation, written),
         one_view_a_batch=recipe.data.one_view_a_batch,
         withhold=recipe.data.withhold,
-        corrupt=narrowed_corrupt(recipe, tables, preparation),
+        corrupt=narrowed_corrupt(recipe, tables, preparation, written),
         withheld_beside=withheld_beside,
+        spared=() if written is None else (written,),
         share=share,
         note=None if ranks.heartbeat is None else ranks.heartbeat.modality,
     )
@@ -254,33 +258,58 @@ def judging_loader(recipe: LaidOut, table: Table, preparation: Preparation, view
     return Loader(table, preparation, config, views=(view,), share=ranks.share, note=note)
 
 
-def narrowed_views(recipe: LaidOut, preparation: Preparation) -> tuple[View, ...]:
-    """The views of a recipe, as far as these modalities go."""
+def narrowed_views(
+    recipe: LaidOut, tables: Tables, preparation: Preparation, written: str | None = None
+) -> tuple[View, ...]:
+    """The views of a recipe, as far as these modalities go; a text that is to be written is kept in each.
+
+    Raises:
+        ConfigError: one names what is no modality, or none is left of them.
+    """
+    views = recipe.data.views
+    check_names("data.views", [name for view in views for name in (*view.keep, *view.beside)], tables, preparation)
     narrowed = [
         view.model_copy(
             update={
-                "keep": tuple(name for name in view.keep if name in preparation.modalities),
+                "keep": tuple(name for name in preparation.modalities if name in view.keep or name == written),
                 "beside": tuple(name for name in view.beside if name in preparation.modalities),
             }
         )
-        for view in recipe.data.views
+        for view in views
     ]
     return tuple(view for view in narrowed if view.keep)
 
 
-def narrowed_corrupt(recipe: LaidOut, tables: Tables, preparation: Preparation) -> CorruptConfig | None:
-    """What is spoilt in training, as far as these modalities go."""
+def narrowed_corrupt(
+    recipe: LaidOut, tables: Tables, preparation: Preparation, written: str | None = None
+) -> CorruptConfig | None:
+    """What is spoilt in training, as far as these modalities go, and but for a text that is to be written.
+
+    Raises:
+        ConfigError: it names what is no modality.
+    """
     corrupt = recipe.data.corrupt
     if corrupt is None:
         return None
-    # Those that the recipe leaves out may be named: its baselines are the same recipe with fewer.
-    known = {*preparation.modalities, *tables.roles, TABLE_MODALITY}
     named = [*(corrupt.chance if isinstance(corrupt.chance, dict) else ()), *corrupt.kinds]
+    check_names("data.corrupt", named, tables, preparation)
+    read = tuple(name for name in preparation.modalities if name != written)
+    if written is not None and not isinstance(corrupt.chance, dict):
+        corrupt = corrupt.model_copy(update={"chance": dict.fromkeys(read, corrupt.chance)})
+    return corrupt.only(read)
+
+
+def check_names(where: str, named: Iterable[str], tables: Tables, preparation: Preparation) -> None:
+    """Those that the recipe leaves out may be named: its baselines are the same recipe with fewer.
+
+    Raises:
+        ConfigError: one is no modality.
+    """
+    known = {*preparation.modalities, *tables.roles, TABLE_MODALITY}
     strange = [name for name in named if name not in known]
     if strange:
         known_here = ", ".join(preparation.modalities)
-        raise RunError(f"data.corrupt names {strange[0]!r}, which is no modality here. Use some of {known_here}.")
-    return corrupt.only(tuple(preparation.modalities))
+        raise ConfigError(f"{where} names {strange[0]!r}, which is no modality here. Use some of {known_here}.")
 
 
 def provenance(seed: int, tables: Tables, notes: tuple[str, ...]) -> dict[str, Any]:

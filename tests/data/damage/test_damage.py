@@ -297,3 +297,12 @@ def test_spikes_and_gaps_of_a_signal_have_the_stated_share() -> None:
     assert far.max() == pytest.approx(4.0)
     lost = (SIGNALS["gaps"](signal() + 5, 0.5, random()) == 0).all(axis=0)
     assert lost.mean() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 64])
+def test_blocks_grow_with_every_level_on_small_pictures_too(size: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    levels = (0.1, 0.25, 0.5, 0.75, 1.0)
+    moved = [np.abs(PICTURES["pixels"](pixels, level, random()).astype(int) - pixels).mean() for level in levels]
+    assert moved == sorted(moved)
+    assert len(set(moved)) == len(moved)

@@ -7,6 +7,7 @@ Promise     the stronger, the farther from the picture, and at level 1 something
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -58,14 +59,20 @@ def _saturation(pixels_HWC: Array, level: float, random: np.random.Generator) ->
 
 
 def _pixels(pixels_HWC: Array, level: float, random: np.random.Generator) -> Array:
-    """Make one of blocks, of up to an eighth of the longer side."""
+    """Make one of blocks, of up to an eighth of the longer side; between two sizes, a mix of both."""
+    size = 1 + level * (max(2.0, max(pixels_HWC.shape[:2]) / 8) - 1)
+    mixed = math.ceil(size) - size
+    return _bytes(mixed * _blocks(pixels_HWC, math.floor(size)) + (1 - mixed) * _blocks(pixels_HWC, math.ceil(size)))
+
+
+def _blocks(pixels_HWC: Array, size: int) -> Array:
     height, width = pixels_HWC.shape[:2]
-    size = 1 + max(1, round(level * max(height, width) / 8))
     tops, lefts = np.arange(0, height, size), np.arange(0, width, size)
     sums = np.add.reduceat(np.add.reduceat(pixels_HWC.astype(np.float32), tops, axis=0), lefts, axis=1)
     tall, wide = np.diff([*tops, height]), np.diff([*lefts, width])
     blocks = sums / (tall[:, None] * wide)[..., None]
-    return _bytes(blocks.repeat(tall, axis=0).repeat(wide, axis=1))
+    repeated: Array = blocks.repeat(tall, axis=0).repeat(wide, axis=1)
+    return repeated
 
 
 PICTURES: Final[dict[str, Damage]] = {

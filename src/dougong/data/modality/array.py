@@ -1,6 +1,6 @@
 """Signals and volumes: NumPy files or raw columns of numbers.
 
-Here        SignalConfig, SignalModality, VolumeConfig, VolumeModality.
+Here        SignalConfig, SignalModality, VolumeConfig, VolumeModality; `list_content`, a cell of raw numbers as bytes.
 Elsewhere   fetching the file (medium.py).
 Promise     no array is unpickled, none is read before its claimed size is found small enough, none has NaN in it.
 """
@@ -58,13 +58,7 @@ class _ArrayModality(Modality):
 
     def key(self, cells: tuple[Any, ...]) -> Hashable:
         cell = cells[0]
-        if not isinstance(cell, list):
-            return media_key(cell)
-        try:
-            array = _grid(cell)
-        except BadValue:
-            return media_key(cell)
-        return (array.shape, media_key(array.tobytes()))  # the same numbers in another shape are another medium
+        return media_key(list_content(cell) if isinstance(cell, list) else cell)
 
 
 class SignalModality(_ArrayModality):
@@ -177,6 +171,15 @@ def read_array(cell: Any, folder: Path) -> Array:
     if not np.isfinite(array).all():
         raise BadValue("has values that are not numbers (NaN or infinite)")
     return array
+
+
+def list_content(cell: list[Any]) -> bytes:
+    """Equal for the same numbers in the same shape, whether a file stores them as whole or as single or double ones."""
+    try:
+        array = _grid(cell)
+    except BadValue:
+        return repr(cell).encode("utf-8", "surrogatepass")
+    return repr(array.shape).encode() + array.tobytes()
 
 
 def _grid(cell: list[Any]) -> Array:

@@ -43,6 +43,10 @@ MOST_CHUNKS: Final = 1000
 BLOCK_NUMBERS: Final = 2**18
 """Decoded at a time, so that a long recording of which the beginning is kept takes no more room than that."""
 
+SLOWEST_RATE: Final = 100
+FASTEST_RATE: Final = 768_000
+"""Samples a second that a recording may have; what is made of it grows with them."""
+
 MARGIN_SECONDS: Final = 0.1
 """Read beyond what is kept: the filter of another rate looks ahead."""
 
@@ -132,6 +136,7 @@ class AudioModality(Modality):
     def _read(self, file: soundfile.SoundFile) -> npt.NDArray[np.float32]:
         """The channels' mean, a little longer than what is kept; the rest is read only to see that it is there."""
         rate, frames = file.samplerate, file.frames
+        check_rate(rate)
         if frames >= UNKNOWN_FRAMES:
             raise BadValue("does not say how long it is, as a stream that was never closed. Write it again whole")
         if frames > self.config.largest_seconds * rate:
@@ -177,6 +182,16 @@ class AudioModality(Modality):
 
     def quality(self, values: Mapping[str, Array]) -> Quality:
         return audio_quality(values["samples_UT"], values["mask_UT"], self.config.sample_rate, self.max_samples)
+
+
+def check_rate(rate: int) -> None:
+    """Before anything is made of its size.
+
+    Raises:
+        BadValue: no recording has such a rate.
+    """
+    if not SLOWEST_RATE <= rate <= FASTEST_RATE:
+        raise BadValue(f"claims {rate} samples a second: sound has {SLOWEST_RATE} to {FASTEST_RATE}")
 
 
 def _played(medium: Array, speed: float) -> Array:

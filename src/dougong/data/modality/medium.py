@@ -1,6 +1,6 @@
 """What every modality does with a cell.
 
-Here        Modality (the interface), BadValue, `media_key`, `media_bytes`.
+Here        Modality (the interface), BadValue, `media_key`, `media_bytes`; `unit_key`, what records have in common.
 Elsewhere   each kind in its own file; putting a batch together (data/collate.py).
 Promise     a cell that cannot be used raises BadValue with its reason and nothing else; no path leads out of the
             table's folder; sizes are checked before anything is decoded.
@@ -9,6 +9,7 @@ Promise     a cell that cannot be used raises BadValue with its reason and nothi
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,18 @@ def media_key(cell: Any) -> Hashable:
         cell = repr(cell)  # of a wrong type: its decoding will say so
     # A long name takes the room of a short one in a cache; an empty one says as little as none.
     return (cell if len(cell) <= LONGEST_KEY else _digest(cell.encode("utf-8", "surrogatepass"))) or None
+
+
+def unit_key(cell: Any) -> Hashable:
+    """What tells two units (patients, speakers) apart: 3 and 3.0 are one, however a file format stores them. None where
+    nobody knows it: nothing, no number, or a word of blanks alone."""
+    if cell is None or isinstance(cell, (dict, bytes, list)):
+        return media_key(cell)
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return None if math.isnan(cell) else str(cell)
+    if isinstance(cell, str):
+        return media_key(cell) if cell.strip() else None
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
 def media_bytes(cell: Any, folder: Path) -> bytes:

@@ -91,8 +91,9 @@ def find_recordings(recordings: Path) -> tuple[list[Recording], int]:
     return sorted(found), num_other_files
 
 
-def speakers_apart(found: Sequence[Recording], recordings: Path) -> dict[str, list[str]]:
-    """Who is heard in which table: the last by alphabet is the test, the one before the validation.
+def speakers_apart(found: Sequence[Recording], recordings: Path, *, turn: int = 0) -> dict[str, list[str]]:
+    """Who is heard in which table: the last by alphabet is the test, the one before the validation; each turn moves
+    everybody by one place.
 
     Raises:
         DataError: there are fewer than three speakers.
@@ -103,6 +104,8 @@ def speakers_apart(found: Sequence[Recording], recordings: Path) -> dict[str, li
             f"{recordings} holds recordings of {len(speakers)} speakers ({', '.join(speakers)}): train, validation and "
             "test need one each, since a speaker is never shared. Give the recordings of 3 speakers or more."
         )
+    first = -turn % len(speakers)
+    speakers = speakers[first:] + speakers[:first]
     return {"train": speakers[:-2], "validation": speakers[-2:-1], "test": speakers[-1:]}
 
 

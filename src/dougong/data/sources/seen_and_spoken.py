@@ -67,7 +67,8 @@ def prepare_seen_and_spoken(recordings: Path, folder: Path, *, seed: int = 0, pa
     """Write `train.parquet`, `validation.parquet`, `test.parquet` and `source.json` into `folder`, and return it.
 
     Columns: image (PNG), speech (as recorded), digit, speaker. Each training recording is paired with `pairings`
-    pictures, each other one with a single picture; `seed` splits the pictures and pairs them. A folder prepared
+    pictures, each other one with a single picture; `seed` says who is heard in which table, splits the pictures and
+    pairs them. A folder prepared
     before from the same files with the same settings is returned as it is.
 
     Raises:
@@ -76,7 +77,7 @@ def prepare_seen_and_spoken(recordings: Path, folder: Path, *, seed: int = 0, pa
     if pairings < 1:
         raise DataError(f"pairings={pairings} leaves no training records. Use 1 or more.")
     found, num_other_files = find_recordings(recordings)
-    speakers_of = speakers_apart(found, recordings)
+    speakers_of = speakers_apart(found, recordings, turn=seed)
     pictures = _load_pictures()
     settings = {
         "seed": seed,

@@ -63,7 +63,10 @@ class FlowMeter:
         self._measuring: StepMeter | None = None
         self._wanted = False
         self._began: dict[str, Any] | None = None
-        """Where a number that is not finite was first made, in a step that was not measured."""
+        """Where a number that is not finite was first made, in a step that was not measured, until it is told."""
+
+        self._bad_inputs: dict[str, dict[str, float]] = {}
+        """How much of that step's inputs was not finite before anything was made of them."""
 
         self._judged: dict[str, dict[str, float]] = {}
         self._judging: dict[str, float] = {}
@@ -106,12 +109,16 @@ class FlowMeter:
         if measuring is None:
             return None
         measured = measuring.finish(self.steps, loss)
+        began, self._began = self._began, None
+        bad, self._bad_inputs = self._bad_inputs, {}
         judged, self._judged = self._judged, {}
-        inputs = {name: {**told, **self._seen(name, measuring)} for name, told in measured.inputs.items()}
+        inputs = {
+            name: {**told, **bad.get(name, {}), **self._seen(name, measuring)} for name, told in measured.inputs.items()
+        }
         return replace(
             measured,
             inputs={**inputs, **judged},
-            first_not_finite=self._began or measured.first_not_finite,
+            first_not_finite=began or measured.first_not_finite,
             facts={**measured.facts, **{f"judged_{key}": value for key, value in self._judging.items()}},
         )
 
@@ -162,6 +169,9 @@ class FlowMeter:
             finally:
                 looking.stop()
         self._began = looking.first_not_finite or {"module": "", "kind": "", "rows": []}
+        told = inputs_told(named_inputs(model, args, kwargs))
+        shares = {name: each.get("not_finite", 0.0) for name, each in told.items()}
+        self._bad_inputs = {name: {"not_finite": share} for name, share in shares.items() if share}
         self._wanted = True
 
     def _before_update(self, *_: Any) -> None:
