@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dougong.bundle.model import Model
 from dougong.compress.distil import DistilConfig, Lessons, Teacher, agreement, distil, judge_on, shown_to
@@ -162,6 +165,22 @@ def test_records_without_answers_are_enough(colours: Model, colour_table: Path, 
             settings(1, answer_weight=0.0),
             tmp_path / "other",
         )
+
+
+def test_what_a_training_needed_is_let_go_of_at_its_end(colours: Model, colour_table: Path, tmp_path: Path) -> None:
+    student, learn, choose = halved(colours), few(colour_table), few(colour_table, 120)
+    made: list[weakref.ref[torch.optim.Optimizer]] = []
+    gc.disable()
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: made.append(weakref.ref(optimizer)))
+    try:
+        distil(student.network, student.preparation, colours, learn, choose, settings(3), tmp_path / "run")
+        still = [each() for each in made]
+    finally:
+        handle.remove()
+        gc.enable()
+
+    assert made
+    assert still == [None] * len(made)
 
 
 @pytest.mark.slow

@@ -49,19 +49,56 @@ def test_a_switch_says_what_one_record_would_lose(build: Build, batch: Batch, si
     for head in range(4):
         slopes = []
         for record in range(4):
-            one = decision_loss_of(model, whole, record)
             with torch.no_grad():
+                one = decision_loss_of(model, whole, record)
                 row[:, 4 * head : 4 * head + 4] *= 1 + 1e-6
-            slopes.append(abs(float(decision_loss_of(model, whole, record) - one)) / 1e-6)
-            with torch.no_grad():
+                slopes.append(abs(float(decision_loss_of(model, whole, record) - one)) / 1e-6)
                 row.copy_(before)
         assert float(found["text.layers.0.heads"][head]) == pytest.approx(sum(slopes) / 4, rel=1e-3)
 
 
+def test_a_channel_of_the_width_is_worth_what_all_weights_that_read_it_say(
+    build: Build, batch: Batch, signature: Signature
+) -> None:
+    model = build().double()
+    whole, structure = _doubled(batch), structure_of(model)
+    config = ImportanceConfig(criterion="second")
+    found = measure_importance(model, structure, [whole], signature.target, config).units
+    loss = torch.stack([decision_loss_of(model, whole, record) for record in range(4)]).mean()
+    loss.backward()
+    weights = structure.weights(model)
+
+    for name, axis in structure.axes.items():
+        if axis.kind != "width":
+            continue
+        said = torch.zeros(axis.size, dtype=torch.float64)
+        for weight, slots in structure.slots.items():
+            for slot in slots:
+                gradient = weights[weight].grad
+                if slot.axis == name and slot.reads and gradient is not None:
+                    product = (weights[weight].detach() * gradient).movedim(slot.dim, 0)
+                    said += product.reshape(-1, axis.size, slot.unit, product[0].numel()).sum(dim=(0, 2, 3)) ** 2
+        assert bool((said > 0).any())
+        torch.testing.assert_close(found[name].double(), said, rtol=1e-3, atol=1e-9)
+
+
+def test_one_weights_gradient_is_held_at_a_time(build: Build, batch: Batch, signature: Signature) -> None:
+    model, held = build(), []
+    weights = list(model.parameters())
+    for weight in weights:
+        weight.requires_grad_(True).register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(each.grad is not None for each in weights))
+        )
+
+    measure_importance(model, structure_of(model), [batch], signature.target, ImportanceConfig())
+
+    assert len(held) > len(weights) / 2
+    assert max(held) == 1
+
+
 def decision_loss_of(model: Sandwich, batch: Batch, record: int) -> torch.Tensor:
     assert batch.target is not None
-    with torch.no_grad():
-        output_BC = model(batch).output_BC
+    output_BC = model(batch).output_BC
     # In double throughout: float32 in the loss itself would drown so small a change.
     return -output_BC.log_softmax(dim=-1)[record, batch.target[record]]
 

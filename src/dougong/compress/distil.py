@@ -11,6 +11,7 @@ Promise     teacher and student may have any shape: what cannot be held against 
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -485,6 +486,7 @@ def distil(
             )
     finally:
         student.__dict__.pop("after_step", None)
+        gc.collect()  # what trained refers to itself in circles; a search would hold the means of several trainings
     load_weights(student, best_weights(folder))
     student.eval()
     return result

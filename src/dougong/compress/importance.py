@@ -8,7 +8,7 @@ Promise     measuring changes nothing of the model; the same records give the sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Literal, NamedTuple
 
@@ -65,19 +65,24 @@ def measure_importance(
     """
     weights = structure.weights(model)
     if config.criterion == "magnitude":
-        squares = ((name, each.detach().square()) for name, each in weights.items() if each.is_floating_point())
-        units = _by_axis(structure, squares, lambda score: score)
+        squares = (
+            (name, [_of_units(each.detach().square(), slot, structure) for slot in structure.slots[name]])
+            for name, each in weights.items()
+            if each.is_floating_point()
+        )
+        units = _by_axis(structure, squares)
         return Importance(units, _layer_scores(model, structure, batches))
     switches = _Switches(model, structure)
     units = {name: torch.zeros(axis.size) for name, axis in structure.axes.items() if axis.kind in ("width", "stem")}
     trained = [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
+    slopes = _Slopes(structure, weights)
     own = [(weight.requires_grad, weight.grad) for weight in trained]
     power = 2 if config.criterion == "second" else 1
     try:
         for weight in trained:
             weight.grad = None
             weight.requires_grad_(True)
-        with evaluating(model), switches.in_place():
+        with evaluating(model), switches.in_place(), slopes.in_place():
             for batch in batches:
                 for first in range(0, batch.num_records, AT_ONCE):
                     row_B = torch.arange(first, min(first + AT_ONCE, batch.num_records))
@@ -86,13 +91,7 @@ def measure_importance(
                     loss = _loss(model(part).output_BC, part, target)
                     torch.autograd.backward(loss, inputs=[*trained, *switches.here()])
                     switches.see(power)
-                # One product after the other, and each gradient let go: all of them would be as large as the model.
-                products = (
-                    (name, weight.detach() * gradient / batch.num_records)
-                    for name, weight in weights.items()
-                    if (gradient := _taken(weight)) is not None
-                )
-                for axis, score in _by_axis(structure, products, lambda score: score.abs() ** power).items():
+                for axis, score in slopes.taken(batch.num_records, power).items():
                     if axis in units:
                         units[axis] += score
     finally:
@@ -100,12 +99,6 @@ def measure_importance(
             weight.requires_grad_(wanted)
             weight.grad = gradient
     return Importance({**units, **switches.scores()}, _layer_scores(model, structure, batches))
-
-
-def _taken(weight: Tensor) -> Tensor | None:
-    """Its gradient, which it has no longer."""
-    gradient, weight.grad = weight.grad, None
-    return gradient
 
 
 def _loss(output_BC: Tensor, batch: Batch, target: Target) -> Tensor:
@@ -120,16 +113,14 @@ def _loss(output_BC: Tensor, batch: Batch, target: Target) -> Tensor:
     return decision_loss(output_BC, told_BC[:, 0] + 1.0, target.task, 0.0)  # its own answer would have no slope
 
 
-def _by_axis(
-    structure: Structure, values: Iterable[tuple[str, Tensor]], of_weight: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Add up, for each unit of each axis, what stands in the weights that read it."""
+def _by_axis(structure: Structure, scores: Iterable[tuple[str, Sequence[Tensor]]]) -> dict[str, Tensor]:
+    """Add up, for each unit of each axis, the scores that the slots of weights that read it have."""
     found = {name: torch.zeros(axis.size) for name, axis in structure.axes.items()}
     made = {name: torch.zeros(axis.size) for name, axis in structure.axes.items()}
     read: set[str] = set()
-    for weight, value in values:
-        for slot in structure.slots[weight]:
-            score = of_weight(_of_units(value, slot, structure)).float().cpu()
+    for weight, of_slots in scores:
+        for slot, of_units in zip(structure.slots[weight], of_slots, strict=True):
+            score = of_units.float().cpu()
             if slot.reads:
                 found[slot.axis] += score
                 read.add(slot.axis)
@@ -144,6 +135,44 @@ def _of_units(value: Tensor, slot: Slot, structure: Structure) -> Tensor:
     outer = 1 if slot.outer is None else structure.axes[slot.outer].size
     first = value.movedim(slot.dim, 0).reshape(outer, size, slot.unit, -1)
     return first.sum(dim=(0, 2, 3))
+
+
+class _Slopes:
+    """What a loss says of each unit of each weight: sums of weight times gradient, for each weight and slot.
+
+    A gradient is let go of as soon as it is made: all of them at once would be as large as the model.
+    """
+
+    def __init__(self, structure: Structure, weights: Mapping[str, Tensor]) -> None:
+        self._structure = structure
+        self._names: dict[nn.Parameter, str] = {}
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter):
+                self._names.setdefault(weight, name)
+        self._sums: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for weight in self._names:
+                stack.callback(weight.register_post_accumulate_grad_hook(self._see).remove)
+            yield
+
+    def _see(self, weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter)
+        assert weight.grad is not None
+        name = self._names[weight]
+        product = weight.detach() * weight.grad
+        weight.grad = None
+        found = [_of_units(product, slot, self._structure) for slot in self._structure.slots[name]]
+        before = self._sums.get(name)
+        self._sums[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+
+    def taken(self, num_records: int, power: int) -> dict[str, Tensor]:
+        """By axis, of the records since the last time."""
+        scores = {name: [(each / num_records).abs() ** power for each in sums] for name, sums in self._sums.items()}
+        self._sums.clear()
+        return _by_axis(self._structure, scores.items())
 
 
 class _Switches:
