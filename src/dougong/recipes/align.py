@@ -28,7 +28,7 @@ from dougong.core.errors import ConfigError
 from dougong.core.events import Listener
 from dougong.core.files import write_atomic, write_json
 from dougong.core.seeds import derive_seed
-from dougong.core.signature import Target
+from dougong.core.signature import NOTHING
 from dougong.data.columns import ColumnRole, infer_role
 from dougong.data.leak import Leak, check_leaks, find_leaks
 from dougong.data.modality.image import open_picture
@@ -63,10 +63,6 @@ SHOWN_QUERIES: Final = 12
 SHOWN_PIXELS: Final = 72
 LARGEST_PIXELS: Final = 50_000_000
 LOOKED_AT: Final = 1000
-
-NOTHING: Final = Target(name="", task="regression")
-"""Nothing is predicted; the preparation and the bundle have a place for what is."""
-
 
 class AlignTables(NamedTuple):
     """What a run reads."""
