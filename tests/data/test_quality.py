@@ -26,8 +26,8 @@ from dougong.data.quality import (
     signal_quality,
     table_quality,
     text_quality,
-    troubled_share,
     text_troubles,
+    troubled_share,
     volume_quality,
 )
 

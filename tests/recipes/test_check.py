@@ -1,4 +1,4 @@
-"""Holds recipes/check.py to its promise: every record of any table or recipe is read, whatever a run would need more."""
+"""Holds recipes/check.py to its promise: all of any table or recipe is read, whatever more a run would need."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,10 +64,10 @@ def test_what_draws_modalities_together_is_looked_at_as_any_table(records: Recor
 
     assert found.inputs.keys() == {"picture", "words"}
     assert found.reports["train"].num_present == {"photo": 120, "remark": 120}
-    assert next(one for one in found.duplicates if one.column == "photo").as_json()["num_exact"] == 1
+    assert next(one for one in found.duplicates if one.column == "photo").num_repeats == 1
     assert {trouble.name for trouble in found.reports["train"].troubles["remark"]} == {"lost", "misread"}
     (pair,) = found.alignments
-    assert pair.related
+    assert pair.auc > 0.7  # of few classes, whose true pairs shuffled ones often are too
     assert "remark" in (tmp_path / "worst.html").read_text()
     assert found.num_parameters
 
@@ -76,10 +76,8 @@ def test_a_table_of_which_nothing_can_be_held_out_is_read_whole(records: Records
     one = records(1, seed=0, missing=0.0)
     test = write(tmp_path / "test.parquet", records(6, seed=1, missing=0.0))
 
-    found = check_recipe_or_table(write(tmp_path / "one.parquet", one), target="colour")
-    beside = check_recipe_or_table(
-        write(tmp_path / "one.parquet", one), target="colour", settings=[f"data.test={test}"]
-    )
+    found = check_recipe_or_table(write(tmp_path / "one.parquet", one))
+    beside = check_recipe_or_table(write(tmp_path / "one.parquet", one), settings=[f"data.test={test}"])
 
     assert {part: report.num_rows for part, report in found.reports.items()} == {"train": 1}
     assert any("cannot be split" in warning for warning in found.warnings)

@@ -164,9 +164,10 @@ def test_media_that_are_shared_far_down_a_table_are_on_one_side(records: Records
 
 def test_copies_of_a_unit_under_other_names_are_on_its_side(records: Records, tmp_path: Path) -> None:
     some = records(60, seed=0, missing=0.0)
+    pictures = [record["photo"]["bytes"] for record in some]
     for place, record in enumerate(some):  # each picture three times, once under a name of its own
-        (tmp_path / f"{place // 3}.png").write_bytes(some[place // 3]["photo"]["bytes"])
-        (tmp_path / f"copy-{place}.png").write_bytes(some[place // 3]["photo"]["bytes"])
+        (tmp_path / f"{place // 3}.png").write_bytes(pictures[place // 3])
+        (tmp_path / f"copy-{place}.png").write_bytes(pictures[place // 3])
         record["photo"] = f"copy-{place}.png" if place % 3 == 2 else f"{place // 3}.png"
     train = write(tmp_path / "a.parquet", some)
 

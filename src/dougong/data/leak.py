@@ -33,7 +33,7 @@ FEWEST_NUMBERS: Final = 16
 EXAMPLE_LETTERS: Final = 40
 COMMON_SHARE: Final = 0.1
 COMMON_TIMES: Final = 10
-"""A content that so many of a column's media have, and so many times as many as the median one, is a blank or a sign."""
+"""A content of so many of a column's media, and so many times as many as the median one has, is a blank or a sign."""
 
 
 class Leak(NamedTuple):

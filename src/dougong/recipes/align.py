@@ -64,6 +64,7 @@ SHOWN_PIXELS: Final = 72
 LARGEST_PIXELS: Final = 50_000_000
 LOOKED_AT: Final = 1000
 
+
 class AlignTables(NamedTuple):
     """What a run reads."""
 

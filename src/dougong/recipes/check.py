@@ -273,9 +273,7 @@ def _looked_at(
     notes = []
     if alignments and alignments[0].num_rows < train.num_rows:
         seen = alignments[0].num_rows
-        notes.append(
-            f"whether modalities belong together was judged from {seen} of {train.num_rows} training records"
-        )
+        notes.append(f"whether modalities belong together was judged from {seen} of {train.num_rows} training records")
     num_sides = len(sides_of(roles))
     if num_sides > MOST_SIDES:
         notes.append(f"{MOST_SIDES} of {num_sides} modalities were compared with each other, the first ones")
