@@ -40,3 +40,12 @@ def test_both_ways_are_judged() -> None:
 def test_a_score_that_is_no_number_beats_nothing() -> None:
     score = np.array([[0.9, np.nan, 0.1], [0.95, 0.9, np.nan], [0.1, 0.2, np.nan]])
     assert ranks(score).tolist() == [0, 1, 2]
+
+
+def test_where_nobody_has_one_side_nothing_was_looked_for() -> None:
+    there_ND, nothing_ND = np.eye(12, dtype=np.float32), np.zeros((12, 12), np.float32)
+    for sides in ((there_ND, nothing_ND), (nothing_ND, there_ND)):
+        found = retrieval_metrics(*sides, names=("words", "picture"))
+        assert found.metrics.pop("chance_at_10") == pytest.approx(10 / 12)
+        assert len(found.metrics) == 7
+        assert all(np.isnan(value) for value in found.metrics.values())

@@ -133,3 +133,19 @@ def test_a_comparison_s_baselines_go_without_completion() -> None:
     found = {name: altered.model.completion is not None for name, altered in _arrangements(recipe)}
 
     assert found == {"question only": False, "image only": False, "late concat": False, "sandwich": True}
+
+
+def test_completion_is_learnt_from_what_sampling_leaves_out_beside(colour_table: Path, tmp_path: Path) -> None:
+    def recipe(*settings: str) -> Recipe:
+        values = override(recipe_for(colour_table).model_dump(mode="json"), ["data.withhold=0", "train.steps=1"])
+        return parse(Recipe, override(values, ["train.sampling.rate=0.5", *settings]), where="test")
+
+    with pytest.raises(ConfigError, match=r"none of it is encoded\. Set train\.sampling\.beside: true, or objective"):
+        recipe()
+    with pytest.raises(ConfigError, match=r"model.completion is learnt from what is withheld, and nothing is"):
+        recipe("train.sampling.rate=0", "train.sampling.highest=0", "train.sampling.beside=true")
+    run_recipe(recipe("train.sampling.beside=true"), tmp_path / "beside", quiet=True)
+    run_recipe(recipe("objective.completion_weight=0"), tmp_path / "lighter", quiet=True)
+
+    # The same weights, records and draws; half of about 1 for each that was left out.
+    assert losses(tmp_path / "beside")[1] > losses(tmp_path / "lighter")[1] + 0.2

@@ -98,8 +98,14 @@ def _in_double(arrays: BatchArrays) -> BatchArrays:
 
 
 def exact_loss(output: SandwichOutput, batch: Batch) -> Tensor:
+    """Of all together, and of each modality's own head, where the model has some that are taught."""
     assert batch.target is not None
-    return functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
+    loss = functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
+    for place, media in enumerate(batch.media.values()):
+        if output.own_BMC is not None and media.present_B.any():
+            own_BC, target_B = output.own_BMC[media.present_B, place], batch.target[media.present_B]
+            loss = loss + functional.cross_entropy(own_BC, target_B, reduction="sum")
+    return loss
 
 
 def trained(
@@ -129,6 +135,9 @@ def trained(
     "model_settings",
     [
         {},
+        {"bridge": {"kind": "bottleneck"}},
+        {"own_heads": "taught"},
+        {"decide": "weighed"},
         *(pytest.param(each, marks=pytest.mark.slow) for each in ({"bridge": {"kind": "merged"}}, {"fusion": "late"})),
     ],
 )

@@ -2,11 +2,13 @@
 
 Here        `ranks`, `retrieval_metrics`, Retrieved.
 Elsewhere   making the vectors (bundle/aligner.py); drawing what was found (watch/retrieval.py).
-Promise     a tie counts against what is looked for: a model that says the same of everything finds nothing.
+Promise     a tie counts against what is looked for: a model that says the same of everything finds nothing. Where no
+            record has one of the two sides, nothing was looked for, and the figures of what was found are NaN.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -41,18 +43,19 @@ def retrieval_metrics(query_ND: Floats, gallery_ND: Floats, *, names: tuple[str,
     """Recall at 1 and 10 both ways, their mean at 10 as `recall_at_10`, and the median rank, from 1.
 
     Args:
-        query_ND, gallery_ND: vectors of length 1 of the same records in the same order.
+        query_ND, gallery_ND: vectors of length 1 of the same records in the same order; of zeros where one has none.
         names: what the two sides are called.
     """
     score_NN = query_ND @ gallery_ND.T
+    nothing = not (query_ND.any() and gallery_ND.any())
     metrics: dict[str, float] = {}
     for (one, other), rank_N in (
         (names, ranks(score_NN)),
         (names[::-1], ranks(np.ascontiguousarray(score_NN.T))),
     ):
         for k in RECALL_AT:
-            metrics[f"{one}_to_{other}_r{k}"] = float((rank_N < k).mean())
-        metrics[f"{one}_to_{other}_median_rank"] = float(np.median(rank_N) + 1)
+            metrics[f"{one}_to_{other}_r{k}"] = math.nan if nothing else float((rank_N < k).mean())
+        metrics[f"{one}_to_{other}_median_rank"] = math.nan if nothing else float(np.median(rank_N) + 1)
     last = RECALL_AT[-1]
     metrics["recall_at_10"] = float(
         np.mean([metrics[f"{one}_to_{other}_r{last}"] for one, other in (names, names[::-1])])
