@@ -30,6 +30,8 @@ from dougong.data.table import Table
 from dougong.recipes.align import fit_sides, open_align_tables, roles_of_sides
 from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
 from dougong.recipes.build import target_of
+from dougong.recipes.generate import check_spare
+from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Tables, open_tables
@@ -116,6 +118,8 @@ def check_recipe_or_table(
     # What leaks is told here; only a run refuses it.
     data = recipe.data.model_copy(update={"allow_leak": True})
     tables = open_tables(data, seed=recipe.seed, decides=isinstance(recipe, Recipe))
+    if isinstance(recipe, GenerateRecipe):
+        check_spare(recipe, tables)
     found = target_of(data, tables)
     preparation = fit_preparation(tables.train, tables.roles, found, recipe.data.preparation)
     parts = {"train": tables.train, "validation": tables.validation}
