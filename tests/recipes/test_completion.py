@@ -19,6 +19,7 @@ from dougong.recipes.known import read_recipe
 from dougong.recipes.losses import completion_losses
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
+from dougong.recipes.training import encodes_withheld
 
 SETTINGS = ["model.completion.num_tokens=2", "objective.completion_weight=0.5", "data.withhold=0.4"]
 
@@ -125,6 +126,18 @@ def test_completion_without_anything_withheld_is_refused(colour_table: Path) -> 
         ConfigError, match=r"model.completion is learnt from what is withheld, and nothing is\. Set data"
     ):
         parse(Recipe, values, where="test")
+
+
+def test_the_named_recipe_completes_what_it_learnt_to_do_without(colour_table: Path, tmp_path: Path) -> None:
+    named = read_recipe("complete-views")
+    assert encodes_withheld(named)
+    table = [f"data.train={colour_table}", "data.source=null", "data.target=colour", "data.columns={}"]
+    settings = [*table, "data.modalities=[photo, remark, table]", "train.steps=2"]
+
+    result = run_recipe(read_recipe("complete-views", settings), tmp_path / "run", quiet=True)
+
+    (answer,) = result.model.predict([{"remark": "it is warm like fire number 3"}])
+    assert answer.completed == ("photo", "table")
 
 
 def test_a_comparison_s_baselines_go_without_completion() -> None:

@@ -1,7 +1,7 @@
 """How alike the values of a column are, whatever a model says of their records.
 
 Here        Likeness.
-Elsewhere   which records have one value (data/pairs.py, `numbered`); what is made of it (objectives/contrastive.py).
+Elsewhere   which records have one value (data/keyed.py, `numbered`); what is made of it (objectives/contrastive.py).
 Promise     from 0 to 1; 1 of a value with itself, and 0 of one that nobody knows with every other. What is found of two
             values depends on them alone, so every process finds the same.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dougong.core.errors import ConfigError
-from dougong.data.pairs import numbered
+from dougong.data.keyed import numbered
 
 Floats = npt.NDArray[np.float32]
 

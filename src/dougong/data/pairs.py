@@ -1,7 +1,8 @@
 """Records as pairs: each of a record's sides seen by some of the columns that show it.
 
-Here        PairLoader; `numbered`, which records have a value in common.
-Elsewhere   records as they are (data/loader.py); putting a batch together (data/collate.py).
+Here        PairLoader.
+Elsewhere   records as they are (data/loader.py); putting a batch together (data/collate.py); which records have a
+            value in common (data/keyed.py).
 Promise     a batch follows from the seed, the epoch and its number alone; several processes share out its records, each
             seen as one process sees it; what a record's sides show is paired with all that its other sides show, so
             that nothing of one record is held against another part of it.
@@ -10,7 +11,7 @@ Promise     a batch follows from the seed, the epoch and its number alone; sever
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request
-from dougong.data.modality.medium import unit_key
+from dougong.data.keyed import numbered
 from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, cells_of
@@ -138,13 +139,6 @@ class PairLoader:
         if not self._train or len(given) <= self._views:
             return given[: self._views]
         return [given[index] for index in sorted(random.choice(len(given), self._views, replace=False))]
-
-
-def numbered(keys: list[Any]) -> npt.NDArray[np.int64]:
-    """Equal for equal keys; a key that nobody knows is like no other."""
-    place: dict[Hashable, int] = {}
-    known = [("alone", row) if (key := unit_key(cell)) is None else key for row, cell in enumerate(keys)]
-    return np.array([place.setdefault(key, len(place)) for key in known], np.int64)
 
 
 def _some(table: Table) -> str:

@@ -28,6 +28,7 @@ from dougong.recipes.align import fit_sides, open_align_tables, roles_of_sides
 from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.build import target_of
 from dougong.recipes.decoding import DecodeRecipe
+from dougong.recipes.generate import check_spare
 from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
@@ -168,6 +169,8 @@ def _seen(recipe: Recipe | GenerateRecipe | DecodeRecipe, *, bare: bool) -> _See
         decides = False
         notes = ("no column is named as the target, so what would answer is not looked at: --target names one",)
     parts, tables, warnings = _parts(recipe, data, decides=decides)
+    if isinstance(recipe, GenerateRecipe):
+        check_spare(recipe, tables)
     preparation = fit_preparation(tables.train, tables.roles, target_of(data, tables), recipe.data.preparation)
     return _Seen(
         parts,
