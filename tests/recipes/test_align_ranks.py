@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
+from in_double import Exact
 from ranks import run_ranks
 from torch import Tensor
 
@@ -18,9 +19,7 @@ from dougong.cli.main import main
 from dougong.core.config import override, parse, to_yaml
 from dougong.core.errors import ConfigError, RunError
 from dougong.core.events import Announcer, Event, StepDone, read_events
-from dougong.data.batch import BatchArrays
 from dougong.data.pairs import PairLoader
-from dougong.data.position import Position
 from dougong.engine.parallel.ranks import ALONE, Ranks
 from dougong.engine.trainer import TrainConfig, train
 from dougong.recipes.align import _lesson, check_align_ranks, fit_sides, open_align_tables, run_align
@@ -92,32 +91,6 @@ def own_ranks() -> Ranks:
 
 
 # Steps ------------------------------------------------------------------------------------------------------------
-
-
-class Exact:
-    """A loader's batches in double precision: an optimizer makes whole steps of a gradient that is nothing but
-    rounding, and what is nought in theory has such a one."""
-
-    def __init__(self, loader: PairLoader) -> None:
-        self.loader = loader
-        self.batches_per_epoch = loader.batches_per_epoch
-
-    def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
-        for after, arrays in self.loader.batches(start):
-            yield after, _in_double(arrays)
-
-    def one_pass(self) -> Iterator[BatchArrays]:
-        return map(_in_double, self.loader.one_pass())
-
-
-def _in_double(arrays: BatchArrays) -> BatchArrays:
-    media = {
-        name: one._replace(
-            values={key: x.astype(np.float64) if x.dtype == np.float32 else x for key, x in one.values.items()}
-        )
-        for name, one in arrays.media.items()
-    }
-    return arrays._replace(media=media)
 
 
 def trained(tables: Path, folder: Path, settings: list[str]) -> tuple[list[dict[str, Tensor]], list[float]]:

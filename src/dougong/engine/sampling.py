@@ -71,7 +71,7 @@ class SamplingConfig(Config):
     """Validation records that it is measured on, after each evaluation, two more times than there are modalities."""
 
     beside: bool = False
-    """What is left out is encoded all the same, for a contrastive loss."""
+    """What is left out is encoded all the same, for a loss alone: contrast, or what completes it."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -34,6 +34,7 @@ from dougong.model.reading import ReadBlock, and_tokens, nothing_read, num_media
 from dougong.model.sampling import SamplingConfig, choose, guided
 from dougong.model.sandwich import EncoderBlock, FinishBlock, SandwichState
 from dougong.model.vq import PictureTokenizer, TokenizerConfig
+from dougong.nn.attention import check_heads
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.causal import Cache, CausalLayer
@@ -99,16 +100,9 @@ class WriterConfig(Config):
 
     @model_validator(mode="after")
     def _whole_heads(self) -> WriterConfig:
-        counts = {"num_heads": self.num_heads}
+        check_heads("num_heads", self.num_heads, self.width)
         if self.completion is not None:
-            counts["completion.num_heads"] = self.completion.num_heads
-        for name, num_heads in counts.items():
-            if self.width % num_heads:
-                fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
-                raise ValueError(
-                    f"{name}={num_heads} cannot share out width={self.width}: every head needs as many channels. "
-                    f"Use {name} in {fits}."
-                )
+            check_heads("completion.num_heads", self.completion.num_heads, self.width)
         return self
 
     @model_validator(mode="after")

@@ -271,7 +271,8 @@ def read_laid_out(name: str, settings: Sequence[str] = ()) -> LaidOut:
     """
     recipe = read_any_recipe(name, settings)
     if not isinstance(recipe, LaidOut):
-        raise ConfigError(f"recipe {name} learns to {recipe.kind}, by copies or alone: there is nothing to plan.")
+        where = "on copies alone" if isinstance(recipe, AlignRecipe) else "in one process only"
+        raise ConfigError(f"recipe {name} learns to {recipe.kind}, {where}: there is nothing to plan.")
     return recipe
 
 
