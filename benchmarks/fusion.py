@@ -56,7 +56,9 @@ from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import RunResult, train_recipe
 from dougong.recipes.tables import open_tables
 
-SEEDS: Final = (0, 1, 2, 3, 4)
+SEEDS: Final = (0, 2, 3, 4, 5)
+"""Not 1: by it the speaker of the test is the one on whose records ours was settled when it was made."""
+
 LEVELS: Final = (0.25, 0.5, 0.75, 1.0)
 TEST_RECORDS: Final = 2000
 SPOKEN: Final = Path(__file__).parents[2] / "shared" / "data" / "fsdd" / "recordings"

@@ -9,7 +9,7 @@ from dougong.core.signature import Target
 from dougong.data.batch import BatchArrays
 from dougong.data.columns import ColumnRole
 from dougong.data.pairs import PairLoader
-from dougong.data.position import Position
+from dougong.data.position import Position, Share
 from dougong.data.preparation import Preparation, PreparationConfig, fit_preparation
 from dougong.data.table import Table, table_of_rows
 
@@ -120,3 +120,44 @@ def test_records_whose_key_nobody_knows_share_it_with_nobody(table: Table, prepa
     number = dict(zip(batch.row_B.tolist(), batch.target.tolist(), strict=True))  # type: ignore[union-attr]
     assert number[4] == number[5]
     assert len(set(number.values())) == len(number) - 1
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_the_shares_put_together_are_the_whole_batches(table: Table, preparation: Preparation, world: int) -> None:
+    def batches(share: Share) -> list[tuple[Position, BatchArrays]]:
+        loader = PairLoader(
+            table, preparation, SIDES, batch_size=4, views=2, key="key", seed=1, train=True, share=share
+        )
+        return [each for _, each in zip(range(7), loader.batches(Position()), strict=False)]
+
+    whole = batches(Share())
+    shares = [batches(Share(rank, world)) for rank in range(world)]
+
+    for (position, want), parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert {after for after, _ in parts} == {position}
+        assert np.concatenate([part.row_B for _, part in parts]).tolist() == want.row_B.tolist()
+        targets = [part.target for _, part in parts]
+        assert np.concatenate(targets).tolist() == want.target.tolist()  # type: ignore[arg-type,union-attr]
+        found = [pairs_of(part, preparation) for _, part in parts]
+        assert set().union(*found) == pairs_of(want, preparation)
+        assert all(media.id_U is None for media in want.media.values())
+    rows = [{*part.row_B.tolist()} for _, part in (share[0] for share in shares)]
+    assert sum(map(len, rows)) == len(set().union(*rows))  # a record is never on two of them
+    assert world < 7 or not all(len(part.row_B) for share in shares for _, part in share)
+
+
+def test_a_medium_has_one_number_on_every_rank(table: Table, preparation: Preparation) -> None:
+    rows = {name: [f"{name} number {row % 3}" for row in range(10)] for name in "abcd"}
+    shared = table_of_rows(pa.table(rows), Path())
+    numbers: dict[str, set[int]] = {}
+    for rank in range(2):
+        loader = PairLoader(shared, preparation, SIDES, batch_size=10, share=Share(rank, 2))
+        (batch,) = loader.one_pass()
+        left = batch.media["left"]
+        tokenizer = preparation.modalities["left"].tokenizer  # type: ignore[attr-defined]
+        assert left.id_U is not None
+        for number, ids in zip(left.id_U.tolist(), left.values["ids_UT"].tolist(), strict=True):
+            numbers.setdefault(tokenizer.decode(ids), set()).add(number)
+    assert len(numbers) == 3
+    assert {len(found) for found in numbers.values()} == {1}
+    assert len(set().union(*numbers.values())) == 3

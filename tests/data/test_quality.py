@@ -27,6 +27,7 @@ from dougong.data.quality import (
     table_quality,
     text_quality,
     text_troubles,
+    troubled_share,
     volume_quality,
 )
 
@@ -194,9 +195,32 @@ def test_every_figure_has_a_worse_side() -> None:
     assert set(WORSE) == {*IMAGE, *AUDIO, *TEXT, *TABLE, *SIGNAL, *VOLUME}
 
 
-def test_where_there_is_no_medium_there_are_no_figures(everything: Preparation) -> None:
-    for modality in everything.modalities.values():
-        assert modality.quality(modality.stack([], None)).shape == (0, len(modality.quality_names))
+def test_where_there_is_no_medium_there_are_no_figures(everything: Preparation, tmp_path: Path) -> None:
+    nothing: dict[str, list[Any]] = {column: [None] for column in everything.columns}
+    media = Collator(everything, tmp_path, seed=0)(Request(np.arange(1), nothing, (0, 0))).media
+    for name, modality in everything.modalities.items():
+        if name != "table":  # a row is there, with nothing known
+            assert media[name].quality_UQ is not None
+            assert media[name].quality_UQ.shape == (0, len(modality.quality_names))
+
+
+def test_what_went_wrong_with_letters_is_a_figure_though_tokens_hide_it(
+    everything: Preparation, tmp_path: Path
+) -> None:
+    clean, lost, mixed = "is it number one", "is it number \ufffd one", "is it caf\u00c3\u00a9 one"
+    cells: dict[str, list[Any]] = {column: [None] * 5 for column in everything.columns}
+    cells["question"] = [lost, clean, None, lost, mixed]
+
+    question = Collator(everything, tmp_path, seed=0)(Request(np.arange(5), cells, (0, 0))).media["question"]
+
+    assert question.quality_UQ is not None
+    trouble_U = question.quality_UQ[:, TEXT.index("trouble")]
+    assert trouble_U[question.index_B[[0, 1, 3, 4]]] == pytest.approx([1 / 5, 0, 1 / 5, 1 / 4])
+    # But for that the first two are one: what is lost is no token.
+    np.testing.assert_array_equal(question.quality_UQ[0, :3], question.quality_UQ[1, :3])
+    assert troubled_share("a\x00b") == 1.0
+    assert troubled_share("\ufffd") == 1.0
+    assert troubled_share(" ") == 0.0
 
 
 def test_a_batch_has_quality_where_the_preparation_or_the_caller_asks(everything: Preparation, tmp_path: Path) -> None:
@@ -215,7 +239,8 @@ def test_a_batch_has_quality_where_the_preparation_or_the_caller_asks(everything
         assert own.quality_UQ is not None
         assert own.quality_UQ.dtype == np.float32
         assert own.quality_UQ.shape[1] == len(everything.signature().inputs[name].quality)
-        np.testing.assert_array_equal(own.quality_UQ, modality.quality(own.values))
+        measured_UQ = modality.quality(own.values)
+        np.testing.assert_array_equal(own.quality_UQ[:, : measured_UQ.shape[1]], measured_UQ)
     assert media["image"].quality_UQ is not None
     assert len(media["image"].quality_UQ) == 2
 

@@ -168,6 +168,16 @@ def test_a_rate_moves_by_its_largest_step_and_rests_near_its_goal() -> None:
     assert up[0].reason["b"] == "stays at 0.200: without it 0% is lost, so 0.200 is wanted"
 
 
+def test_a_reason_says_what_quality_adds() -> None:
+    config = SamplingConfig(rate=0.2, quality=0.4, highest=0.6)
+    sampler = ModalitySampler(config, 0, figures={"a": ("snr",), "b": ("snr",)})
+
+    change = sampler.update(lost(a=0.5, b=0.9), {"a": 0.75})
+
+    assert change.reason["a"].endswith("is wanted; its media are 0.75 good on average, for which 0.100 is added")
+    assert change.reason["b"].endswith("is wanted")
+
+
 def test_where_nothing_is_learnt_yet_nothing_moves() -> None:
     for found in (Removals(0.3, 0.3, {"a": 0.1}), Removals(0.2, 0.3, {"a": 0.1})):
         change = ModalitySampler(SamplingConfig(), 0).update(found)

@@ -157,7 +157,7 @@ def test_settings_that_cannot_take_effect_are_refused() -> None:
     with pytest.raises(ValueError, match="completion cannot take effect with fusion=late"):
         SandwichConfig(fusion="late", completion=CompletionConfig())
     with pytest.raises(
-        ValueError, match=r"completion.num_heads=3 cannot share out width=64: .* Use num_heads in \[1, 2"
+        ValueError, match=r"completion.num_heads=3 cannot share out width=64: .* Use completion.num_heads in \[1, 2"
     ):
         SandwichConfig(completion=CompletionConfig(num_heads=3))
     alone = SIGNATURE.model_copy(update={"inputs": {"left": SIGNATURE.inputs["left"]}})

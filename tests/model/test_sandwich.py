@@ -283,7 +283,7 @@ def test_a_pair_to_align_is_two_modalities_that_are_there() -> None:
 
 def test_heads_that_cannot_share_out_the_width_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"bridge.num_heads=3 cannot share out width=16: .* Use num_heads in \[1, 2, 4"
+        ValueError, match=r"bridge.num_heads=3 cannot share out width=16: .* Use bridge.num_heads in \[1, 2, 4"
     ):
         build({"bridge": {"num_heads": 3}})
 

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from dougong.core.errors import ConfigError
 from dougong.model.mining import spared
-from dougong.objectives.contrastive import all_pairs_loss, contrastive_loss, negative_weights
+from dougong.objectives.contrastive import all_pairs_loss, contrastive_loss, held_against, negative_weights
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -155,3 +155,41 @@ def test_scores_are_not_rounded_where_products_are() -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=0, atol=0)
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vectors", [{}, {"a": torch.ones(2, 8)}])
+def test_a_batch_without_any_pair_can_be_learnt_from_all_the_same(vectors: dict[str, torch.Tensor]) -> None:
+    index = {name: torch.zeros(2, dtype=torch.long) for name in ("a", "b")}
+    there = {"a": torch.tensor([bool(vectors)] * 2), "b": torch.zeros(2, dtype=torch.bool)}
+
+    loss = all_pairs_loss(vectors, index, there, temperature=torch.tensor(0.1))
+    loss.backward()
+
+    assert loss == 0
+    with torch.no_grad():
+        assert not all_pairs_loss(vectors, index, there).requires_grad
+
+
+def test_media_are_held_against_each_other_as_the_most_alike_of_their_records() -> None:
+    def weight_of(key_K: torch.Tensor) -> torch.Tensor:
+        assert key_K.tolist() == [3, 7, 9]
+        return torch.tensor([[0.0, 0.5, 1.0], [0.5, 0.0, 0.25], [1.0, 0.25, 0.0]])
+
+    # Left 0 is of keys 7 and 9, left 1 of 3; right 0 of 7, right 1 of 9 and 3; left 2 and right 2 are nobody's.
+    left_B, right_B, key_B = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), torch.tensor([7, 9, 3])
+    found = held_against(left_B, right_B, key_B, (3, 3), weight_of)
+
+    assert found.tolist() == [[0.0, 0.0, 1.0], [0.5, 0.0, 1.0], [1.0, 1.0, 1.0]]
+
+
+def test_weights_of_nothing_but_equal_keys_spare_what_keys_alone_spare() -> None:
+    vectors = {name: unit(4, 8) for name in ("a", "b")}
+    index = {name: torch.arange(4) for name in vectors}
+    there = {name: torch.ones(4, dtype=torch.bool) for name in vectors}
+    key_B = torch.tensor([5, 6, 5, 8])
+
+    found = all_pairs_loss(vectors, index, there, key_B=key_B, weight_of=lambda key_K: 1 - torch.eye(len(key_K)))
+
+    torch.testing.assert_close(found, all_pairs_loss(vectors, index, there, key_B=key_B), rtol=0, atol=0)
+    half = all_pairs_loss(vectors, index, there, key_B=key_B, weight_of=lambda key_K: 0.5 - 0.5 * torch.eye(len(key_K)))
+    assert half < found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dougong.objectives.missing import completion_loss
+from dougong.objectives.missing import Unexplained, completion_loss
 
 
 def test_it_is_the_share_of_the_truth_s_spread_that_is_left() -> None:
@@ -66,3 +66,34 @@ def test_media_that_are_all_alike_make_no_difference_out_of_rounding(value: floa
     assert loss.item() == pytest.approx(2 * (1 - value) ** 2 / (0.01 * value**2 or 1.0), rel=1e-5)
     assert completed_BKD.grad is not None
     assert completed_BKD.grad.isfinite().all()
+
+
+def test_what_is_left_is_the_same_whatever_the_batches_were() -> None:
+    torch.manual_seed(0)
+    completed_BKD, truth_UKD, medium_B = torch.randn(9, 2, 4), torch.randn(5, 2, 4) + 7.0, torch.arange(9) % 5
+    at_once, by_two = Unexplained(), Unexplained()
+
+    at_once.add(completed_BKD, truth_UKD, medium_B)
+    for start in range(0, 9, 2):
+        by_two.add(completed_BKD[start : start + 2], truth_UKD, medium_B[start : start + 2])
+
+    truth_BKD = truth_UKD[medium_B]
+    wanted = (completed_BKD - truth_BKD).square().sum() / (truth_BKD - truth_BKD.mean(dim=0)).square().sum()
+    assert at_once.left() == pytest.approx(float(wanted), rel=1e-5)
+    assert by_two.left() == pytest.approx(at_once.left(), rel=1e-9)
+
+
+def test_the_truth_leaves_nothing_its_mean_all_and_one_record_has_no_spread() -> None:
+    truth_UKD = torch.randn(6, 1, 4, generator=torch.Generator().manual_seed(0))
+    exact, mean, alone, zeros = (Unexplained() for _ in range(4))
+
+    exact.add(truth_UKD, truth_UKD, torch.arange(6))
+    mean.add(truth_UKD.mean(dim=0).expand(6, -1, -1), truth_UKD, torch.arange(6))
+    alone.add(truth_UKD[:1], truth_UKD, torch.zeros(1, dtype=torch.int64))
+    zeros.add(torch.ones(2, 1, 4), torch.zeros(2, 1, 4), torch.arange(2))
+
+    assert exact.left() == 0.0
+    assert mean.left() == pytest.approx(1.0)
+    assert alone.left() is None
+    assert zeros.left() is None
+    assert Unexplained().left() is None

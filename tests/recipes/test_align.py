@@ -224,7 +224,7 @@ def test_commands_know_the_kind(run: Path, tables: Path, tmp_path: Path, capsys:
     assert main(["check", str(settings), "--json"]) == 0
     checked = json.loads(capsys.readouterr().out)
     assert checked["tables"]["train"]["rows"] == 80
-    assert checked["tables"]["train"]["present"] == {"picture": 80, "words": 80}
+    assert set(checked["tables"]["train"]["present"]) == {"photo", "photo_again", "remark", "second_remark"}
     assert checked["columns"]["second_remark"]["role"] == "text"
     assert main(["train", str(settings), "--out", str(tmp_path / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["figures"].keys() == {"picture and words"}
@@ -275,3 +275,85 @@ def test_tables_that_share_a_medium_are_refused_and_told_by_a_check(tables: Path
     (tmp_path / "recipe.yaml").write_text(to_yaml(leaking))
     found = check_recipe_or_table(str(tmp_path / "recipe.yaml"))
     assert any("photo_again" in warning and "a run would refuse this" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("part", "column", "message"),
+    [
+        ("validation", "photo_again", "by which picture is judged. Add it, or name others in data.judged"),
+        ("test", "remark", "by which words is judged. Add it, or name others in data.judged"),
+        ("test", "colour", "by which the report is grouped. Name another in data.group, or none"),
+        ("train", "colour", "by which records are spared. Name another in data.spare, or none"),
+    ],
+)
+def test_a_column_that_is_asked_for_after_training_is_missed_before_it(
+    tables: Path, tmp_path: Path, part: str, column: str, message: str
+) -> None:
+    pq.write_table(pq.read_table(tables / f"{part}.parquet").drop_columns([column]), tmp_path / "cut.parquet")
+    values = recipe(tables).model_dump(mode="json")
+    values["data"][part] = str(tmp_path / "cut.parquet")
+    with pytest.raises(ConfigError, match=f"cut.parquet lacks the column '{column}', {message}"):
+        run_align(parse(AlignRecipe, values, where="test"), tmp_path / "run", quiet=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.yaml"]  # free for the mended one
+
+
+def test_a_side_that_nobody_has_where_it_is_judged_has_no_figures_and_ends_no_run(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = recipe(tables).model_dump(mode="json")
+    values["model"]["bridge"] = None
+    for part in ("validation", "test"):
+        whole = pq.read_table(tables / f"{part}.parquet")
+        place = whole.schema.get_field_index("remark")
+        empty = whole.set_column(place, "remark", pa.nulls(whole.num_rows, pa.string()))
+        pq.write_table(empty, tmp_path / f"{part}.parquet")
+        values["data"][part] = str(tmp_path / f"{part}.parquet")
+    (tmp_path / "empty.yaml").write_text(to_yaml(parse(AlignRecipe, values, where="test")))
+
+    assert main(["train", str(tmp_path / "empty.yaml"), "--out", str(tmp_path / "run"), "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["figures"]["picture and words"] == {"chance_at_10": pytest.approx(10 / 24)}
+    assert "picture and words: none was looked for, since no record has one of the two" in told["notes"]
+    assert json.loads((tmp_path / "run" / "retrievals.json").read_text())["entries"] == []
+    assert (tmp_path / "run" / "report.html").exists()
+    aligner = load_aligner(tmp_path / "run" / "bundle")
+    nobody = aligner.vectors(open_table(tmp_path / "test.parquet"), "words", ["remark"])
+    assert nobody.x_ND.shape == (24, 16)
+    assert not nobody.x_ND.any()
+
+
+def test_what_is_alike_is_spared_by_degrees_where_a_recipe_says_so(tables: Path, tmp_path: Path) -> None:
+    def run(name: str, column: str, spare_alike: list[float] | None) -> list[float]:
+        values = recipe(tables, steps=2).model_dump(mode="json")
+        values["data"]["spare"], values["objective"]["spare_alike"] = column, spare_alike
+        values["model"]["bridge"] = None
+        run_align(parse(AlignRecipe, values, where="test"), tmp_path / name, quiet=True)
+        return [*losses(tmp_path / name).values()]
+
+    plain = run("plain", "remark", None)
+    less = run("less", "remark", [0.1, 0.9])
+    # All remarks have four words in common, of ten at most: none is held against another.
+    fewest = run("fewest", "remark", [0.0, 0.1])
+    assert plain[0] > less[0] > fewest[0]
+    assert fewest[0] == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(ConfigError, match="column 'photo' holds neither texts nor lists of numbers"):
+        run("pictures", "photo", [0.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("objective", "spare", "message"),
+    [
+        ({"spare_alike": [0.9, 0.2]}, "colour", r"\[0.9, 0.2\] must rise from 0 or more to 1 or less"),
+        ({"spare_alike": [0.2, 1.5]}, "colour", r"\[0.2, 1.5\] must rise from 0 or more to 1 or less"),
+        ({"spare_alike": [0.2, 0.9]}, None, r"compares values of data.spare, and no column is named there. Set data"),
+    ],
+)
+def test_degrees_that_say_nothing_are_refused(
+    tables: Path, objective: dict[str, Any], spare: str | None, message: str
+) -> None:
+    values = recipe(tables).model_dump(mode="json")
+    values["objective"] |= objective
+    values["data"]["spare"] = spare
+    with pytest.raises(ConfigError, match=message):
+        parse(AlignRecipe, values, where="test")

@@ -19,6 +19,7 @@ from dougong.recipes.known import read_recipe
 from dougong.recipes.losses import completion_losses
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe
+from dougong.recipes.training import encodes_withheld
 
 SETTINGS = ["model.completion.num_tokens=2", "objective.completion_weight=0.5", "data.withhold=0.4"]
 
@@ -127,9 +128,37 @@ def test_completion_without_anything_withheld_is_refused(colour_table: Path) -> 
         parse(Recipe, values, where="test")
 
 
+def test_the_named_recipe_completes_what_it_learnt_to_do_without(colour_table: Path, tmp_path: Path) -> None:
+    named = read_recipe("complete-views")
+    assert encodes_withheld(named)
+    table = [f"data.train={colour_table}", "data.source=null", "data.target=colour", "data.columns={}"]
+    settings = [*table, "data.modalities=[photo, remark, table]", "train.steps=2"]
+
+    result = run_recipe(read_recipe("complete-views", settings), tmp_path / "run", quiet=True)
+
+    (answer,) = result.model.predict([{"remark": "it is warm like fire number 3"}])
+    assert answer.completed == ("photo", "table")
+
+
 def test_a_comparison_s_baselines_go_without_completion() -> None:
     recipe = read_recipe("vqa-demo", ["model.completion.num_tokens=1", "model.completion.num_heads=6"])
 
     found = {name: altered.model.completion is not None for name, altered in _arrangements(recipe)}
 
     assert found == {"question only": False, "image only": False, "late concat": False, "sandwich": True}
+
+
+def test_completion_is_learnt_from_what_sampling_leaves_out_beside(colour_table: Path, tmp_path: Path) -> None:
+    def recipe(*settings: str) -> Recipe:
+        values = override(recipe_for(colour_table).model_dump(mode="json"), ["data.withhold=0", "train.steps=1"])
+        return parse(Recipe, override(values, ["train.sampling.rate=0.5", *settings]), where="test")
+
+    with pytest.raises(ConfigError, match=r"none of it is encoded\. Set train\.sampling\.beside: true, or objective"):
+        recipe()
+    with pytest.raises(ConfigError, match=r"model.completion is learnt from what is withheld, and nothing is"):
+        recipe("train.sampling.rate=0", "train.sampling.highest=0", "train.sampling.beside=true")
+    run_recipe(recipe("train.sampling.beside=true"), tmp_path / "beside", quiet=True)
+    run_recipe(recipe("objective.completion_weight=0"), tmp_path / "lighter", quiet=True)
+
+    # The same weights, records and draws; half of about 1 for each that was left out.
+    assert losses(tmp_path / "beside")[1] > losses(tmp_path / "lighter")[1] + 0.2

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dougong
-from dougong.bundle.generator import batch_of_cells, load_generator
+from dougong.bundle.generator import Generator, batch_of_cells, load_generator
 from dougong.cli.main import main
 from dougong.core.config import from_yaml, override, parse, to_yaml
 from dougong.core.errors import BundleError, ConfigError, DataError, RunError
@@ -26,10 +26,13 @@ from dougong.engine import prepare
 from dougong.engine.checkpoint import best_weights, load_weights
 from dougong.engine.memory.recompute import Keep, apply_recompute
 from dougong.model.sampling import SamplingConfig
-from dougong.nn.batch import MediaBatch
+from dougong.model.writer import Completed, WriterOutput, Written
+from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
-from dougong.recipes.generate import judge_writer, run_generation
-from dougong.recipes.generation import GenerateRecipe, pretrain_joint
+from dougong.objectives.contrastive import contrastive_loss
+from dougong.objectives.missing import completion_loss
+from dougong.recipes.generate import found_of_other, judge_writer, run_generation, writing_losses
+from dougong.recipes.generation import GenerateRecipe, GenerationObjective, pretrain_joint
 from dougong.recipes.known import read_any_recipe, read_recipe
 from dougong.watch.word_by_word import look_at_texts
 
@@ -52,6 +55,9 @@ SMALL = [
     "model.tokenizer.width=8",
     "model.tokenizer.num_codes=12",
 ]
+
+FIGURES = {"loss", "bits", "token_accuracy", "left", "recall_at_10", "chance_at_10"}
+PLAIN = ["model.align=false", "model.completion=null", "objective.spare=null"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,8 @@ def test_a_run_leaves_figures_pictures_a_bundle_and_a_page(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
 
     assert set(evaluation["directions"]) == {"caption", "draw"}
-    assert set(evaluation["directions"]["caption"]["metrics"]) == {"loss", "bits", "token_accuracy", "names"}
+    assert set(evaluation["directions"]["caption"]["metrics"]) == FIGURES | {"names"}
+    assert set(evaluation["directions"]["draw"]["metrics"]) == FIGURES
     page = (run / "report.html").read_text()
     samples = json.loads((run / "gallery" / "samples.json").read_text())
     assert page.count("data:image/png") == 3 * len(samples) > 40
@@ -159,7 +166,7 @@ def test_the_figures_are_means_over_tokens_whatever_the_batch(captions: Path, ru
 
 
 def test_one_direction_takes_the_tokenizer_of_another_run(captions: Path, run: Path, tmp_path: Path) -> None:
-    recipe = small(captions, f"tokenizer.take={run}", "model.directions=[draw]", "model.align=false")
+    recipe = small(captions, f"tokenizer.take={run}", "model.directions=[draw]", *PLAIN)
 
     result = run_generation(recipe, tmp_path / "draw", quiet=True)
 
@@ -245,6 +252,7 @@ def test_a_page_tells_where_each_word_of_a_caption_came_from(
     picture = table.records([2], ["image"])[0]["image"]["bytes"]
     assert record["text"] == model.caption([picture])[0]
     assert "<script" not in page.read_text(encoding="utf-8")
+    assert "from what was completed" in page.read_text(encoding="utf-8")
     with torch.no_grad():  # it has hardly learnt, and would end at once
         model.network.out.bias[model.end] = -100.0
 
@@ -259,10 +267,13 @@ def test_a_page_tells_where_each_word_of_a_caption_came_from(
     with torch.no_grad():
         output = model.network(batch._replace(media={**batch.media, model.network.words: own}))
     assert record["words"][0]["share"]["image"] > 0.01
+    assert any(word["share"]["(completed)"] > 0.01 for word in record["words"])
     chance_NV = output.written["caption"].score_RNV[0].softmax(dim=1)
     for place, word in enumerate(record["words"]):
         assert sum(word["share"].values()) == pytest.approx(1.0, abs=1e-4)
         assert len(word["maps"]["image"]) == 16  # the mark before them stands for no place
+        assert set(word["maps"]) == {"image"}
+        assert set(word["share"]) == {"image", "(completed)", "caption"}
         assert word["chance"] == pytest.approx(float(chance_NV[place, ids_BN[0, place + 1]]), rel=1e-3)
         assert len(word["before"]["tokens"]) == len(word["before"]["weights"]) == place + 1
 
@@ -282,13 +293,13 @@ def test_a_table_without_labels_is_learnt_from_and_says_nothing_of_names(caption
     for part in ("train", "test"):
         table = pq.read_table(captions / f"{part}.parquet").drop_columns(["named", "colour", "shape"])
         pq.write_table(table, tmp_path / f"{part}.parquet")
-    values = small(captions).model_dump(mode="json")
+    values = small(captions, "objective.spare=null").model_dump(mode="json")
     values["data"] |= {name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
     values["data"] |= {"target": None, "columns": {"image_id": "ignore"}}
 
     result = run_generation(parse(GenerateRecipe, values, where="test"), tmp_path / "run", quiet=True)
 
-    assert set(result.evaluations["caption"].metrics) == {"loss", "bits", "token_accuracy"}
+    assert set(result.evaluations["caption"].metrics) == FIGURES
     assert (tmp_path / "run" / "bundle").is_dir()
 
 
@@ -297,7 +308,7 @@ def test_numbers_named_as_the_target_are_no_names_and_end_no_run(captions: Path,
         table = pq.read_table(captions / f"{part}.parquet").drop_columns(["named", "colour", "shape"])
         score = pa.array([None if place % 5 == 0 else place / 7 for place in range(table.num_rows)])
         pq.write_table(table.append_column("score", score), tmp_path / f"{part}.parquet")
-    values = small(captions).model_dump(mode="json")
+    values = small(captions, "objective.spare=null").model_dump(mode="json")
     values["data"] |= {name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
     values["data"] |= {"target": "score", "columns": {"image_id": "ignore"}}
 
@@ -316,6 +327,8 @@ def test_numbers_named_as_the_target_are_no_names_and_end_no_run(captions: Path,
         ("train.sampling={}", "none is made"),
         ("tokenizer.train.sampling={}", "none is made"),
         ("data.loader.batch_size=1", "leaves some of 2 directions without a record"),
+        ("model.align=false", "objective.spare=named cannot take effect. Set model.align: true, or leave spare out"),
+        ("objective.completion_weight=-1", "-1.0 must not be below 0"),
     ],
 )
 def test_what_a_writer_does_not_do_is_refused(captions: Path, setting: str, message: str) -> None:
@@ -333,3 +346,151 @@ def test_an_average_of_the_tokenizers_weights_is_what_is_kept(captions: Path, tm
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
     last = load_file(kept / "model.safetensors")
     assert any(not torch.equal(found[name], value) for name, value in last.items())
+
+
+# Completing and aligning ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("objective.align_weight=2", "objective.align_weight=2.0 cannot take effect. Set model.align: true"),
+        ("objective.spare=named", "objective.spare=named cannot take effect. Set model.align: true"),
+        ("objective.completion_weight=2", "objective.completion_weight=2.0 cannot take effect. Set model.completion"),
+        ("model.completion.num_heads=3", "completion.num_heads=3 cannot share out width=64"),
+    ],
+)
+def test_a_part_that_is_not_there_is_not_weighed(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_any_recipe("vqa-generate", [setting])
+
+
+def test_a_column_to_spare_by_that_a_table_lacks_is_told_before_anything_is_trained(
+    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small(captions, "objective.spare=shade")
+    with pytest.raises(ConfigError, match=r"objective.spare names 'shade', which train.parquet lacks\. Use one of"):
+        run_generation(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+    (tmp_path / "mine.yaml").write_text(to_yaml(recipe))
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 2
+    assert "objective.spare names 'shade'" in capsys.readouterr().err
+
+
+def records(present: list[bool], target: torch.Tensor | None = None) -> Batch:
+    """Records that each have a picture and a caption of their own; of the pictures, some lack one."""
+    there_B, index_B = torch.tensor(present), torch.arange(len(present))
+    own = {name: MediaBatch({"v": index_B}, index_B, torch.ones_like(there_B)) for name in ("image", "caption")}
+    return Batch({**own, "image": own["image"]._replace(present_B=there_B)}, target)
+
+
+def test_what_was_completed_is_held_against_the_truth_of_records_that_were_told_and_have_it() -> None:
+    torch.manual_seed(0)
+    made_RKD, truth_UKD = torch.randn(3, 2, 4), torch.randn(4, 2, 4)
+    completed = Completed(made_RKD, torch.tensor([True, False, True]), truth_UKD)
+    nothing_R1 = torch.zeros(3, 1, dtype=torch.int64)
+    # Of records 0, 1 and 3: 1 was not told what it is about, 3 has no picture.
+    written = Written(torch.zeros(3, 1, 5), nothing_R1, nothing_R1.bool(), torch.tensor([0, 1, 3]), completed)
+    batch = records([True, True, True, False])
+    content: Any = {"draw": "image"}
+
+    def losses(**settings: Any) -> dict[str, torch.Tensor]:
+        return writing_losses(
+            WriterOutput({"draw": written}, {}, 0.07), batch, GenerationObjective(**settings), content
+        )
+
+    wanted = completion_loss(made_RKD[:1], truth_UKD, torch.tensor([0]))
+    torch.testing.assert_close(losses(completion_weight=0.5)["draw completed"], 0.5 * wanted)
+    assert set(losses(completion_weight=0.0)) == {"draw"}
+
+
+def test_records_of_one_key_are_not_held_against_each_other_and_the_temperature_is_the_models() -> None:
+    torch.manual_seed(0)
+    vectors = {name: torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for name in ("image", "caption")}
+    there_B = torch.tensor([True, True, True, False])
+
+    def alignment(keys: list[int] | None, temperature: float) -> torch.Tensor:
+        batch = records(there_B.tolist(), None if keys is None else torch.tensor(keys))
+        output = WriterOutput({}, vectors, torch.tensor(temperature))
+        return writing_losses(output, batch, GenerationObjective(align_weight=2.0), {})["alignment"]
+
+    def wanted(negative_UV: torch.Tensor | None, temperature: float) -> torch.Tensor:
+        index = torch.arange(3)
+        own = (vectors["image"], vectors["caption"], index, index)
+        return 2.0 * contrastive_loss(*own, temperature=temperature, negative_UV=negative_UV)
+
+    alike_UV = torch.ones(4, 4)
+    alike_UV[0, 2] = alike_UV[2, 0] = 0.0
+    torch.testing.assert_close(alignment([5, 6, 5, 5], 0.2), wanted(alike_UV, 0.2))
+    torch.testing.assert_close(alignment(None, 0.07), wanted(None, 0.07))
+    assert not torch.isclose(alignment(None, 0.07), alignment(None, 0.2))
+
+
+def test_training_spares_records_of_one_name(captions: Path, tmp_path: Path) -> None:
+    spared = run_generation(small(captions, "train.steps=1"), tmp_path / "spared", quiet=True)
+    run_generation(small(captions, "train.steps=1", "objective.spare=null"), tmp_path / "held", quiet=True)
+
+    assert losses(tmp_path / "spared") < losses(tmp_path / "held")  # the same weights and batch, fewer to tell from
+    assert any("with the same named are left out" in note for note in spared.notes)
+
+
+def one_by_one(model: Generator, name: str, cells: list[Any]) -> torch.Tensor:
+    """Vectors of records, each in a batch of its own."""
+    device = torch.device("cpu")
+    batches = [batch_of_cells(model.preparation, name, [cell], 0, device) for cell in cells]
+    with torch.no_grad():
+        return torch.cat([model.network.vectors(batch.media[name], name) for batch in batches])
+
+
+def test_a_records_own_is_looked_for_among_distinct_media_of_other_names(captions: Path, run: Path) -> None:
+    model, rows = load_generator(run), pq.read_table(captions / "test.parquet").to_pylist()
+    images = one_by_one(model, "image", [row["image"]["bytes"] for row in rows])
+    captions_ND = one_by_one(model, "caption", [row["caption"] for row in rows])
+    named, texts = [row["named"] for row in rows], [row["caption"] for row in rows]
+    pictures = [row["image"]["bytes"] for row in rows]
+
+    found = found_of_other(model.network, open_table(captions / "test.parquet"), model.preparation, spare="named")
+
+    for direction, query_ND, other_ND, what in (
+        ("caption", images, captions_ND, texts),
+        ("draw", captions_ND, images, pictures),
+    ):
+        score_NN = query_ND @ other_ND.T
+        right, chance = [], []
+        for row, name in enumerate(named):
+            others = {what[other]: other for other in range(len(rows)) if named[other] != name}
+            before = sum(bool(score_NN[row, other] >= score_NN[row, row]) for other in others.values())
+            right.append(before < 10)
+            chance.append(min(1.0, 10 / (1 + len(others))))
+        figures = found[direction]  # type: ignore[index]
+        assert figures["recall_at_10"] == pytest.approx(sum(right) / len(right))
+        assert figures["chance_at_10"] == pytest.approx(sum(chance) / len(chance))
+    assert 0 < found["caption"]["chance_at_10"] < 1
+
+
+def test_what_is_left_falls_as_completing_is_learnt(captions: Path, tmp_path: Path) -> None:
+    """Little is learnt in so few steps: the mean of the truths, from what a random start makes."""
+    figures = {}
+    for weight in (0.0, 3.0):
+        settings = [f"objective.completion_weight={weight}", "train.steps=40", "train.evaluate_every=40"]
+        recipe = small(captions, *settings, "train.optimizer.warmup_ratio=0.0")
+        result = run_generation(recipe, tmp_path / f"weighs-{weight}", quiet=True)
+        figures[weight] = {name: found.metrics["left"] for name, found in result.evaluations.items()}
+
+    assert all(figures[3.0][name] < 0.7 * figures[0.0][name] for name in ("caption", "draw"))
+
+
+def test_a_bundle_from_before_temperatures_were_learnt_still_writes(captions: Path, tmp_path: Path) -> None:
+    settings = ["model.learn_temperature=false", "model.completion=null", "objective.spare=null", "train.steps=1"]
+    written = run_generation(small(captions, *settings), tmp_path / "run", quiet=True).generator
+    manifest = tmp_path / "run" / "bundle" / "bundle.json"
+    told = json.loads(manifest.read_text())
+    for name in ("temperature", "learn_temperature", "completion"):
+        del told["model"][name]
+    manifest.write_text(json.dumps(told))
+
+    read = load_generator(tmp_path / "run")
+
+    assert read.network.config == written.network.config
+    assert read.draw(["a red circle"], seed=1)[0].tobytes() == written.draw(["a red circle"], seed=1)[0].tobytes()

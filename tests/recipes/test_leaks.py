@@ -143,6 +143,72 @@ def test_copies_under_other_names_are_on_one_side_of_our_own_split(records: Reco
         assert any("those with the same photo on one side" in note for note in tables.notes)
 
 
+def both(tables: Tables, column: str) -> set[bytes]:
+    """What stands on two sides."""
+    sides = [{cell["bytes"] for cell in part.column(column).to_pylist()} for part in (tables.train, tables.validation)]
+    return sides[0] & sides[1]
+
+
+def test_media_that_are_shared_far_down_a_table_are_on_one_side(records: Records, tmp_path: Path) -> None:
+    # Two questions of each picture, all the first ones before all the second ones: the first half shows no copy.
+    some = records(1100, seed=0, missing=0.0)
+    again = [{**record, "clip": some[-place]["clip"], "size": 1.0} for place, record in enumerate(some)]
+    train = write(tmp_path / "a.parquet", [*some, *again])
+
+    tables = opened(train=train)
+
+    assert tables.unit == "photo"
+    assert not both(tables, "photo")
+    assert 0.05 < tables.validation.num_rows / 2200 < 0.15
+
+
+def test_copies_of_a_unit_under_other_names_are_on_its_side(records: Records, tmp_path: Path) -> None:
+    some = records(60, seed=0, missing=0.0)
+    pictures = [record["photo"]["bytes"] for record in some]
+    for place, record in enumerate(some):  # each picture three times, once under a name of its own
+        (tmp_path / f"{place // 3}.png").write_bytes(pictures[place // 3])
+        (tmp_path / f"copy-{place}.png").write_bytes(pictures[place // 3])
+        record["photo"] = f"copy-{place}.png" if place % 3 == 2 else f"{place // 3}.png"
+    train = write(tmp_path / "a.parquet", some)
+
+    for seed in range(4):
+        data = parse(DataConfig, {"target": "colour", "train": train, "validation_share": 0.3}, where="data")
+        tables = open_tables(data, seed=seed)
+        sides = [
+            {(tmp_path / name).read_bytes() for name in part.column("photo").to_pylist()}
+            for part in (tables.train, tables.validation)
+        ]
+        assert tables.unit == "photo"
+        assert not sides[0] & sides[1]
+
+
+def test_a_blank_is_no_reason_to_be_on_one_side(records: Records, tmp_path: Path) -> None:
+    some = records(200, seed=0, missing=0.0)
+    for record in some[::4]:
+        record["photo"] = some[0]["photo"]
+    tables = opened(train=write(tmp_path / "a.parquet", some), validation_share=0.3)
+
+    assert tables.unit is None
+    assert both(tables, "photo") == {some[0]["photo"]["bytes"]}
+
+
+def test_where_all_would_hang_together_the_unit_alone_is_kept_and_it_is_said(records: Records, tmp_path: Path) -> None:
+    # Each picture is asked about in four recordings, each recording asked of four pictures.
+    media = records(80, seed=0, missing=0.0)
+    some = [
+        {**media[0], "photo": media[place]["photo"], "clip": media[(place + asked) % 80]["clip"]}
+        for place in range(80)
+        for asked in range(4)
+    ]
+    for place, record in enumerate(some):
+        record["colour"] = media[place % 80]["colour"]
+    tables = opened(train=write(tmp_path / "a.parquet", some), validation_share=0.3)
+
+    assert tables.unit == "photo"
+    assert not both(tables, "photo")
+    assert any(note.startswith("clip: what several records share may be on both sides") for note in tables.notes)
+
+
 def test_a_unit_that_is_no_column_is_refused_by_name(records: Records, tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", records(30, seed=0, missing=0.0))
     other = write(tmp_path / "b.parquet", records(30, seed=1, missing=0.0))

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from in_double import Exact
 from ranks import RankFailure, run_ranks
 from torch import Tensor
 from torch.nn import functional
@@ -24,10 +25,8 @@ from dougong.cli.main import main
 from dougong.core.config import parse, to_yaml
 from dougong.core.errors import ConfigError
 from dougong.core.events import Announcer, Event, StepDone, read_events
-from dougong.data.batch import BatchArrays
 from dougong.data.columns import infer_roles
 from dougong.data.loader import Loader, LoaderConfig
-from dougong.data.position import Position
 from dougong.data.preparation import Preparation, PreparationConfig, fit_preparation
 from dougong.data.table import open_table
 from dougong.data.target import infer_target
@@ -71,35 +70,15 @@ def table(records: Callable[..., list[dict[str, Any]]], tmp_path_factory: pytest
     return path
 
 
-class Exact:
-    """A loader's batches in double precision: an optimizer makes whole steps of a gradient that is nothing but
-    rounding, and what is nought in theory has such a one."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.batches_per_epoch = loader.batches_per_epoch
-
-    def batches(self, start: Position) -> Iterator[tuple[Position, BatchArrays]]:
-        for after, arrays in self.loader.batches(start):
-            yield after, _in_double(arrays)
-
-    def one_pass(self) -> Iterator[BatchArrays]:
-        return map(_in_double, self.loader.one_pass())
-
-
-def _in_double(arrays: BatchArrays) -> BatchArrays:
-    media = {
-        name: one._replace(
-            values={key: x.astype(np.float64) if x.dtype == np.float32 else x for key, x in one.values.items()}
-        )
-        for name, one in arrays.media.items()
-    }
-    return arrays._replace(media=media)
-
-
 def exact_loss(output: SandwichOutput, batch: Batch) -> Tensor:
+    """Of all together, and of each modality's own head, where the model has some that are taught."""
     assert batch.target is not None
-    return functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
+    loss = functional.cross_entropy(output.output_BC, batch.target, reduction="sum")
+    for place, media in enumerate(batch.media.values()):
+        if output.own_BMC is not None and media.present_B.any():
+            own_BC, target_B = output.own_BMC[media.present_B, place], batch.target[media.present_B]
+            loss = loss + functional.cross_entropy(own_BC, target_B, reduction="sum")
+    return loss
 
 
 def trained(
@@ -129,6 +108,9 @@ def trained(
     "model_settings",
     [
         {},
+        {"bridge": {"kind": "bottleneck"}},
+        {"own_heads": "taught"},
+        {"decide": "weighed"},
         *(pytest.param(each, marks=pytest.mark.slow) for each in ({"bridge": {"kind": "merged"}}, {"fusion": "late"})),
     ],
 )

@@ -115,7 +115,7 @@ def vectors_of_cells(
                     sum_ND = np.zeros((num_records, vector_BD.shape[1]), np.float32)
                 sum_ND[arrays.row_B[here_B]] += vector_BD
     if sum_ND is None:
-        sum_ND = np.zeros((num_records, 1), np.float32)
+        sum_ND = np.zeros((num_records, network.config.width), np.float32)  # nobody has anything: as wide as others
     length_N1 = np.linalg.norm(sum_ND, axis=1, keepdims=True)
     return Vectors(sum_ND / np.maximum(length_N1, 1e-12), num_bad)
 

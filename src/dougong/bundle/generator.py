@@ -142,6 +142,9 @@ def load_generator(folder: str | Path) -> Generator:
     folder = bundle_in(Path(folder))
 
     def build(settings: Mapping[str, Any], signature: Signature) -> Writer:
+        if settings.get("align") and "learn_temperature" not in settings:
+            # Written when a writer's temperature was not learnt: it holds none.
+            settings = {**settings, "learn_temperature": False}
         return parse(WriterConfig, settings, where="the bundle's model").build(signature)
 
     refusal = "holds a model that decides, not one that writes. Ask it with: dougong predict."

@@ -79,4 +79,4 @@ def print_measured(measured: dict[str, list[Figure]], *, quick: bool) -> None:
                 interval,
                 "" if figure.baseline is None else f"{figure.baseline:.4g}",
             )
-    Console().print(table)
+    Console(markup=False).print(table)

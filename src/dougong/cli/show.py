@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def print_comparison(result: Comparison) -> None:
     """The demo's table, the gain, and what to open next."""
-    console = Console()
+    console = Console(markup=False)
     conditions = list(result.gains)
     table = Table(title=f"{result.num_records} test records, accuracy")
     table.add_column("model")
@@ -72,7 +72,7 @@ def print_run(result: RunResult) -> None:
 
 def print_compression(found: dict[str, Any], folder: Path) -> None:
     """What was measured of the candidates that learnt, or the closest ones; and what the chosen one lost."""
-    console = Console()
+    console = Console(markup=False)
     metric = str(found["metric"]).replace("_", " ")
     chosen = found["chosen"]
     learnt = sorted((p for p in found["points"] if p["loss"] is not None), key=lambda p: p["latency_seconds"])
@@ -95,7 +95,7 @@ def print_compression(found: dict[str, Any], folder: Path) -> None:
         )
     console.print(table)
     if learnt:
-        console.print("*: no other one is better in time, size and loss together", markup=False)
+        console.print("*: no other one is better in time, size and loss together")
     if chosen is not None:
         judged = Table(title="the chosen one, on records that nothing was learnt from or chosen by")
         for name in ("condition", "teacher", "compressed", "loss", "95 % interval"):
@@ -105,16 +105,15 @@ def print_compression(found: dict[str, Any], folder: Path) -> None:
             values = (figures["teacher"], figures["compressed"])
             judged.add_row(condition, *(f"{value:.4f}" for value in values), f"{figures['loss']:+.4f}", between)
         console.print(judged)
-        console.print(f"bundle {folder / 'bundle'}", markup=False, highlight=False)
+        console.print(f"bundle {folder / 'bundle'}", highlight=False)
         if found["learnt"] is not None:
             console.print(
                 f"before its bits were chosen, to teach or to look into: {found['learnt']}",
-                markup=False,
                 highlight=False,
             )
     for bind in found["binds"]:
-        console.print(f"not met: {bind}", markup=False, highlight=False)
-    console.print(f"picture {folder / 'points.svg'}", markup=False, highlight=False)
+        console.print(f"not met: {bind}", highlight=False)
+    console.print(f"picture {folder / 'points.svg'}", highlight=False)
 
 
 def print_alignment(result: AlignResult) -> None:
@@ -125,7 +124,7 @@ def print_alignment(result: AlignResult) -> None:
     for sides, found in result.evaluations.items():
         for name, value in found.metrics.items():
             table.add_row(sides, name.replace("_", " "), f"{value:.4f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     _print_places(result)
 
 
@@ -139,7 +138,7 @@ def print_generation(result: GenerationResult | DecodeResult) -> None:
 
 def _print_places(result: RunResult | AlignResult | GenerationResult | DecodeResult) -> None:
     """What to know of the figures, and where things are."""
-    console = Console()
+    console = Console(markup=False)
     for note in result.notes:
         console.print(f"note: {note}", style="dim", highlight=False)
     console.print(f"bundle  {result.folder / 'bundle'}", highlight=False, soft_wrap=True)
@@ -156,12 +155,12 @@ def print_figures(figures: dict[str, Any]) -> None:
     for condition, found in figures.items():
         values = [f"{found['metrics'][name]:.4f}" if name in found["metrics"] else "-" for name in names]
         table.add_row(condition, *values, str(found["num_records"]))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def print_delivered(delivered: Delivered) -> None:
     """What was exported, at which bits, and what was measured of it."""
-    console = Console()
+    console = Console(markup=False)
     if delivered.plan is not None:
         table = Table()
         for name in ("layer", "bits", "ran as"):
@@ -190,7 +189,7 @@ def print_robustness(curves: list[Robustness]) -> None:
     for curve in curves:
         last = [] if curve.effective is None else [f"{curve.effective:+.3f}"]
         table.add_row(curve.what, *(f"{score:.3f}" for score in (*curve.scores, curve.relative)), *last)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def print_quality(console: Console, result: CheckResult) -> None:
@@ -215,7 +214,7 @@ def print_quality(console: Console, result: CheckResult) -> None:
 
 def print_relations(result: CheckResult) -> None:
     """What stands twice, what leaks, and what does not belong together."""
-    console = Console()
+    console = Console(markup=False)
     if result.duplicates:
         media = Table(title="the same, or nearly")
         for name in ("column", "media", "repeats", "exact across parts", "near groups", "near across parts"):
@@ -227,7 +226,7 @@ def print_relations(result: CheckResult) -> None:
         for found in result.duplicates:
             for group in [group for group in found.groups if group.num_media > 1][:3]:
                 rows = "; ".join(f"{part} {', '.join(map(str, rows))}" for part, rows in group.rows.items())
-                console.print(f"{found.column}, nearly the same, rows: {rows}", highlight=False, markup=False)
+                console.print(f"{found.column}, nearly the same, rows: {rows}", highlight=False)
     if result.alignments:
         pairs = Table(title="what belongs together, true pairs against shuffled ones")
         for name in ("pair", "AUC", "p", "found"):
@@ -236,7 +235,7 @@ def print_relations(result: CheckResult) -> None:
             pairs.add_row(f"{pair.left}, {pair.right}", f"{pair.auc:.3f}", f"{pair.p_value:.3f}", pair.verdict)
         console.print(pairs)
         for row, names in list(result.suspicious_rows.items())[:10]:
-            console.print(f"train row {row} does not fit: {'; '.join(names)}", highlight=False, markup=False)
+            console.print(f"train row {row} does not fit: {'; '.join(names)}", highlight=False)
         if len(result.suspicious_rows) > 10:
             console.print(f"... {len(result.suspicious_rows) - 10} more; --json lists them")
 
@@ -257,7 +256,7 @@ def print_contribution(found: Contribution) -> None:
             relative,
             f"{each.token_share:.1%}",
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"{metric} with everything {found.all:.4f}, with nothing {found.none:.4f}", highlight=False)
     console.print(
@@ -269,7 +268,7 @@ def print_contribution(found: Contribution) -> None:
 
 def print_check(result: CheckResult) -> None:
     """Columns, parts, the first bad records, warnings."""
-    console = Console()
+    console = Console(markup=False)
     columns = Table(title=result.name)
     for name in ("column", "role", "because"):
         columns.add_column(name)
@@ -277,15 +276,16 @@ def print_check(result: CheckResult) -> None:
         columns.add_row(name, role, reason)
     console.print(columns)
     parts = Table()
-    for name in ("part", "records", "bad", *result.inputs):
-        parts.add_column(name, justify="left" if name == "part" else "right")
-    for part, report in result.reports.items():
-        present = [f"{report.num_present.get(name, 0)}" for name in result.inputs]
-        parts.add_row(part, str(report.num_rows), str(report.num_bad), *present)
+    for name in ("", *result.reports):
+        parts.add_column(name, justify="right" if name else "left")
+    parts.add_row("records", *(str(report.num_rows) for report in result.reports.values()))
+    parts.add_row("bad", *(str(report.num_bad) for report in result.reports.values()))
+    for name in next(iter(result.reports.values())).num_present:
+        parts.add_row(f"with {name}", *(str(report.num_present[name]) for report in result.reports.values()))
     console.print(parts)
     for part, report in result.reports.items():
         for record in report.bad[:20]:
-            console.print(f"{part} row {record.row}, {record.column}: {record.reason}", highlight=False, markup=False)
+            console.print(f"{part} row {record.row}, {record.column}: {record.reason}", highlight=False)
         if report.num_bad > 20:
             console.print(f"... {report.num_bad - 20} more; --json lists up to 1000")
     print_quality(console, result)
@@ -302,7 +302,7 @@ def print_profile(told: dict[str, Any], page: Path) -> None:
     """What a step holds at most and of what, its largest parts, and what would make it less."""
     from dougong.watch.profile import composition, cost_in_words, during, seconds_as_text
 
-    console = Console()
+    console = Console(markup=False)
     batches = f" in {told['micro_batches']} micro-batches" if told["micro_batches"] > 1 else ""
     console.print(
         f"{told['recipe']}: a step of {told['records']} records{batches}, {told['precision']}, holds "
@@ -342,11 +342,10 @@ def print_profile(told: dict[str, Any], page: Path) -> None:
             f"{bytes_as_text(change['saved_bytes'])} ({share:.0%} of the peak); costs "
             f"{cost_in_words(change, told['step_seconds'])}. {change['about']}",
             highlight=False,
-            markup=False,
             soft_wrap=True,
         )
     for note in told["notes"]:
-        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+        console.print(f"note: {note}", style="dim", highlight=False)
     console.print(f"page  {page}", highlight=False, soft_wrap=True)
 
 
@@ -365,7 +364,7 @@ def print_plan(result: PlanResult) -> None:
             f"{found['waiting_ratio']:.0%}",
             bytes_as_text(max(found["memory_bytes"])),
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"{told['considered']} layouts considered. {told['reason']}", highlight=False, soft_wrap=True)
     for note in told["notes"]:
@@ -398,7 +397,7 @@ def print_load(found: Sequence[LoadResult]) -> None:
         shares = [f"{1e3 * each.quantiles[key]:.3g}" if key in each.quantiles else "" for key in map(str, _SHARES)]
         rates = (each.rate, each.answered_per_second, each.good_per_second)
         table.add_row(*(f"{rate:.4g}" for rate in rates), *shares, others)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     held = max(each.most_waiting for each in found)
     if held:
@@ -420,20 +419,18 @@ def print_diagnosis(found: Diagnosis, trials: Sequence[Trial]) -> None:
     """What is wrong, the surest first, and whether remedies helped."""
     from dougong.watch.diagnose.catalogue import CATALOGUE
 
-    console = Console()
+    console = Console(markup=False)
     seen = f"{found.num_steps} steps, {found.num_measured} measured from within"
     if not found.findings:
-        console.print(f"{found.run}: nothing is known to be wrong ({seen})", markup=False)
+        console.print(f"{found.run}: nothing is known to be wrong ({seen})")
     for finding in found.findings:
         known = CATALOGUE[finding.cause]
-        console.print(f"{known.title}: {finding.place} ({finding.confidence:.0%} sure)", markup=False, style="bold")
-        console.print(f"  after step {finding.step}: {finding.evidence}", markup=False)
-        console.print(f"  {known.remedy}", markup=False)
+        console.print(f"{known.title}: {finding.place} ({finding.confidence:.0%} sure)", style="bold")
+        console.print(f"  after step {finding.step}: {finding.evidence}")
+        console.print(f"  {known.remedy}")
     if not found.num_measured:
         console.print("Only the curves could be judged. Train with --set train.flow={} to be measured from within.")
     for trial in trials:
         verdict = "helped" if trial.helped else "did not help with every seed"
         before, after = (", ".join(f"{value:.4f}" for value in each) for each in (trial.before, trial.after))
-        console.print(
-            f"{trial.setting} {verdict}: {trial.metric} after {trial.steps} steps {before} -> {after}", markup=False
-        )
+        console.print(f"{trial.setting} {verdict}: {trial.metric} after {trial.steps} steps {before} -> {after}")

@@ -567,7 +567,7 @@ def _print_verdict(verdict: Verdict) -> None:
             seen,
             "REFUSED" if one.refused else "",
         )
-    Console().print(drawn)
+    Console(markup=False).print(drawn)
     for one in verdict.refusals:
         rows = ", ".join(str(row) for row, _, _ in one.changed)
         print(f"{one.name}: {one.reason}{f'; {one.num_changed} records changed, first {rows}' if rows else ''}")

@@ -162,7 +162,7 @@ def train(
     from dougong.engine.parallel.heartbeat import LIMIT_SECONDS
     from dougong.engine.parallel.ranks import announced_ranks, connected_ranks
     from dougong.engine.parallel.supervise import supervise
-    from dougong.recipes.align import AlignResult, run_align
+    from dougong.recipes.align import AlignResult, check_align_ranks, run_align
     from dougong.recipes.alignment import AlignRecipe
     from dougong.recipes.build import LaidOut
     from dougong.recipes.decode import DecodeResult, run_decode
@@ -201,15 +201,18 @@ def train(
             say=say,
         )
     announced = announced_ranks()
-    if announced is not None and announced.world > 1 and announced.rank == 0 and isinstance(found, LaidOut):
+    if announced is not None and announced.world > 1 and announced.rank == 0:
         # While the others wait for it: what is refused here never becomes a process group.
-        found = lay_out(found, folder, announced.world, per_node=announced.per_node, resume=resume)
+        if isinstance(found, LaidOut):
+            found = lay_out(found, folder, announced.world, per_node=announced.per_node, resume=resume)
+        elif isinstance(found, AlignRecipe):
+            check_align_ranks(found, folder, announced.world, per_node=announced.per_node, resume=resume)
     result: RunResult | AlignResult | GenerationResult | DecodeResult
     with connected_ranks(notes=folder / "ranks", limit_seconds=limit_seconds) as connected:
-        if connected.world > 1 and not isinstance(found, LaidOut):
+        if connected.world > 1 and isinstance(found, GenerateRecipe):
             raise ConfigError(f"{found.name} is pretrained in one process only. Start it without --ranks or torchrun.")
         if isinstance(found, AlignRecipe):
-            result = run_align(found, folder, resume=resume, quiet=as_json)
+            result = run_align(found, folder, resume=resume, quiet=as_json, ranks=connected)
         elif isinstance(found, GenerateRecipe):
             result = run_generation(found, folder, resume=resume, quiet=as_json)
         elif isinstance(found, DecodeRecipe):

@@ -155,7 +155,8 @@ class _Slopes:
     def in_place(self) -> Iterator[None]:
         with ExitStack() as stack:
             for weight in self._names:
-                stack.callback(weight.register_post_accumulate_grad_hook(self._see).remove)
+                hook = weight.register_post_accumulate_grad_hook(self._see)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
             yield
 
     def _see(self, weight: Tensor) -> None:

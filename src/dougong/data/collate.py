@@ -179,7 +179,7 @@ class Collator:
                 index[name],
                 kept_BM[good, place],
                 there[name],
-                modality.quality(values) if self._quality else None,
+                self._measured(modality, values, request, good, index[name], there[name]) if self._quality else None,
                 level_U,
                 np.array([_number(key) for key in distinct[name]], np.int64) if numbered else None,
             )
@@ -242,6 +242,25 @@ class Collator:
             if key in bad:
                 reasons.setdefault(int(index), (name, bad[key]))
         return found
+
+    @staticmethod
+    def _measured(
+        modality: Modality,
+        values: dict[str, Array],
+        request: Request,
+        good: npt.NDArray[np.int64],
+        index_B: npt.NDArray[np.int64],
+        there_B: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.float32]:
+        """Figures of each distinct medium (U, Q), those last that only its cells show."""
+        figures_UQ = modality.quality(values)
+        if figures_UQ.shape[1] == len(modality.quality_names):
+            return figures_UQ
+        cells = _cells(modality, request)
+        _, first = np.unique(index_B[there_B], return_index=True)
+        own = [modality.cell_quality(cells[place]) for place in good[there_B][first]]
+        own_UQ = np.array(own, np.float32).reshape(len(figures_UQ), len(modality.quality_names) - figures_UQ.shape[1])
+        return np.concatenate([figures_UQ, own_UQ], axis=1)
 
     def _target(self, request: Request, reasons: dict[int, tuple[str, str]]) -> Array | None:
         target = self.preparation.target

@@ -1,13 +1,13 @@
 """What each column of a table means.
 
-Here        Role, infer_roles, infer_role, and the words it explains its choice with.
+Here        Role, infer_roles, infer_role, and the words it explains its choice with; `names_target`.
 Elsewhere   reading tables (data/table.py); settings of each modality, learnt from the values (data/preparation.py).
 Promise     every column gets a role and a reason that can be printed; a role that the user names always wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -68,6 +68,15 @@ def infer_roles(
     return roles
 
 
+def names_target(table: Table, target: str | None, named: Mapping[str, str]) -> bool:
+    """Whether a column to predict is named, or one is called as such columns are."""
+    return target is not None or "target" in named.values() or _usual_target(table.schema.names, named) is not None
+
+
+def _usual_target(names: Sequence[str], named: Mapping[str, str]) -> str | None:
+    return next((name for name in names if name.lower() in TARGET_NAMES and name not in named), None)
+
+
 def _find_target(
     names: list[str], target: str | None, named: Mapping[str, str], table: Table, *, decides: bool
 ) -> str | None:
@@ -77,7 +86,8 @@ def _find_target(
     if not chosen and not decides:
         return None
     if not chosen:
-        chosen = [name for name in names if name.lower() in TARGET_NAMES and name not in named][:1]
+        usual = _usual_target(names, named)
+        chosen = [] if usual is None else [usual]
     if not chosen or chosen[0] not in names:
         given = f"target {chosen[0]!r} is not a column" if chosen else "no column is named as the target"
         raise DataError(f"{given} of {table.path.name}. Name one of {', '.join(names)} as target.")

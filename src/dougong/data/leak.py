@@ -31,8 +31,9 @@ FEWEST_NUMBERS: Final = 16
 """A list of fewer numbers may well be that of another record."""
 
 EXAMPLE_LETTERS: Final = 40
-MOST_COPIES: Final = 0.1
-"""Of the media of a column, for them to be thought copies of one another."""
+COMMON_SHARE: Final = 0.1
+COMMON_TIMES: Final = 10
+"""A content of so many of a column's media, and so many times as many as the median one has, is a blank or a sign."""
 
 
 class Leak(NamedTuple):
@@ -122,21 +123,21 @@ def _shared(column: str, kind: str, found: Mapping[str, _Found]) -> Iterator[Lea
             )
 
 
-def copies(table: Table, column: str) -> npt.NDArray[np.int64] | None:
-    """Of each record a number, equal for the same content of a column of media; -1: none. None where more than a few
-    hold what others do: such media (a sign, a blank) are what records have in common."""
+def copies(table: Table, column: str) -> npt.NDArray[np.int64]:
+    """Of each record a number (R,), equal for the same content of a column of media; -1: none, or one that is far
+    commoner than the others: a blank or a sign is what records have in common."""
     place = {row: index for index, row in enumerate(row for chunk in _rows(table) for row in chunk)}
     unread = _collected(_keys(table, column))
     held = Counter(_size(key) for key in unread.num_records)
     content = _contents(unread, table.folder, {size for size, number in held.items() if number > 1})
-    there = sum(unread.num_records.values())
-    if there - len(set(content.values())) > MOST_COPIES * there:
-        return None
     number: dict[Hashable, int] = {}
     number_R = np.full(table.num_rows, -1, np.int64)
     for row, key in _keys(table, column):
         if key is not None:
             number_R[place[row]] = number.setdefault(content[key], len(number))
+    count_N = np.bincount(number_R[number_R >= 0], minlength=1)
+    bound = max(COMMON_SHARE * count_N.sum(), COMMON_TIMES * float(np.median(count_N)))
+    number_R[(number_R >= 0) & (count_N[number_R] > bound)] = -1
     return number_R
 
 

@@ -1,15 +1,17 @@
 """Records as pairs: each of a record's sides seen by some of the columns that show it.
 
 Here        PairLoader.
-Elsewhere   records as they are (data/loader.py); putting a batch together (data/collate.py).
-Promise     a batch follows from the seed, the epoch and its number alone; what a record's sides show is paired with all
-            that its other sides show, so that nothing of one record is held against another part of it.
+Elsewhere   records as they are (data/loader.py); putting a batch together (data/collate.py); which records have a
+            value in common (data/keyed.py).
+Promise     a batch follows from the seed, the epoch and its number alone; several processes share out its records, each
+            seen as one process sees it; what a record's sides show is paired with all that its other sides show, so
+            that nothing of one record is held against another part of it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,8 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.batch import BatchArrays
 from dougong.data.collate import Collator, Request
-from dougong.data.modality.medium import unit_key
-from dougong.data.position import Position
+from dougong.data.keyed import numbered
+from dougong.data.position import WHOLE, Position, Share
 from dougong.data.preparation import Preparation
 from dougong.data.table import Table, cells_of
 
@@ -42,6 +44,8 @@ class PairLoader:
         key: str | None = None,
         seed: int = 0,
         train: bool = False,
+        share: Share = WHOLE,
+        note: Callable[[str], None] | None = None,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         """Args:
@@ -50,7 +54,11 @@ class PairLoader:
             batch_size: records of one batch, at most: an epoch's are shared out evenly, since a last batch of a few
                 records would ask next to nothing. It has up to `views` ** sides pairs of each.
             views: columns drawn of each side of a record; those beyond what it has are left out.
-            key: a column; records that share its value share a number in the batch's target. None: no target.
+            key: a column; records that share its value share a number in the batch's target (`numbered`). None: no
+                target.
+            share: the part of each batch that comes here: some of its records, with all of their pairs. Batches and
+                positions count as without a share, and a part may be empty.
+            note: is told each modality that is decoded.
 
         Raises:
             ConfigError: a side has no modality, or a column does not exist.
@@ -68,8 +76,9 @@ class PairLoader:
         self._sides = {side: tuple(found) for side, found in sides.items()}
         self._cells: dict[str, list[Any]] = {column: cells_of(table.column(column)) for column in columns}
         self._rows = np.concatenate([table.numbers_of(chunk) for chunk in range(table.num_chunks)])
-        self._keys = None if key is None else _numbered(cells_of(table.column(key)))
+        self._keys = None if key is None else numbered(cells_of(table.column(key)))
         self._batch_size, self._views, self._seed, self._train = batch_size, views, seed, train
+        self._share, self._note = share, note
         self._modality_column = {side: preparation.modalities[side].columns[0] for side in sides}
         self._collator = Collator(preparation, table.folder, seed=seed, augment=train, cache_bytes=cache_bytes)
 
@@ -100,16 +109,23 @@ class PairLoader:
 
     def _batch(self, order: npt.NDArray[np.int64], epoch: int, number: int) -> BatchArrays:
         random = np.random.default_rng(derive_seed(self._seed, "pairs", epoch, number))
+        records = np.array_split(order, self.batches_per_epoch)[number].tolist()
+        own = range(len(records))[self._share.of(len(records))]
         places: list[int] = []
         cells: dict[str, list[Any]] = {column: [] for column in self._modality_column.values()}
-        for place in np.array_split(order, self.batches_per_epoch)[number].tolist():
+        for index, place in enumerate(records):
+            # Drawn for the whole batch, so that a record is seen alike, whoever has it.
             seen = [self._draw(side, place, random) for side in self._sides]
+            if index not in own:
+                continue
             for pair in itertools.product(*seen):
                 places.append(place)
                 for side, cell in zip(self._sides, pair, strict=True):
                     cells[self._modality_column[side]].append(cell)
         chosen = np.array(places, np.int64)
-        batch = self._collator(Request(self._rows[chosen], cells, (epoch, number)))
+        # What a request says of its place in the batch is for what is drawn by record there, which here is nothing.
+        request = Request(self._rows[chosen], cells, (epoch, number), self._share)
+        batch = self._collator(request, self._note)
         if self._keys is None:
             return batch
         key_of = dict(zip(self._rows[chosen].tolist(), self._keys[chosen].tolist(), strict=True))
@@ -123,13 +139,6 @@ class PairLoader:
         if not self._train or len(given) <= self._views:
             return given[: self._views]
         return [given[index] for index in sorted(random.choice(len(given), self._views, replace=False))]
-
-
-def _numbered(keys: list[Any]) -> npt.NDArray[np.int64]:
-    """Equal for equal keys; a key that nobody knows is like no other."""
-    place: dict[Hashable, int] = {}
-    known = [("alone", row) if (key := unit_key(cell)) is None else key for row, cell in enumerate(keys)]
-    return np.array([place.setdefault(key, len(place)) for key in known], np.int64)
 
 
 def _some(table: Table) -> str:

@@ -7,6 +7,7 @@ Promise     it is learnt from training records alone; what is saved and loaded a
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import statistics
@@ -142,6 +143,16 @@ class Preparation:
         """The same with fewer modalities."""
         kept = {name: self.modalities[name] for name in self.modalities if name in names}
         return Preparation(kept, self.target, quality=self.quality)
+
+    def reading(self, columns: Mapping[str, Sequence[str]]) -> Preparation:
+        """For each of these columns, by modality, one that reads it as that modality reads its own."""
+        modalities: dict[str, Modality] = {}
+        for name, named in columns.items():
+            for column in named:
+                one: Any = copy.copy(self.modalities[name])
+                one.config = one.config.model_copy(update={"column": column})
+                modalities[column] = one
+        return Preparation(modalities, self.target, quality=self.quality)
 
     def save(self, folder: Path) -> list[str]:
         """Write preparation.json and a tokenizer file for each text; return the files' names."""

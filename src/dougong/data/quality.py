@@ -1,9 +1,11 @@
 """How good a medium is as a recording of anything, in a few named figures of about 0 to 1.
 
-Here        the figures of each kind of medium and which side of them is worse (WORSE); `text_troubles`.
+Here        the figures of each kind of medium and which side of them is worse (WORSE); `text_troubles`, and the share
+            of words that have any.
 Elsewhere   who asks for them (data/modality/); adding them up over a table (data/check.py); the gate that reads them.
-Promise     computed on a batch's finished values, so whatever was done to a medium on the way is in them; a figure
-            depends on its own medium alone, is finite, and costs little beside decoding.
+Promise     computed on a batch's finished values, so whatever was done to a medium on the way is in them (but for a
+            text's `trouble`, which its letters alone show); a figure depends on its own medium alone, is finite, and
+            costs little beside decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Quality = npt.NDArray[np.float32]
 
 IMAGE: Final = ("sharpness", "exposure", "contrast", "clipped", "noise", "colour", "flat")
 AUDIO: Final = ("snr", "silence", "clipping", "length", "high")
-TEXT: Final = ("length", "unknown", "pieces")
+TEXT: Final = ("length", "unknown", "pieces", "trouble")
 TABLE: Final = ("known", "farthest", "spread")
 SIGNAL: Final = ("noise", "flat", "farthest", "spread", "length")
 VOLUME: Final = ("sharpness", "flat", "farthest", "spread")
@@ -41,6 +43,7 @@ WORSE: Final[dict[str, Literal["low", "high", "either"]]] = {
     "high": "either",
     "unknown": "high",
     "pieces": "high",
+    "trouble": "high",
     "known": "low",
     "farthest": "high",
     "spread": "either",
@@ -262,6 +265,15 @@ def text_troubles(text: str) -> list[str]:
     if any(mark in text for mark in ("&amp;", "&lt;", "&gt;", "&quot;", "&nbsp;", "&#", "</", "<br")):
         found.append("of markup")
     return found
+
+
+def troubled_share(text: str) -> float:
+    """The share of a text's words that have some of these, from 0 to 1."""
+    if not text_troubles(text):
+        return 0.0
+    words = text.split()
+    # A letter of control may be what parts two words.
+    return max(1, sum(bool(text_troubles(word)) for word in words)) / max(1, len(words))
 
 
 def _misread(word: str) -> bool:

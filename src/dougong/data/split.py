@@ -1,6 +1,7 @@
 """Parts of a table that share nothing.
 
-Here        split_table; sample_table, some of the records; part_of, for a split that is made elsewhere.
+Here        split_table; `unit_numbers`, `largest_group`, of what must be on one side; sample_table, some of the
+            records; part_of, for a split that is made elsewhere.
 Elsewhere   splits that come with the data (data/sources/).
 Promise     records of one unit (a speaker, a patient, or those that share a medium) are on one side; the same seed
             splits the same table alike; records keep their numbers.
@@ -18,6 +19,10 @@ from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
 from dougong.data.modality.medium import unit_key
 from dougong.data.table import Table, cells_of
+
+
+class Inseparable(DataError):
+    """Nothing can be held out of this table."""
 
 
 class _Part(Table):
@@ -60,7 +65,7 @@ def split_table(
 
     Raises:
         ConfigError: `unit` is no column.
-        DataError: there are too few units for two parts.
+        Inseparable: there are too few units for two parts.
     """
     if unit is not None and unit not in table.schema.names:
         raise ConfigError(f"unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
@@ -90,11 +95,29 @@ def split_table(
     train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
     if train.num_rows == 0 or held_out.num_rows == 0:
         there = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
-        raise DataError(
+        raise Inseparable(
             f"{table.path.name} cannot be split: {there} leave one part empty. "
             "Give a validation table, or set data.validation_share higher."
         )
     return train, held_out
+
+
+def unit_numbers(table: Table, unit: str) -> npt.NDArray[np.int64]:
+    """Of each record a number (R,), equal for those of one unit; -1 where it is not known."""
+    numbers: dict[Hashable, int] = {}
+    found = [
+        -1 if key is None else numbers.setdefault(key, len(numbers))
+        for chunk in range(table.num_chunks)
+        for key in map(unit_key, cells_of(table.read(chunk, [unit]).column(unit)))
+    ]
+    return np.array(found, np.int64)
+
+
+def largest_group(together: Sequence[npt.NDArray[np.int64]]) -> int:
+    """Records of the largest group that such numbers (R,) keep on one side, also by way of others."""
+    if not together or not len(together[0]):
+        return 0
+    return int(np.bincount(_first_of_each(together)).max())
 
 
 def _first_of_each(numbers: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

@@ -71,7 +71,7 @@ class SamplingConfig(Config):
     """Validation records that it is measured on, after each evaluation, two more times than there are modalities."""
 
     beside: bool = False
-    """What is left out is encoded all the same, for a contrastive loss."""
+    """What is left out is encoded all the same, for a loss alone: contrast, or what completes it."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -177,8 +177,8 @@ class ModalitySampler:
         """The chance of a modality to be left out, whatever its quality."""
         return self.state.rate.get(name, self.config.rate)
 
-    def update(self, found: Removals) -> Change:
-        """Move the rates by what was measured."""
+    def update(self, found: Removals, merits: Mapping[str, float] | None = None) -> Change:
+        """Move the rates by what was measured; `merits` says how good the media are on average (`merits`)."""
         config = self.config
         weight = config.smoothing if self.state.reliance else 0.0
         rate, reliance, reason = {}, {}, {}
@@ -191,6 +191,9 @@ class ModalitySampler:
             rate[name] = before[name] + moved
             does = f"from {before[name]:.3f} to {rate[name]:.3f}" if moved else f"stays at {before[name]:.3f}"
             reason[name] = f"{does}: without it {reliance[name]:.0%} is lost, so {wanted:.3f} is wanted"
+            if config.quality and merits and name in merits:
+                more = config.quality * (1 - merits[name])
+                reason[name] += f"; its media are {merits[name]:.2f} good on average, for which {more:.3f} is added"
         self.state = SamplingState(rate=rate, reliance=reliance)
         return Change(before, rate, reason)
 

@@ -677,7 +677,8 @@ class _Run:
         probe, started = self.watch.probe, time.perf_counter()
         with random_state_kept(), autocast(self.parts.precision, self.device.type):
             found = probe.removals()
-        change = self.sampler.update(found)
+        merits = self.sampler.merits(probe.batch)
+        change = self.sampler.update(found, merits)
         self.announce(
             SamplingChanged(
                 step=self.step,
@@ -686,7 +687,7 @@ class _Run:
                 with_all=found.with_all,
                 without=found.without,
                 with_none=found.with_none,
-                quality=self.sampler.merits(probe.batch),
+                quality=merits,
                 reason=change.reason,
                 seconds=time.perf_counter() - started,
             )

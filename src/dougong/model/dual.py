@@ -31,6 +31,7 @@ from dougong.model.sandwich import (
     SandwichState,
     settled_encoders,
 )
+from dougong.nn.attention import check_heads
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.modules_by_name import ModulesByName
@@ -70,12 +71,8 @@ class DualConfig(Config):
         for pair in self.pairs:
             if len(set(pair)) < 2:
                 raise ValueError(f"pairs: {list(pair)} is one modality twice. Name two.")
-        if self.bridge is not None and self.width % self.bridge.num_heads:
-            fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
-            raise ValueError(
-                f"bridge.num_heads={self.bridge.num_heads} cannot share out width={self.width}: every head needs as "
-                f"many channels. Use num_heads in {fits}."
-            )
+        if self.bridge is not None:
+            check_heads("bridge.num_heads", self.bridge.num_heads, self.width)
         return self
 
     def build(self, signature: Signature) -> Dual:

@@ -34,6 +34,7 @@ from dougong.model.gate import GateConfig
 from dougong.model.heads import ContrastiveHead, DecisionConfig
 from dougong.model.narrow import LayerSize, apply_sizes
 from dougong.model.votes import Ballot, Decide, WeighedVotes, vote
+from dougong.nn.attention import check_heads
 from dougong.nn.batch import Batch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.modules_by_name import ModulesByName
@@ -125,12 +126,8 @@ class SandwichConfig(Config):
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
         for part, heads in (("bridge", self.bridge), ("completion", self.completion)):
-            if heads is not None and self.width % heads.num_heads:
-                fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
-                raise ValueError(
-                    f"{part}.num_heads={heads.num_heads} cannot share out width={self.width}: every head needs as "
-                    f"many channels. Use num_heads in {fits}."
-                )
+            if heads is not None:
+                check_heads(f"{part}.num_heads", heads.num_heads, self.width)
         return self
 
     @model_validator(mode="after")

@@ -1,14 +1,17 @@
 """One causal decoder that writes words about pictures and pictures about words.
 
-Here        WriterConfig, Writer (a BlockStack), its state and output, writing token by token.
-Elsewhere   the encoders it reads with (encoders/, by way of sandwich.py's blocks); a picture's codes (vq.py); choosing
-            among scores (sampling.py); the loss (objectives/generation.py).
+Here        WriterConfig, Writer (a BlockStack), its state and output, writing token by token; CompleteBlock.
+Elsewhere   the encoders it reads with (encoders/, by way of sandwich.py's blocks); completing (completion.py); a
+            picture's codes (vq.py); choosing among scores (sampling.py); the losses (objectives/generation.py,
+            objectives/missing.py, objectives/contrastive.py).
 Promise     a token depends on what it is about and on what was written before it, never on what comes after; writing
             with a cache scores within 1e-5 of reading the whole at once; a record whose condition was dropped, or is
-            absent, is written as if there were none.
+            absent, is written as if there were none, and nothing is completed for it.
 
 What a record is about comes from the modality's encoder, as tokens before the first one written. Words and codes share
 one vocabulary, the layers and the head; scores are of the words where words are due, and of the codes where codes are.
+With `completion`, what the other modality's encoder would say of the content is made from what is given, and stands,
+marked, between the two: the decoder then writes the missing modality from what is given and from what was completed.
 """
 
 from __future__ import annotations
@@ -22,12 +25,16 @@ from torch import Generator, Tensor, nn
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.signature import ImageInput, Signature, TextInput
+from dougong.model.completion import CompletionConfig, parts
+from dougong.model.dual import VectorBlock
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
+from dougong.model.heads import ContrastiveHead, LearntTemperature
 from dougong.model.reading import ReadBlock, and_tokens, nothing_read, num_media
 from dougong.model.sampling import SamplingConfig, choose, guided
-from dougong.model.sandwich import AlignBlock, EncoderBlock, FinishBlock, SandwichState
+from dougong.model.sandwich import EncoderBlock, FinishBlock, SandwichState
 from dougong.model.vq import PictureTokenizer, TokenizerConfig
+from dougong.nn.attention import check_heads
 from dougong.nn.batch import Batch, MediaBatch
 from dougong.nn.block_stack import BlockStack
 from dougong.nn.causal import Cache, CausalLayer
@@ -66,6 +73,16 @@ class WriterConfig(Config):
     align: bool = False
     """Each modality gets a vector besides, for a contrastive loss to draw pictures and their words together."""
 
+    temperature: float = Field(default=0.07, ge=0.01, le=1.0)
+    """align: what divides the vectors' similarities, at the start."""
+
+    learn_temperature: bool = True
+    """align: else it stays as it is."""
+
+    completion: CompletionConfig | None = None
+    """What the encoder of the other modality would say of what is to be written is completed from what is given, and
+    read beside it. None: what is given is all that is read."""
+
     condition_dropped: float = Field(default=0.1, ge=0, lt=1)
     """Share of training records that are written without being told about what; guidance needs some."""
 
@@ -83,12 +100,29 @@ class WriterConfig(Config):
 
     @model_validator(mode="after")
     def _whole_heads(self) -> WriterConfig:
-        if self.width % self.num_heads:
-            fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
+        check_heads("num_heads", self.num_heads, self.width)
+        if self.completion is not None:
+            check_heads("completion.num_heads", self.completion.num_heads, self.width)
+        return self
+
+    @model_validator(mode="after")
+    def _both_encoders_taught(self) -> WriterConfig:
+        if self.completion is not None and len(self.directions) < 2 and not self.align:
             raise ValueError(
-                f"num_heads={self.num_heads} cannot share out width={self.width}: every head needs as many channels. "
-                f"Use num_heads in {fits}."
+                f"completion makes what the other encoder would say, and with directions={list(self.directions)} and "
+                "align=false nothing teaches that encoder. Use both directions, align: true, or leave completion out."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_divide(self) -> WriterConfig:
+        for name in ("temperature", "learn_temperature"):
+            given = getattr(self, name)
+            if not self.align and given != WriterConfig.model_fields[name].default:
+                raise ValueError(
+                    f"{name}={given} cannot take effect with align=false, which draws no vectors together. "
+                    "Use align: true, or leave it out."
+                )
         return self
 
     def build(self, signature: Signature, tokenizer: PictureTokenizer | None = None) -> Writer:
@@ -98,6 +132,22 @@ class WriterConfig(Config):
             ConfigError: the inputs are not one picture and one text.
         """
         return Writer(self, signature, tokenizer)
+
+
+class Completed(NamedTuple):
+    """What was completed of the content of some records.
+
+    Shapes: R records, U distinct media of the content, K tokens, D channels.
+    """
+
+    made_RKD: Tensor
+    """Unmarked; zero where nothing was made."""
+
+    made_R: Tensor
+    """For which records it was made: those that are told what they are about."""
+
+    truth_UKD: Tensor | None
+    """What it should have been, of each medium; without a gradient. None: the batch has no medium of it."""
 
 
 class Stream(NamedTuple):
@@ -122,6 +172,9 @@ class Stream(NamedTuple):
     row_R: Tensor
     """Which of the batch's records these are."""
 
+    completed: Completed | None = None
+    """None: the model completes nothing, or nothing is given to any record."""
+
 
 class WriterState(NamedTuple):
     """What walks through the blocks."""
@@ -140,6 +193,7 @@ class Written(NamedTuple):
     target_RN: Tensor
     due_RN: Tensor
     row_R: Tensor
+    completed: Completed | None = None
 
 
 class WriterOutput(NamedTuple):
@@ -149,13 +203,16 @@ class WriterOutput(NamedTuple):
     """By direction."""
 
     aligned: dict[str, Tensor]
-    """(U, D) by modality: vectors of length 1 of the batch's distinct media; in training with `align` only."""
+    """(U, D) by modality: with `align`, vectors of length 1 of the batch's distinct media."""
+
+    temperature: Tensor | float
+    """What divides their similarities."""
 
 
 class Writer(BlockStack[WriterState, WriterOutput]):
     """Shapes: B records, R of them in a stream, U distinct media, T tokens, P cells, D channels, V words or codes."""
 
-    state_types = (WriterState, SandwichState, Stream)
+    state_types = (WriterState, SandwichState, Stream, Completed)
 
     def __init__(self, config: WriterConfig, signature: Signature, tokenizer: PictureTokenizer | None) -> None:
         super().__init__()
@@ -174,6 +231,8 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             tokenizer = config.tokenizer.build(image)
         self.tokenizer = tokenizer.requires_grad_(False).eval()
 
+        self.reads_both = config.align or config.completion is not None
+        """Whether what is to be written is encoded too, beside what is given."""
         embedders: dict[str, nn.Module] = {}
         blocks: list[nn.Module] = []
         resolved: dict[str, Config] = {}
@@ -181,7 +240,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             ("image_encoder", self.picture, image, config.image_encoder),
             ("text_encoder", self.words, text, config.text_encoder),
         ):
-            if not config.align and name not in [self.given[direction] for direction in config.directions]:
+            if not self.reads_both and name not in [self.given[direction] for direction in config.directions]:
                 continue
             encoder = encoder_config.build(shape)
             resolved[kind] = encoder.resolved()
@@ -189,8 +248,11 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             blocks += [ReadBlock(EncoderBlock(name, layer)) for layer in encoder.layers]
             blocks.append(ReadBlock(FinishBlock(name, encoder.tail, encoder.width, config.width)))
             if config.align:
-                blocks.append(ReadBlock(AlignBlock(name, config.width)))
+                blocks.append(ReadBlock(VectorBlock(name, ContrastiveHead(config.width))))
         self.embedders = ModulesByName(embedders)
+        self.temperature: LearntTemperature | None = None
+        if config.align and config.learn_temperature:
+            self.temperature = LearntTemperature(config.temperature)
 
         width = config.width
         self.num_words, num_codes = text.vocabulary_size, config.tokenizer.num_codes
@@ -208,6 +270,8 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         embeddings = (self.vocabulary, self.marks, self.word_place, self.cell_row, self.cell_column)
         for embedding in (*embeddings, self.above, self.above_right):
             nn.init.normal_(embedding.weight, std=0.3)
+        if config.completion is not None:
+            blocks.append(CompleteBlock(config.completion, config.directions, self.given, self.content, width))
         blocks.append(JoinStreams(self.marks, self.given))
         self.layers = [
             CausalLayer(
@@ -256,7 +320,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
             target_RN, due_RN = self._targets(batch, direction, row_R)
             x_RND = self._before(direction, target_RN)
             streams[direction] = Stream(x_RND, due_RN, target_RN, due_RN, medium_R, given_R, row_R)
-        if self.config.align and self.training:
+        if self.reads_both:
             for name in (self.picture, self.words):
                 read = self._read_all(read, batch.media[name], name)
         return WriterState(read, streams)
@@ -266,8 +330,23 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         for direction, stream in state.streams.items():
             num_written = stream.target_RN.shape[1]
             score_RNV = self._score(direction, stream.x_RTD[:, stream.x_RTD.shape[1] - num_written :])
-            written[direction] = Written(score_RNV, stream.target_RN, stream.due_RN, stream.row_R)
-        return WriterOutput(written, state.read.aligned)
+            written[direction] = Written(score_RNV, stream.target_RN, stream.due_RN, stream.row_R, stream.completed)
+        temperature = self.config.temperature if self.temperature is None else self.temperature()
+        return WriterOutput(written, state.read.aligned, temperature)
+
+    def vectors(self, media: MediaBatch, name: str) -> Tensor:
+        """(U, D): of each medium of one modality, what the contrastive loss sees of it.
+
+        The model has `align`, and there is some medium.
+        """
+        assert self.config.align, "without align there are no vectors"
+        read = SandwichState.begin({}, {}, {}, media.present_B[:, None])
+        state = WriterState(self._read_all(read, media, name), {})
+        for block in self.blocks:
+            if not isinstance(block, ReadBlock):
+                break
+            state = block(state)
+        return state.read.aligned[name]
 
     def _read(
         self, read: SandwichState, batch: Batch, direction: Direction, row_R: Tensor
@@ -278,7 +357,7 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         medium_R = media.index_B[row_R]
         if num_media(media) == 0 or len(row_R) == 0:
             return read, medium_R
-        if self.config.align and self.training:  # all are encoded anyway
+        if self.reads_both:  # all are encoded anyway
             return self._read_all(read, media, name), medium_R
         used_W, medium_R = _distinct(medium_R)
         values = {key: value.index_select(0, used_W) for key, value in media.values.items()}
@@ -429,6 +508,53 @@ class Writer(BlockStack[WriterState, WriterOutput]):
     def pictures(self, code_BP: Tensor) -> Tensor:
         """Normalised pixels of codes that were written, (B, C, height, width)."""
         return self.tokenizer.decode(code_BP)
+
+
+class CompleteBlock(nn.Module):
+    """Puts what the content's encoder would say, made from what is given, before what is written, marked; and takes
+    note of what it should have been."""
+
+    def __init__(
+        self,
+        config: CompletionConfig,
+        directions: tuple[Direction, ...],
+        given: dict[Direction, str],
+        content: dict[Direction, str],
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.num_tokens = config.num_tokens
+        self.given, self.content = given, content
+        self.completions = ModulesByName(
+            {direction: config.build((given[direction],), width) for direction in directions}
+        )
+
+    def forward(self, state: WriterState) -> WriterState:
+        streams = {}
+        for direction, stream in state.streams.items():
+            there = self.given[direction] in state.read.tokens and len(stream.row_R) > 0
+            streams[direction] = self._completed(direction, stream, state.read) if there else stream
+        return state._replace(streams=streams)
+
+    def _completed(self, direction: Direction, stream: Stream, read: SandwichState) -> Stream:
+        given, content = self.given[direction], self.content[direction]
+        completion = self.completions[direction]
+        made_RKD = completion(
+            {given: read.tokens[given].index_select(0, stream.medium_R)},
+            {given: read.masks[given].index_select(0, stream.medium_R) & stream.given_R[:, None]},
+        )
+        untold_R11 = ~stream.given_R[:, None, None]
+        marked_RKD = (made_RKD + completion.mark_D).masked_fill(untold_R11, 0.0)
+        truth_UKD = None
+        if content in read.tokens:
+            # Detached: were the truth to follow, all of it would soon be alike and easy to complete.
+            truth_UKD = parts(read.tokens[content], read.masks[content], self.num_tokens).detach()
+        told_RK = stream.given_R[:, None].expand(-1, self.num_tokens)
+        return stream._replace(
+            x_RTD=torch.cat([marked_RKD, stream.x_RTD], dim=1),
+            mask_RT=torch.cat([told_RK, stream.mask_RT], dim=1),
+            completed=Completed(made_RKD.masked_fill(untold_R11, 0.0), stream.given_R, truth_UKD),
+        )
 
 
 class JoinStreams(nn.Module):

@@ -1,6 +1,6 @@
 """Attention of some tokens over other tokens.
 
-Here        Attention (queries and context come separately), Attended, `key_mask`.
+Here        Attention (queries and context come separately), Attended, `key_mask`; `check_heads`.
 Elsewhere   who asks whom (model/bridge.py); one vector out of many tokens (nn/pooling.py).
 Promise     a masked token that is finite leaves no trace; a query that has nothing to look at gets exactly zero, and
             every gradient stays finite; asking for the weights changes the answer by rounding only.
@@ -8,7 +8,7 @@ Promise     a masked token that is finite leaves no trace; a query that has noth
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,21 @@ from torch.nn import functional
 
 from dougong.nn.split import Split
 from dougong.nn.start import keep_variance
+
+MOST_NAMED: Final = 16
+
+
+def check_heads(name: str, num_heads: int, width: int) -> None:
+    """
+    Raises:
+        ValueError: so many heads, by the name of their setting, cannot share out the width.
+    """
+    if width % num_heads:
+        fits = [heads for heads in range(1, width + 1) if width % heads == 0 and heads <= MOST_NAMED]
+        raise ValueError(
+            f"{name}={num_heads} cannot share out width={width}: every head needs as many channels. "
+            f"Use {name} in {fits}."
+        )
 
 
 class Attended(NamedTuple):

@@ -1,9 +1,10 @@
 """How far modalities are from saying the same of a record.
 
-Here        `contrastive_loss` of two modalities, `all_pairs_loss` of any number, `negative_weights`, which says how
-            much is held against what.
-Elsewhere   the vectors and the learnt temperature (model/heads.py); whether two belong together, asked of each pair
-            (matching.py); adding it to what else is learnt (recipes/).
+Here        `contrastive_loss` of two modalities, `all_pairs_loss` of any number; `held_against` and `negative_weights`,
+            which say how much is held against what; pieces of them for ranks.
+Elsewhere   the same where ranks share out a batch (gathered.py); the vectors and the learnt temperature
+            (model/heads.py); whether two belong together, asked of each pair (matching.py); adding it to what else is
+            learnt (recipes/).
 Promise     two records that share a medium are never held against each other; a medium that weighs 0 as a negative
             changes nothing, not even a gradient.
 """
@@ -11,7 +12,8 @@ Promise     two records that share a medium are never held against each other; a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +22,12 @@ from dougong.core.errors import ConfigError
 from dougong.model.mining import spared
 
 TEMPERATURE = 0.07
+
+Pairs: TypeAlias = Sequence[tuple[str, str]]
+
+WeightOf: TypeAlias = Callable[[Tensor], Tensor]
+"""From K distinct keys to how much records of each two are held against each other, (K, K), from 0 to 1. Of equal keys
+as little as of any."""
 
 
 def contrastive_loss(
@@ -31,7 +39,7 @@ def contrastive_loss(
     temperature: float | Tensor = TEMPERATURE,
     negative_UV: Tensor | None = None,
 ) -> Tensor:
-    """The sum of the records' losses, in float32: each must find its own partner among all that the batch has.
+    """The sum of the records' losses, in float32 or more: each must find its own partner among all the batch has.
 
     Shapes: U and V distinct media of two modalities, as vectors of length 1; `left_B` and `right_B` say which of them
     each of B records has.
@@ -47,16 +55,12 @@ def contrastive_loss(
             other. It multiplies the pair's share of the softmax. None: 1 everywhere.
     """
     with torch.autocast(left_UD.device.type, enabled=False):  # which would round the scores, and so all that follows
-        score_UV = (left_UD.float() @ right_VD.float().T) / temperature
+        score_UV = (exact(left_UD) @ exact(right_VD).T) / temperature
     pair_UV = _partners(score_UV, left_B, right_B)
     # A finite floor, not -inf: a medium without any partner here would get NaN gradients.
-    floor = torch.finfo(score_UV.dtype).min
-    paired_UV = score_UV.masked_fill(~pair_UV, floor)
+    paired_UV = score_UV.masked_fill(~pair_UV, torch.finfo(score_UV.dtype).min)
     if negative_UV is not None:
-        weight_UV = negative_UV.to(score_UV.dtype).masked_fill(pair_UV, 1.0)
-        # log(0) is -inf, and so would be what is left of the softmax's sum; its gradient, 0 * inf, would be NaN.
-        gone_UV = weight_UV <= 0
-        score_UV = (score_UV + weight_UV.masked_fill(gone_UV, 1.0).log()).masked_fill(gone_UV, floor)
+        score_UV = weighted(score_UV, pair_UV, negative_UV)
     to_right_U = score_UV.logsumexp(dim=1) - paired_UV.logsumexp(dim=1)
     to_left_V = score_UV.logsumexp(dim=0) - paired_UV.logsumexp(dim=0)
     return 0.5 * (to_right_U[left_B] + to_left_V[right_B]).sum()
@@ -67,11 +71,13 @@ def all_pairs_loss(
     index: Mapping[str, Tensor],
     there: Mapping[str, Tensor],
     *,
-    pairs: Sequence[tuple[str, str]] = (),
+    pairs: Pairs = (),
     temperature: float | Tensor = TEMPERATURE,
     key_B: Tensor | None = None,
+    weight_of: WeightOf | None = None,
 ) -> Tensor:
-    """The contrastive loss of each pair of modalities, averaged over the pairs that the batch has.
+    """The contrastive loss of each pair of modalities, averaged over the pairs that the batch has; of a batch that has
+    none a loss of 0, which teaches nothing.
 
     Args:
         vectors: of each modality its U distinct media, (U, D); a modality that the batch lacks may be missing.
@@ -79,16 +85,14 @@ def all_pairs_loss(
         there: of each modality, whether the record has one.
         pairs: which modalities are drawn together; empty: all with all.
         temperature: as `contrastive_loss` has it.
-        key_B: records of equal keys are not held against each other (`spared`).
+        key_B: what says how much records are held against each other (`held_against`). None: wholly, all of them.
+        weight_of: so much by their keys. None: not at all where these are equal, else wholly.
 
     Raises:
         ConfigError: a pair names a modality that `index` does not know.
     """
-    strange = [name for pair in pairs for name in pair if name not in index]
-    if strange:
-        raise ConfigError(f"a pair names {strange[0]!r}, which is no modality here. Use two of {', '.join(index)}.")
     losses = []
-    for left, right in pairs or tuple(itertools.combinations(index, 2)):
+    for left, right in wanted_pairs(pairs, index):
         if left not in vectors or right not in vectors:
             continue
         both_B = there[left] & there[right]
@@ -96,15 +100,66 @@ def all_pairs_loss(
         negative_UV = None
         if key_B is not None:
             shape = (vectors[left].shape[0], vectors[right].shape[0])
-            negative_UV = (~spared(left_B, right_B, key_B[both_B], shape)).float()
+            negative_UV = held_against(left_B, right_B, key_B[both_B], shape, weight_of)
         losses.append(
             contrastive_loss(
                 vectors[left], vectors[right], left_B, right_B, temperature=temperature, negative_UV=negative_UV
             )
         )
-    if not losses:  # a batch without any pair still has a loss, which asks nothing of anybody
-        return sum((each.float().sum() * 0.0 for each in vectors.values()), torch.zeros(()))
+    if not losses:
+        return nothing_to_tell_apart(vectors, next(iter(index.values())).device)
     return torch.stack(losses).mean()
+
+
+def wanted_pairs(pairs: Pairs, names: Iterable[str]) -> Pairs:
+    """The pairs that are named; all, where none is.
+
+    Raises:
+        ConfigError: a pair names what is none of `names`.
+    """
+    known = tuple(names)
+    strange = [name for pair in pairs for name in pair if name not in known]
+    if strange:
+        raise ConfigError(f"a pair names {strange[0]!r}, which is no modality here. Use two of {', '.join(known)}.")
+    return pairs or tuple(itertools.combinations(known, 2))
+
+
+def nothing_to_tell_apart(vectors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """The loss of a batch without any pair, which asks nothing of anybody."""
+    # A leaf of its own, since a batch may have no medium at all, and a backward must still be possible.
+    nothing = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+    return sum((exact(each).sum() * 0.0 for each in vectors.values()), nothing)
+
+
+def held_against(
+    left_B: Tensor, right_B: Tensor, key_B: Tensor, shape: tuple[int, int], weight_of: WeightOf | None = None
+) -> Tensor:
+    """How much each of U x V pairs of media is held against both: not at all where they come from records of one key;
+    by `weight_of` as much as those two of their records that are held against each other least."""
+    if weight_of is None:
+        return (~spared(left_B, right_B, key_B, shape)).float()
+    key_K, place_B = torch.unique(key_B, return_inverse=True)
+    weight_KK = weight_of(key_K)
+    # From records to media, one side after the other; what no record here has is held against all.
+    weight_UK = weight_KK.new_ones(shape[0], len(key_K))
+    weight_UK.scatter_reduce_(0, left_B[:, None].expand(-1, len(key_K)), weight_KK[place_B], reduce="amin")
+    weight_VU = weight_KK.new_ones(shape[1], shape[0])
+    weight_VU.scatter_reduce_(0, right_B[:, None].expand(-1, shape[0]), weight_UK.T[place_B], reduce="amin")
+    return weight_VU.T
+
+
+def weighted(score_UV: Tensor, pair_UV: Tensor, negative_UV: Tensor) -> Tensor:
+    """Scores as the softmax is to see them, where what is no pair has such a share of it."""
+    weight_UV = negative_UV.to(score_UV.dtype).masked_fill(pair_UV, 1.0)
+    # log(0) is -inf, and so would be what is left of the softmax's sum; its gradient, 0 * inf, would be NaN.
+    gone_UV = weight_UV <= 0
+    score_UV = score_UV + weight_UV.masked_fill(gone_UV, 1.0).log()
+    return score_UV.masked_fill(gone_UV, torch.finfo(score_UV.dtype).min)
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float32, where it is in fewer bits."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def negative_weights(similarity_UV: Tensor, *, low: float, high: float) -> Tensor:

@@ -1,13 +1,15 @@
 """How far completed tokens are from what was really there.
 
-Here        `completion_loss`.
+Here        `completion_loss`; Unexplained, the same of many batches, for judging.
 Elsewhere   completing (model/completion.py); withholding what a record has (data/collate.py); adding it to what else
-            is learnt (recipes/run.py).
-Promise     the truth is taken as it is: no gradient reaches the encoder that found it.
+            is learnt (recipes/losses.py, recipes/generate.py).
+Promise     the truth is taken as it is: no gradient reaches the encoder that found it. What is judged is the same
+            whatever the batches were.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -36,3 +38,36 @@ def completion_loss(completed_BKD: Tensor, truth_UKD: Tensor, medium_B: Tensor) 
     spread = torch.maximum(spread, LEAST_SPREAD * truth_UKD.square().mean())
     error_B = (completed_BKD - truth_UKD.index_select(0, medium_B)).square().flatten(1).mean(dim=1)
     return error_B.sum() / torch.where(spread > 0, spread, torch.ones_like(spread))
+
+
+@dataclass
+class Unexplained:
+    """How much of the spread of all batches' truths is left unexplained, added up in float64.
+
+    Shapes: B records of a batch, U distinct media, K tokens, D channels.
+    """
+
+    num_records: int = 0
+    error: float = 0.0
+    squares: float = 0.0
+    sum_KD: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def add(self, completed_BKD: Tensor, truth_UKD: Tensor, medium_B: Tensor) -> None:
+        """Count these records, as `completion_loss` takes them."""
+        truth_BKD = truth_UKD.index_select(0, medium_B).double()
+        self.num_records += len(truth_BKD)
+        self.error += float((completed_BKD.double() - truth_BKD).square().sum())
+        self.squares += float(truth_BKD.square().sum())
+        self.sum_KD = self.sum_KD + truth_BKD.sum(dim=0).cpu()
+
+    def left(self) -> float | None:
+        """0 is exact, 1 is what the mean of all records' truths would leave. None: fewer than 2 records, or truths of
+        nothing but zeros, have no spread.
+
+        The mean is of records: a medium that several of them share counts as often.
+        """
+        if self.num_records < 2:
+            return None
+        spread = self.squares - float(self.sum_KD.square().sum()) / self.num_records
+        spread = max(spread, LEAST_SPREAD * self.squares)
+        return self.error / spread if spread > 0 else None

@@ -78,7 +78,8 @@ class AlignDataConfig(Config):
     """Columns of each side that a batch shows of a record, drawn anew each time."""
 
     spare: str | None = None
-    """A column: records that share its value are not held against each other. None: all are."""
+    """A column: records that share its value are not held against each other (objective.spare_alike: or less, those of
+    values that are alike). None: all are."""
 
     group: str | None = None
     """A column by whose values the report shows what was found."""
@@ -119,6 +120,22 @@ class AlignObjectiveConfig(Config):
     matching_weight: float = Field(default=1.0, gt=0)
     """Of the question whether two belong together, where model.bridge is set; the contrastive loss has 1."""
 
+    spare_alike: tuple[float, float] | None = None
+    """Spares records whose values of data.spare are alike, too: up to the first of these numbers they are held wholly
+    against each other, from the second on not at all, and between less and less. Texts are as alike as the share of
+    their words that both have, lists of numbers (a frozen model's vectors) as their cosine. model.bridge's wrong pairs
+    keep from equal values alone. None: so does the contrastive loss."""
+
+    @field_validator("spare_alike")
+    @classmethod
+    def _in_order(cls, spare_alike: tuple[float, float] | None) -> tuple[float, float] | None:
+        if spare_alike is not None and not 0 <= spare_alike[0] < spare_alike[1] <= 1:
+            raise ValueError(
+                f"{list(spare_alike)} must rise from 0 or more to 1 or less: between them a pair counts less and less. "
+                "Use for example [0.3, 0.8]."
+            )
+        return spare_alike
+
 
 class AlignRecipe(Config):
     """One run."""
@@ -132,6 +149,15 @@ class AlignRecipe(Config):
     objective: AlignObjectiveConfig = AlignObjectiveConfig()
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> Self:
+        if self.objective.spare_alike is not None and self.data.spare is None:
+            raise ValueError(
+                f"objective.spare_alike={list(self.objective.spare_alike)} compares values of data.spare, and no "
+                "column is named there. Set data.spare."
+            )
+        return self
 
 
 def emoji_retrieval() -> AlignRecipe:

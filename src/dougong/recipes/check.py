@@ -10,32 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, NamedTuple
 
 from dougong.core.config import override, parse
 from dougong.core.errors import DataError
+from dougong.core.signature import NOTHING, Signature
 from dougong.data.alignment import MOST_SIDES, Alignment, find_misaligned, suspicious_rows
-from dougong.data.batch import BadRecord
-from dougong.data.check import LISTED, TableReport, check_table
-from dougong.data.columns import ColumnRole
+from dougong.data.check import TableReport, check_table
+from dougong.data.columns import ColumnRole, names_target
 from dougong.data.duplicates import Duplicates, find_duplicates
 from dougong.data.features import sides_of
 from dougong.data.leak import MEDIA, Leak
-from dougong.data.pairs import PairLoader
 from dougong.data.preparation import Preparation, fit_preparation
-from dougong.data.table import Table
+from dougong.data.split import Inseparable
+from dougong.data.table import Table, open_table
 from dougong.recipes.align import fit_sides, open_align_tables, roles_of_sides
-from dougong.recipes.alignment import AlignDataConfig, AlignRecipe
+from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.build import target_of
+from dougong.recipes.decoding import DecodeRecipe
+from dougong.recipes.generate import check_spare
+from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
 from dougong.recipes.tables import Tables, open_tables
 from dougong.watch.sheet import SheetPart, check_sheet, write_sheet
-
-CHECKED_AT_ONCE: Final = 256
 
 
 class CheckResult(NamedTuple):
@@ -92,12 +90,16 @@ def read_recipe_or_table(what: str, *, target: str | None = None, settings: Sequ
     Raises:
         DougongError: it is neither.
     """
-    if what in KNOWN or what.endswith((".yaml", ".yml")):
+    if not _is_table(what):
         return read_any_recipe(what, settings)
     if Path(what).exists():
         recipe = Recipe(name=Path(what).stem, data=DataConfig(train=what, target=target))
         return parse(Recipe, override(recipe.model_dump(mode="json"), settings), where=f"table {what}")
     raise DataError(f"{what!r} is neither a recipe ({', '.join(KNOWN)}) nor a file or folder that exists.")
+
+
+def _is_table(what: str) -> bool:
+    return what not in KNOWN and not what.endswith((".yaml", ".yml"))
 
 
 def check_recipe_or_table(
@@ -111,43 +113,118 @@ def check_recipe_or_table(
     if pictures is not None:
         check_sheet(pictures)
     recipe = read_recipe_or_table(what, target=target, settings=settings)
-    if isinstance(recipe, AlignRecipe):
-        return _check_alignment(what, recipe)
+    seen = _seen_of_pairs(recipe) if isinstance(recipe, AlignRecipe) else _seen(recipe, bare=_is_table(what))
+    reports = {part: check_table(table, seen.preparation) for part, table in seen.parts.items()}
+    if pictures is not None:
+        shown = [SheetPart(part, table, reports[part]) for part, table in seen.parts.items()]
+        write_sheet(pictures, what, shown, seen.preparation)
+    duplicates = find_duplicates(seen.parts, seen.roles)
+    train = seen.parts["train"]
+    alignments = find_misaligned(train, seen.roles, unit=seen.unit, seed=recipe.seed)
+    num_parameters, warnings = _size(recipe, seen.signature)
+    return CheckResult(
+        name=what,
+        roles=seen.roles,
+        reports=reports,
+        inputs={name: shape.model_dump() for name, shape in seen.signature.inputs.items()},
+        target=seen.signature.target.model_dump() if seen.signature.target != NOTHING else {},
+        num_parameters=num_parameters,
+        notes=(*seen.notes, *_looked_at(train, seen.roles, duplicates, alignments)),
+        warnings=(
+            *_warnings(reports, recipe.train.max_bad_share),
+            *seen.warnings,
+            *warnings,
+            *_relations(seen.leaks, duplicates, alignments, allowed=recipe.data.allow_leak),
+        ),
+        duplicates=duplicates,
+        leaks=seen.leaks,
+        alignments=alignments,
+    )
+
+
+class _Seen(NamedTuple):
+    """What is read of any kind of recipe."""
+
+    parts: dict[str, Table]
+    roles: dict[str, ColumnRole]
+    unit: str | None
+    preparation: Preparation
+    """That reads each column by itself."""
+
+    signature: Signature
+    """Of what a model would read."""
+
+    leaks: tuple[Leak, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def _seen(recipe: Recipe | GenerateRecipe | DecodeRecipe, *, bare: bool) -> _Seen:
+    """`bare`: the recipe is of a table of which nothing was said."""
     # What leaks is told here; only a run refuses it.
     data = recipe.data.model_copy(update={"allow_leak": True})
-    tables = open_tables(data, seed=recipe.seed, decides=isinstance(recipe, Recipe))
-    found = target_of(data, tables)
-    preparation = fit_preparation(tables.train, tables.roles, found, recipe.data.preparation)
+    decides = isinstance(recipe, Recipe)
+    notes: tuple[str, ...] = ()
+    if bare and not names_target(open_table(str(data.train)), data.target, data.columns):
+        decides = False
+        notes = ("no column is named as the target, so what would answer is not looked at: --target names one",)
+    parts, tables, warnings = _parts(recipe, data, decides=decides)
+    if isinstance(recipe, GenerateRecipe):
+        check_spare(recipe, tables)
+    preparation = fit_preparation(tables.train, tables.roles, target_of(data, tables), recipe.data.preparation)
+    return _Seen(
+        parts,
+        tables.roles,
+        tables.unit,
+        preparation,
+        preparation.signature(),
+        tables.leaks,
+        (*tables.notes, *notes),
+        warnings,
+    )
+
+
+def _parts(
+    recipe: Recipe | GenerateRecipe | DecodeRecipe, data: DataConfig, *, decides: bool
+) -> tuple[dict[str, Table], Tables, tuple[str, ...]]:
+    """The tables by part; where nothing can be held out of one, it is the only part, and why is said."""
+    try:
+        tables = open_tables(data, seed=recipe.seed, decides=decides)
+    except Inseparable as error:
+        whole = open_tables(data.model_copy(update={"validation": data.train}), seed=recipe.seed, decides=decides)
+        leaks = tuple(leak for leak in whole.leaks if "validation" not in (leak.left, leak.right))
+        found = {"train": whole.train} | ({} if data.test is None else {"test": whole.test})
+        return found, whole._replace(leaks=leaks, notes=()), (str(error),)
+    found = {"train": tables.train, "validation": tables.validation}
+    return found | ({} if tables.test_is_validation else {"test": tables.test}), tables, ()
+
+
+def _seen_of_pairs(recipe: AlignRecipe) -> _Seen:
+    """The same of a recipe that draws modalities together: each column of each side."""
+    tables = open_align_tables(recipe.data.model_copy(update={"allow_leak": True}), seed=recipe.seed)
+    sides = fit_sides(recipe.data, tables.train)
     parts = {"train": tables.train, "validation": tables.validation}
     if not tables.test_is_validation:
         parts["test"] = tables.test
-    reports = {part: check_table(table, preparation) for part, table in parts.items()}
-    if pictures is not None:
-        write_sheet(pictures, what, [SheetPart(part, parts[part], reports[part]) for part in parts], preparation)
-    signature = preparation.signature()
-    warnings = list(_warnings(reports, recipe.train.max_bad_share))
-    num_parameters: int | None = None
-    if "volume" not in {shape.kind for shape in signature.inputs.values()}:
-        network = recipe.model.build(signature)
-        num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    else:
-        warnings.append("volumes are read, but have no encoder yet: a run leaves them out")
-    duplicates = find_duplicates(parts, tables.roles)
-    alignments = find_misaligned(tables.train, tables.roles, unit=tables.unit, seed=recipe.seed)
-    warnings += _relations(recipe.data, tables, duplicates, alignments)
-    return CheckResult(
-        name=what,
-        roles=tables.roles,
-        reports=reports,
-        inputs={name: shape.model_dump() for name, shape in signature.inputs.items()},
-        target=found.model_dump(),
-        num_parameters=num_parameters,
-        notes=(*tables.notes, *_looked_at(tables, duplicates, alignments)),
-        warnings=tuple(warnings),
-        duplicates=duplicates,
-        leaks=tables.leaks,
-        alignments=alignments,
+    return _Seen(
+        parts,
+        roles_of_sides(recipe.data, tables.train),
+        None,
+        sides.reading(recipe.data.sides),
+        sides.signature(),
+        tables.leaks,
+        tables.notes,
     )
+
+
+def _size(recipe: AnyRecipe, signature: Signature) -> tuple[int | None, list[str]]:
+    """Parameters of the model, where there would be one; and what it would leave out."""
+    if "volume" in {shape.kind for shape in signature.inputs.values()}:
+        return None, ["volumes are read, but have no encoder yet: a run leaves them out"]
+    if isinstance(recipe, Recipe) and signature.target == NOTHING:
+        return None, []
+    network = recipe.model.build(signature)
+    return sum(parameter.numel() for parameter in network.parameters()), []
 
 
 def _quality_as_json(report: TableReport) -> dict[str, Any]:
@@ -172,12 +249,13 @@ def _quality_as_json(report: TableReport) -> dict[str, Any]:
 
 
 def _relations(
-    data: DataConfig, tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]
+    leaks: Sequence[Leak], duplicates: Sequence[Duplicates], alignments: Sequence[Alignment], *, allowed: bool
 ) -> list[str]:
     """What is wrong between records, parts and modalities."""
-    warnings = _leaking(data, tables.leaks)
+    would = "is allowed by data.allow_leak" if allowed else "a run would refuse this"
+    warnings = [f"{leak.line()}: {would}" for leak in leaks]
     for found in duplicates:
-        refused = any(leak.column == found.column for leak in tables.leaks)
+        refused = any(leak.column == found.column for leak in leaks)
         if found.kind in MEDIA and found.num_exact_across and not refused:
             warnings.append(f"{found.column}: {found.num_exact_across} {found.kind} media are in more than one part")
         if found.kind in MEDIA and found.num_near_across:
@@ -191,18 +269,15 @@ def _relations(
     return warnings
 
 
-def _leaking(data: DataConfig | AlignDataConfig, leaks: Sequence[Leak]) -> list[str]:
-    would = "is allowed by data.allow_leak" if data.allow_leak else "a run would refuse this"
-    return [f"{leak.line()}: {would}" for leak in leaks]
-
-
-def _looked_at(tables: Tables, duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]) -> list[str]:
+def _looked_at(
+    train: Table, roles: dict[str, ColumnRole], duplicates: Sequence[Duplicates], alignments: Sequence[Alignment]
+) -> list[str]:
     """Where not everything was looked at."""
     notes = []
-    if alignments and alignments[0].num_rows < tables.train.num_rows:
-        seen, there = alignments[0].num_rows, tables.train.num_rows
-        notes.append(f"whether modalities belong together was judged from {seen} of {there} training records")
-    num_sides = len(sides_of(tables.roles))
+    if alignments and alignments[0].num_rows < train.num_rows:
+        seen = alignments[0].num_rows
+        notes.append(f"whether modalities belong together was judged from {seen} of {train.num_rows} training records")
+    num_sides = len(sides_of(roles))
     if num_sides > MOST_SIDES:
         notes.append(f"{MOST_SIDES} of {num_sides} modalities were compared with each other, the first ones")
     for found in duplicates:
@@ -211,57 +286,6 @@ def _looked_at(tables: Tables, duplicates: Sequence[Duplicates], alignments: Seq
                 f"{found.column}: near duplicates were looked for among {found.num_compared} of {found.num_media} media"
             )
     return notes
-
-
-def _check_alignment(what: str, recipe: AlignRecipe) -> CheckResult:
-    """The same of a recipe that draws modalities together."""
-    data = recipe.data.model_copy(update={"allow_leak": True})
-    tables = open_align_tables(data, seed=recipe.seed)
-    preparation = fit_sides(recipe.data, tables.train)
-    network = recipe.model.build(preparation.signature())
-    parts = {"train": tables.train, "validation": tables.validation}
-    if not tables.test_is_validation:
-        parts["test"] = tables.test
-    reports = {part: _read_all(table, preparation, recipe.data) for part, table in parts.items()}
-    return CheckResult(
-        name=what,
-        roles=roles_of_sides(recipe.data, tables.train),
-        reports=reports,
-        inputs={name: shape.model_dump() for name, shape in preparation.signature().inputs.items()},
-        target={},
-        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
-        notes=tables.notes,
-        warnings=(*_warnings(reports, recipe.train.max_bad_share), *_leaking(recipe.data, tables.leaks)),
-        leaks=tables.leaks,
-    )
-
-
-def _read_all(table: Table, preparation: Preparation, data: AlignDataConfig) -> TableReport:
-    """Each column of each side; a record is bad if one of its cells is, and present on a side if one cell is."""
-    bad: dict[int, BadRecord] = {}
-    present: dict[str, npt.NDArray[np.bool_]] = {}
-    num_batches = 0
-    for side, columns in data.sides.items():
-        present[side] = np.zeros(table.num_rows, np.bool_)
-        for column in columns:
-            one = PairLoader(table, preparation.only([side]), {side: (column,)}, batch_size=CHECKED_AT_ONCE)
-            numbers = np.concatenate([table.numbers_of(chunk) for chunk in range(table.num_chunks)])
-            where = {int(number): index for index, number in enumerate(numbers)}
-            for batch in one.one_pass():
-                num_batches += 1
-                for record in batch.bad:
-                    bad.setdefault(record.row, record._replace(column=column))
-                here = batch.row_B[batch.media[side].present_B]
-                present[side][[where[int(row)] for row in here]] = True
-    return TableReport(
-        num_rows=table.num_rows,
-        num_bad=len(bad),
-        bad=tuple(bad[row] for row in sorted(bad))[:LISTED],
-        num_present={side: int(there.sum()) for side, there in present.items()},
-        num_batches=num_batches,
-        quality={},
-        troubles={},
-    )
 
 
 def _warnings(reports: dict[str, TableReport], most: float) -> list[str]:

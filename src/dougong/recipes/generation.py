@@ -18,6 +18,7 @@ from dougong.data.preparation import PreparationConfig
 from dougong.engine.memory.config import MemoryConfig
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.trainer import TrainConfig
+from dougong.model.completion import CompletionConfig
 from dougong.model.encoders.image import ImageEncoderConfig
 from dougong.model.encoders.text import TextEncoderConfig
 from dougong.model.sampling import SamplingsConfig
@@ -48,11 +49,25 @@ class GenerationObjective(Config):
     align_weight: float = 1.0
     """Of the contrastive loss between pictures and their words, where model.align is set."""
 
-    @field_validator("*")
+    spare: str | None = None
+    """A column: records that share its value are not held against each other by the contrastive loss. None: all are."""
+
+    completion_weight: float = 1.0
+    """Of the loss between what model.completion makes and what the other encoder says. 0: what is written alone teaches
+    it."""
+
+    @field_validator("caption_weight", "draw_weight", "align_weight")
     @classmethod
     def _above_zero(cls, weight: float) -> float:
         if not weight > 0:
             raise ValueError(f"{weight} must be above 0. To leave a part out, set model.directions or model.align.")
+        return weight
+
+    @field_validator("completion_weight")
+    @classmethod
+    def _not_below_zero(cls, weight: float) -> float:
+        if not weight >= 0:
+            raise ValueError(f"{weight} must not be below 0. Use 0 for none.")
         return weight
 
 
@@ -86,6 +101,17 @@ class GenerateRecipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _parts_to_weigh(self) -> GenerateRecipe:
+        completes = self.model.completion is not None
+        idle = {"align_weight": not self.model.align, "spare": not self.model.align, "completion_weight": not completes}
+        for name, without_effect in idle.items():
+            given = getattr(self.objective, name)
+            if without_effect and given != GenerationObjective.model_fields[name].default:
+                part = "model.completion" if name == "completion_weight" else "model.align: true"
+                raise ValueError(f"objective.{name}={given} cannot take effect. Set {part}, or leave {name} out.")
+        return self
+
+    @model_validator(mode="after")
     def _nothing_without_effect(self) -> GenerateRecipe:
         for name in ("views", "one_view_a_batch", "withhold", "corrupt", "conditions"):
             given = getattr(self.data, name)
@@ -106,12 +132,16 @@ class GenerateRecipe(Config):
 
 def vqa_generate() -> GenerateRecipe:
     """Captions of easy-VQA's pictures, and pictures of captions, by one decoder."""
-    return _captions("vqa-generate", "One model of both directions; model.directions chooses one of them.", align=False)
+    return _captions("vqa-generate", "One model of both directions; model.directions chooses one of them.", joint=False)
 
 
 def pretrain_joint() -> GenerateRecipe:
-    """The same with a contrastive loss on the same encoders."""
-    return _captions("pretrain-joint", "Contrastive and generative learning of one model at once.", align=True)
+    """The same with a contrastive loss on the same encoders, and what is missing completed before it is written."""
+    return _captions(
+        "pretrain-joint",
+        "One model learns at once to tell what belongs together, to complete what is missing, and to write it.",
+        joint=True,
+    )
 
 
 def caption_records(*, batch_size: int) -> DataConfig:
@@ -129,7 +159,7 @@ def caption_records(*, batch_size: int) -> DataConfig:
     )
 
 
-def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
+def _captions(name: str, about: str, *, joint: bool) -> GenerateRecipe:
     return GenerateRecipe(
         name=name,
         about=about,
@@ -143,13 +173,17 @@ def _captions(name: str, about: str, *, align: bool) -> GenerateRecipe:
         ),
         model=WriterConfig(
             width=64,
-            align=align,
+            align=joint,
+            # Four: of a picture, a token for each quarter of its height.
+            completion=CompletionConfig(num_tokens=4) if joint else None,
             image_encoder=ImageEncoderConfig(
                 width=64, num_layers=1, num_heads=4, feedforward_ratio=2.0, patch_size=4, stem="convolution", pool=2
             ),
             text_encoder=TextEncoderConfig(width=64, num_layers=1, num_heads=4, feedforward_ratio=2.0),
             tokenizer=TokenizerConfig(cell=4, width=48, num_codes=512),
         ),
+        # Few colours and shapes, each in a few wordings: another record's caption is often true of the picture too.
+        objective=GenerationObjective(spare="named") if joint else GenerationObjective(),
         train=TrainConfig(
             steps=8000,
             precision="fp32",

@@ -125,10 +125,12 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _something_to_complete(self) -> Self:
-        if self.model.completion is not None and not (self.data.withhold or self.data.views):
+        sampling = self.train.sampling
+        sampled = sampling is not None and sampling.highest > 0
+        if self.model.completion is not None and not (self.data.withhold or self.data.views or sampled):
             raise ValueError(
                 "model.completion is learnt from what is withheld, and nothing is. Set data.withhold, for example to "
-                "0.3, or data.views with what they leave out beside."
+                "0.3, data.views with what they leave out beside, or train.sampling: {beside: true}."
             )
         return self
 
@@ -147,8 +149,16 @@ class Recipe(Config):
         sampling = self.train.sampling
         if sampling is not None and sampling.quality and not self.data.preparation.quality:
             raise ValueError("train.sampling.quality has nothing to read. Set data.preparation.quality: true.")
-        beside = any(set(view.beside) - set(view.keep) for view in self.data.views)
-        if self.model.completion is not None and self.objective.completion_weight and self.data.views and not beside:
+        if self.model.completion is None or not self.objective.completion_weight or self.data.withhold:
+            return self
+        if any(set(view.beside) - set(view.keep) for view in self.data.views) or (sampling and sampling.beside):
+            return self
+        if sampling is not None:
+            raise ValueError(
+                "model.completion is learnt from what train.sampling leaves out, and none of it is encoded. Set "
+                "train.sampling.beside: true, or objective.completion_weight: 0."
+            )
+        if self.data.views:
             raise ValueError(
                 "model.completion is learnt from what views leave out beside, and none does. Set beside in data.views, "
                 "or objective.completion_weight: 0."

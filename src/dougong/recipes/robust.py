@@ -49,6 +49,8 @@ def sweep(
     where = table_to_judge_on(model, table)
     metric = primary_metric(loaded.preparation.target.task)
     kept = [name for name in loaded.preparation.modalities if name not in missing]
+    if not kept:
+        raise ConfigError("every modality is missing, so none is left to be spoilt. Leave one of them in.")
     spoilt = {name: (name,) for name in kept} | ({EVERY: tuple(kept)} if len(kept) > 1 else {})
     other = None if baseline is None else _baseline(baseline, loaded)
     steps = (len(levels) - 1) * len(spoilt) * (1 if other is None else 2)

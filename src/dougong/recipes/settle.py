@@ -1,6 +1,7 @@
 """Which recipe a run's folder really carries out, and on which layout.
 
-Here        `settle_recipe`, for runs of every kind; `lay_out`, before any rank is connected.
+Here        `settle_recipe`, for runs of every kind; `lay_out`, before any rank is connected; `wanted_recipe`, with
+            which both begin.
 Elsewhere   carrying it out (recipes/run.py and its like); the planner (recipes/plan.py).
 Promise     a folder that holds a run is never taken for another; a layout that the model, the records or the memory do
             not allow is refused before a process group is made, with what would work.
@@ -44,7 +45,7 @@ def settle_recipe(
         RunError: the folder holds a run already, or none to resume.
         ConfigError: the run in the folder is of another kind.
     """
-    recipe = _wanted(recipe, folder, resume=resume)
+    recipe = wanted_recipe(recipe, folder, resume=resume)
     if isinstance(recipe, LaidOut) and recipe.plan is None:
         plan = chosen_plan(_planned(recipe, folder), world)
         recipe = cast(RecipeT, recipe.model_copy(update={"plan": plan}))
@@ -88,7 +89,7 @@ def lay_out(
         RunError: the folder holds a run already, or none to resume.
         ConfigError: the layout cannot be.
     """
-    planned = _planned(_wanted(recipe, folder, resume=resume), folder, per_node or world)
+    planned = _planned(wanted_recipe(recipe, folder, resume=resume), folder, per_node or world)
     plan = recipe.plan
     if plan is None:
         plan = chosen_plan(planned, world, per_node)
@@ -103,7 +104,13 @@ def _keeping(recipe: RecipeT, keep: tuple[Keep, ...] | None) -> RecipeT:
     return cast(RecipeT, recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"keep": keep})}))
 
 
-def _wanted(recipe: RecipeT, folder: Path, *, resume: bool) -> RecipeT:
+def wanted_recipe(recipe: RecipeT, folder: Path, *, resume: bool) -> RecipeT:
+    """The recipe that is asked for: the folder's own when it is resumed.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ConfigError: the run in the folder is of another kind.
+    """
     settings = folder / SETTINGS
     if resume:
         if not settings.is_file():

@@ -20,22 +20,24 @@ from dougong.core.errors import ConfigError
 from dougong.data.columns import ColumnRole, infer_roles
 from dougong.data.join import join_table
 from dougong.data.leak import Leak, check_leaks, copies, find_leaks
-from dougong.data.modality.medium import media_key
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.sources.digits import prepare_digits
 from dougong.data.sources.easy_vqa import prepare_easy_vqa
 from dougong.data.sources.seen_and_spoken import PAIRINGS, prepare_seen_and_spoken
 from dougong.data.sources.uci_views import fetch_uci_views, prepare_uci_views
 from dougong.data.sources.xor import prepare_xor
-from dougong.data.split import split_table
-from dougong.data.table import Table, cells_of, open_table
+from dougong.data.split import largest_group, split_table, unit_numbers
+from dougong.data.table import Table, open_table
 from dougong.recipes.recipe import DataConfig
 
 Announce = Callable[[str, int, int], None]
 
 MEDIA_ROLES: Final = ("image", "audio", "signal", "volume")
-LOOKED_AT: Final = 2000
-"""Records in which a medium that repeats is looked for."""
+SHARED: Final = 0.9
+"""Distinct ones of a column's media: where there are fewer, records share them."""
+
+MOST_TOGETHER: Final = 0.25
+"""Of the records, in a group that is on one side, for the sake of a medium beside the unit."""
 
 
 class Tables(NamedTuple):
@@ -83,7 +85,7 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     if data.unit is not None and data.unit not in train.schema.names:
         known = ", ".join(train.schema.names[:40])
         raise ConfigError(f"data.unit {data.unit!r} is no column of {train.path.name}. Use one of {known}.")
-    unit = data.unit or _shared_medium(train, roles)
+    unit, together = _belonging(train, roles, data)
     given = {"train": train}
     for part, path in (("validation", validation_path), ("test", test_path)):
         if path is not None:
@@ -94,12 +96,16 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     if "validation" in given:
         validation = given["validation"]
     else:
-        together = _copies(train, roles, unit) if data.source is None else {}
-        own = list(together.values())
+        kept, across = _separable(train, together, unit)
+        own = list(kept.values())
         train, validation = split_table(train, data.validation_share, unit=unit, seed=seed, together=own)
         by = f"by {unit}" if unit else "by record"
-        by += "".join(f", those with the same {name} on one side" for name in together)
+        by += "".join(f", those with the same {name} on one side" for name in kept if name != unit)
         notes = (*notes, f"{validation.num_rows} validation records were held out of the training table, {by}")
+        notes += tuple(
+            f"{name}: what several records share may be on both sides, since all else that they share would follow it"
+            for name in across
+        )
     test = given.get("test", validation)
     if test_path is None:
         notes = (
@@ -139,15 +145,40 @@ def _leaks(
     return leaks, tuple(notes)
 
 
-def _copies(table: Table, roles: dict[str, ColumnRole], unit: str | None) -> dict[str, npt.NDArray[np.int64]]:
-    """Which records hold the same medium of a column, by those columns where any do."""
-    found = {}
+def _belonging(
+    table: Table, roles: dict[str, ColumnRole], data: DataConfig
+) -> tuple[str | None, dict[str, npt.NDArray[np.int64]]]:
+    """The unit: as named, or the first column of media that records share; and of each column of media that any share,
+    which records hold the same. Collections that are prepared here are split by their unit alone."""
+    unit, together = data.unit, {}
     for name, role in roles.items():
-        if role.role in MEDIA_ROLES and name != unit:
-            number_R = copies(table, name)
-            if number_R is not None and len(np.unique(number_R[number_R >= 0])) < (number_R >= 0).sum():
-                found[name] = number_R
-    return found
+        if role.role not in MEDIA_ROLES or (unit is not None and data.source is not None):
+            continue
+        number_R = copies(table, name)
+        there = number_R[number_R >= 0]
+        distinct = len(np.unique(there))
+        if unit is None and distinct < SHARED * len(there):
+            unit = name
+        if distinct < len(there) and data.source is None:
+            together[name] = number_R
+    return unit, together
+
+
+def _separable(
+    table: Table, together: dict[str, npt.NDArray[np.int64]], unit: str | None
+) -> tuple[dict[str, npt.NDArray[np.int64]], list[str]]:
+    """The columns by whose media a split can go, the unit's first; and those by which too many records would hang
+    together: pictures that share recordings, and recordings that share pictures."""
+    kept: dict[str, npt.NDArray[np.int64]] = {}
+    across = []
+    groups = [unit_numbers(table, unit)] if unit is not None and unit not in together else []
+    for name in sorted(together, key=lambda name: name != unit):
+        further = [*groups, together[name]]
+        if name == unit or largest_group(further) <= max(MOST_TOGETHER * table.num_rows, largest_group(groups)):
+            groups, kept[name] = further, together[name]
+        else:
+            across.append(name)
+    return kept, across
 
 
 def _locate(
@@ -201,14 +232,3 @@ def _locate(
 
 def _three_tables(folder: Path) -> tuple[Path, Path, Path]:
     return folder / "train.parquet", folder / "validation.parquet", folder / "test.parquet"
-
-
-def _shared_medium(table: Table, roles: dict[str, ColumnRole]) -> str | None:
-    """A media column whose values repeat: its records must not be on two sides."""
-    for name, found in roles.items():
-        if found.role in MEDIA_ROLES:
-            keys = [media_key(cell) for cell in cells_of(table.first(0, LOOKED_AT, [name]).column(name))]
-            there = [key for key in keys if key is not None]
-            if len(set(there)) < 0.9 * len(there):
-                return name
-    return None

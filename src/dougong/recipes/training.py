@@ -2,8 +2,8 @@
 
 Here        `begin_run`: settled, opened, prepared; `training_loader` and `judging_loader`; `encodes_withheld`;
             Lesson, Learning and `train_on_ranks`: laid out, trained, whole again; `kept_alone`; `provenance`.
-Elsewhere   what each kind of run learns and judges, and what it leaves (recipes/run.py, recipes/decode.py; in one
-            process recipes/align.py, recipes/generate.py).
+Elsewhere   what each kind of run learns and judges, and what it leaves (recipes/run.py, recipes/decode.py; on copies
+            alone recipes/align.py; in one process recipes/generate.py).
 Promise     what a recipe says of its data holds for every kind. Many ranks do together what one does; the first one
             alone writes and speaks.
 """

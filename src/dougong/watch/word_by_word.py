@@ -32,7 +32,7 @@ from dougong.nn.batch import Batch, MediaBatch
 from dougong.watch.cards import heat, relative, shaded_tokens, strip
 from dougong.watch.media import arrays_of, check_rows, show_medium
 from dougong.watch.pages import page_template
-from dougong.watch.writing import Written, look_at_word
+from dougong.watch.writing import COMPLETED, Written, look_at_word
 
 MOST_WORDS: Final = 32
 """Tokens of a text that are looked into, from its beginning."""
@@ -58,6 +58,7 @@ def look_at_texts(model: Wording, table: Table, rows: Sequence[int]) -> dict[str
         "table": table.path.name,
         "writes": writes,
         "reads": reads,
+        "completed": COMPLETED if isinstance(model, Generator) and model.network.config.completion else None,
         "records": [_look(model, row, record, table.folder) for row, record in zip(rows, cells, strict=True)],
     }
 
@@ -135,7 +136,7 @@ def _words(model: Wording, batch: Batch, ids_N: torch.Tensor) -> list[dict[str, 
             "token": tokens[place + 1],
             "share": {name: float(found.of(name)[place].sum()) for name in found.spans},
             "chance": _chance(found, place),
-            "maps": {name: _rounded(found.of(name)[place]) for name in found.spans if name != writes},
+            "maps": {name: _rounded(found.of(name)[place]) for name in found.spans if name not in (writes, COMPLETED)},
             "before": {"tokens": tokens[: place + 1], "weights": _rounded(found.of(writes)[place, : place + 1])},
         }
         for place in range(count)

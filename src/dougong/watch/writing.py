@@ -15,7 +15,7 @@ words).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from dougong.model.decoder import Decoder, JoinPrefix, LayerBlock
 from dougong.model.writer import WriteBlock, Writer
 from dougong.nn.batch import Batch
 from dougong.watch.attention import Caught, catching, unshared
+
+COMPLETED: Final = "(completed)"
+"""Among spans: tokens that a model made up of what is given, before it writes."""
 
 
 class Written(NamedTuple):
@@ -47,7 +50,7 @@ class Written(NamedTuple):
 
     rollout_BT: Tensor
     spans: dict[str, range]
-    """Whose tokens these are, by modality; the written one last."""
+    """Whose tokens these are, by modality; the written one last, and before it those that were completed."""
 
     mask_BT: Tensor
 
@@ -160,6 +163,9 @@ def _asked_of_writer(network: Writer, batch: Batch, caught: Caught) -> _Asked:
             layers += [weight for _, weight in caught.attended[first:]]
     stream = state.streams["caption"]
     start = stream.x_RTD.shape[1] - stream.target_RN.shape[1]
-    spans = {network.picture: range(1, start)} if start > 1 else {}
+    made = 0 if stream.completed is None else stream.completed.made_RKD.shape[1]
+    spans = {network.picture: range(1, start - made)} if start - made > 1 else {}
+    if made:
+        spans[COMPLETED] = range(start - made, start)
     spans[network.words] = range(start, stream.x_RTD.shape[1])
     return _Asked(layers, spans, network.head(state).written["caption"].score_RNV, stream.mask_RT)

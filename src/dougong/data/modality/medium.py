@@ -35,7 +35,7 @@ class Modality(ABC):
     """One modality of a table: reads its cells, makes its part of a batch."""
 
     quality_names: tuple[str, ...] = ()
-    """What `quality` measures, in its order."""
+    """What `quality` measures, in its order; what `cell_quality` does comes last."""
 
     @property
     @abstractmethod
@@ -70,6 +70,10 @@ class Modality(ABC):
     @abstractmethod
     def quality(self, values: Mapping[str, Array]) -> npt.NDArray[np.float32]:
         """How good each of U stacked media is, (U, Q), as data/quality.py says."""
+
+    def cell_quality(self, cells: tuple[Any, ...]) -> tuple[float, ...]:
+        """What decoding would hide of how good a medium is."""
+        return ()
 
 
 def media_key(cell: Any) -> Hashable:

@@ -22,7 +22,7 @@ from dougong.data.batch import Array
 from dougong.data.damage.damage import Damage
 from dougong.data.damage.words import Vocabulary, vocabulary_of, words
 from dougong.data.modality.medium import BadValue, Modality, media_key, pad
-from dougong.data.quality import TEXT, Quality, text_quality
+from dougong.data.quality import TEXT, Quality, text_quality, troubled_share
 
 LARGEST_CHARACTERS: Final = 1_000_000
 PRIVATE: Final = 0xF0000
@@ -99,6 +99,9 @@ class TextModality(Modality):
             around_V=around_V,
             piece_V=piece_V,
         )
+
+    def cell_quality(self, cells: tuple[Any, ...]) -> tuple[float, ...]:
+        return (troubled_share(cells[0]),)
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.signature import Input
-from dougong.nn.attention import key_mask
+from dougong.nn.attention import check_heads, key_mask
 from dougong.nn.split import Split
 
 
@@ -69,12 +69,8 @@ class TransformerConfig(Config):
                         f"{name}={getattr(self, name)} cannot take effect beside {origin}, which fixes it. "
                         f"Leave out {name}, or leave out {origin}."
                     )
-        elif self.width % self.num_heads:
-            fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
-            raise ValueError(
-                f"num_heads={self.num_heads} cannot share out width={self.width}: every head needs as many channels. "
-                f"Use num_heads in {fits}."
-            )
+        else:
+            check_heads("num_heads", self.num_heads, self.width)
         return self
 
     def _sizes(self) -> tuple[str, ...]:

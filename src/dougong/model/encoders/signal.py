@@ -19,7 +19,7 @@ from dougong.core.config import Config
 from dougong.core.errors import ConfigError
 from dougong.core.signature import Input, SignalInput
 from dougong.model.encoders.encoder import Encoder, Tokens, wrong_input
-from dougong.nn.attention import Attention
+from dougong.nn.attention import Attention, check_heads
 from dougong.nn.feedforward import FeedForward
 from dougong.nn.start import keep_variance
 
@@ -70,12 +70,7 @@ class SignalEncoderConfig(Config):
                 f"stride={self.stride} is given with window={self.window}: samples between the windows would be "
                 "overlooked. Give a window that is at least as long."
             )
-        if self.width % self.num_heads:
-            fits = [heads for heads in range(1, self.width + 1) if self.width % heads == 0 and heads <= 16]
-            raise ValueError(
-                f"num_heads={self.num_heads} cannot share out width={self.width}: every head needs as many channels. "
-                f"Use num_heads in {fits}."
-            )
+        check_heads("num_heads", self.num_heads, self.width)
         return self
 
     def build(self, given: Input) -> Encoder:
