@@ -58,10 +58,11 @@ from dougong.continual.taught import Taught, open_taught
 from dougong.core.config import override, parse
 from dougong.core.figures import Figure
 from dougong.core.seeds import derive_seed
+from dougong.data.holdout import HeldOut, belonging, hold_out
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.position import Position
 from dougong.data.preparation import Preparation
-from dougong.data.split import sample_table, split_table
+from dougong.data.split import sample_table
 from dougong.data.table import Table, table_of_rows
 from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
@@ -137,9 +138,16 @@ def preparation_of(preparation: Preparation, lesson: Lesson) -> Preparation:
     return Preparation(own, target)
 
 
-def held_out(lesson: Lesson, seed: int) -> Lesson:
-    """The same with the validation records that every way holds out of learning in place of the test's."""
-    _, held = split_table(table_of_rows(lesson.train, Path(".")), 0.2, unit=None, seed=seed)
+def parted(lesson: Lesson, preparation: Preparation, seed: int) -> HeldOut:
+    """What is learnt from, and what every way holds out of it as ours does."""
+    table = table_of_rows(lesson.train, Path("."))
+    media = list(preparation_of(preparation, lesson).media)
+    return hold_out(table, LearnConfig().held_out, belonging(table, media, None), seed=seed)
+
+
+def held_out(lesson: Lesson, preparation: Preparation, seed: int) -> Lesson:
+    """The same with the validation records in place of the test's."""
+    held = parted(lesson, preparation, seed).aside
     rows = [held.read(chunk, held.schema.names) for chunk in range(held.num_chunks)]
     return lesson._replace(test=pa.concat_tables(rows))
 
@@ -181,7 +189,7 @@ def fit_student(
     *more: Callable[[], Tensor],
 ) -> None:
     """As many steps as ours has, the same warm-up and half cosine. `more` is added to the loss."""
-    train, _ = split_table(table_of_rows(lesson.train, Path(".")), 0.2, unit=None, seed=settings.seed)
+    train = parted(lesson, preparation, settings.seed).rest
     config = LoaderConfig(batch_size=BATCH, workers=0)
     loader = Loader(train, preparation_of(preparation, lesson), config, seed=settings.seed, train=True)
     schedule = LearnConfig().train.optimizer
@@ -553,8 +561,9 @@ class Course:
 
     def choose(self, order: Sequence[Lesson]) -> dict[str, float]:
         """Each way's setting, by validation records of the first tasks."""
-        first = [held_out(lesson, self.seed) for lesson in order[:TRIED_ON]]
-        tests = Tests(load(self.bundle).preparation)
+        preparation = load(self.bundle).preparation
+        first = [held_out(lesson, preparation, self.seed) for lesson in order[:TRIED_ON]]
+        tests = Tests(preparation)
         chosen: dict[str, float] = {}
         for way, tried in TRIED.items():  # EWC is the last: it takes sequential's rate
             found = {

@@ -324,6 +324,25 @@ def test_parts_of_a_table_share_no_medium(colours: Model, colour_table: Path) ->
         split_records(table, colours.preparation, share=0.1, unit="patient", judge=None, seed=0)
 
 
+def test_copies_far_down_a_table_are_in_one_part_and_a_judge_that_was_learnt_from_is_told(
+    colours: Model, colour_table: Path
+) -> None:
+    rows = open_table(colour_table).head(240, open_table(colour_table).schema.names).to_pylist()
+    again = [{**row, "photo": row["photo"] and {**row["photo"], "path": "again.png"}, "clip": None} for row in rows]
+    table = table_of_rows(pa.Table.from_pylist([*rows, *again]), colour_table.parent)
+
+    found = split_records(table, colours.preparation, share=0.2, unit=None, judge=None, seed=0)
+    photos = [
+        {cell["bytes"] for cell in part.column("photo").to_pylist() if cell is not None}
+        for part in (found.learn, found.choose, found.judge)
+    ]
+    assert found.unit == "photo"
+    assert sum(map(len, photos)) == len(set().union(*photos))
+    judge = table_of_rows(pa.Table.from_pylist(rows[:40]), colour_table.parent)
+    told = split_records(table, colours.preparation, share=0.2, unit=None, judge=judge, seed=0).notes
+    assert any("image media of 'photo' are in what is learnt from and in what judges" in note for note in told)
+
+
 def test_settings_that_teach_nothing_are_refused() -> None:
     for values, message in (
         ({"answer_weight": 0.0, "label_weight": 0.0}, "answer_weight and label_weight are both 0"),

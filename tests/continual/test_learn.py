@@ -54,6 +54,21 @@ def test_what_the_bundle_could_stays_as_it_was(base: Path, taught: Path, records
     assert [answer.probabilities for answer in told] == [a.probabilities for a in dougong.load(base).predict(rows)]
 
 
+def test_what_judges_a_task_has_no_picture_of_what_was_learnt(base: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(base, bundle)
+    rows = [{**row, "asked": f"question {number}"} for row in stripes(60, seed=3) for number in range(3)]
+
+    learnt = learn(bundle, "stripes", table_of(rows), quick(), target="lies", columns={"photo": "picture"})
+
+    assert learnt.task.provenance["held out"].endswith("records, by picture")
+    assert learnt.evaluation.num_records % 3 == 0
+    assert 15 < learnt.evaluation.num_records < 75
+    same = table_of([{**row, "picture": rows[0]["picture"]} for row in rows])
+    with pytest.raises(DataError, match=r"cannot be split: 1 values of 'picture' .* Give more records, or hold more"):
+        learn(bundle, "one", same, quick(), target="lies", columns={"photo": "picture"})
+
+
 @pytest.mark.parametrize(("name", "make", "label"), [("stripes", stripes, "lies"), ("tones", tones, "pitch")])
 def test_a_task_is_learnt_in_few_numbers(taught: Path, name: str, make: Callable[..., Rows], label: str) -> None:
     found = open_taught(taught)

@@ -1,29 +1,25 @@
 """The records that compressing learns from, chooses by, and is judged on at the end.
 
 Here        Records, `split_records`; `without_target`, records whose answers are not looked at.
-Elsewhere   splitting (data/split.py).
+Elsewhere   what is held out of a table (data/holdout.py).
 Promise     the three share no unit: records with one medium in common are on one side. The last are looked at once.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from dougong.core.errors import ConfigError, DataError
 from dougong.core.seeds import derive_seed
-from dougong.data.modality.audio import AudioModality
-from dougong.data.modality.image import ImageModality
-from dougong.data.modality.medium import media_key
+from dougong.data.columns import ColumnRole
+from dougong.data.holdout import belonging, hold_out
+from dougong.data.leak import find_leaks
 from dougong.data.preparation import Preparation
-from dougong.data.split import split_table
-from dougong.data.table import Table, cells_of
-
-LOOKED_AT: Final = 2000
-SHARED: Final = 0.9
-"""Media are shared by records where fewer than this share of them are distinct."""
+from dougong.data.split import Inseparable
+from dougong.data.table import Table
 
 
 class Records(NamedTuple):
@@ -61,21 +57,21 @@ def split_records(
             )
     if unit is not None and unit not in table.schema.names:
         raise ConfigError(f"--unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
-    shared = _shared_media(table, preparation)
-    unit = unit or next(iter(shared), None)
-    by = f"by {unit}" if unit else "by record"
+    media = list(preparation.media)
+    belongs = belonging(table, media, unit)
+    notes = [] if judge is None else _shared_with(judge, table, preparation, unit)
     try:
-        notes = [f"records also share {name!r}, whose values may be on both sides" for name in shared if name != unit]
         if judge is None:
-            table, judge = split_table(table, share, unit=unit, seed=derive_seed(seed, "judge"))
-            notes.append(f"{judge.num_rows} records were held out to judge on at the end, {by}")
-        learn, choose = split_table(table, share, unit=unit, seed=derive_seed(seed, "choose"))
-    except DataError:
-        raise DataError(
-            f"{table.path.name} has too few records to be split {by}: {table.num_rows}. Give more, or a table to judge "
-            "on by --judge."
-        ) from None
-    notes.append(f"{choose.num_rows} records choose among candidates, {by}; {learn.num_rows} are learnt from")
+            held = hold_out(table, share, belongs, seed=derive_seed(seed, "judge"))
+            table, judge = held.rest, held.aside
+            notes.append(f"{judge.num_rows} records were held out to judge on at the end, {held.by}")
+            belongs = belonging(table, media, belongs.unit)
+        held = hold_out(table, share, belongs, seed=derive_seed(seed, "choose"))
+    except Inseparable as error:
+        raise DataError(f"{error} Give more records, or a table to judge on by --judge.") from None
+    learn, choose = held.rest, held.aside
+    notes += held.notes
+    notes.append(f"{choose.num_rows} records choose among candidates, {held.by}; {learn.num_rows} are learnt from")
     name = preparation.target.name
     known = [_num_known(each, name) for each in (learn, choose, judge)]
     labelled = min(known) > 0
@@ -84,7 +80,14 @@ def split_records(
     if not labelled:
         notes.append(f"{name!r} is not known of these records: they are judged by agreement with the teacher")
         learn, choose, judge = (without_target(each, name) for each in (learn, choose, judge))
-    return Records(learn, choose, judge, unit, labelled, tuple(notes))
+    return Records(learn, choose, judge, belongs.unit, labelled, tuple(notes))
+
+
+def _shared_with(judge: Table, table: Table, preparation: Preparation, unit: str | None) -> list[str]:
+    """What is judged though it was learnt from, where the tables were given apart."""
+    roles = {name: ColumnRole(kind, "as the model reads it") for name, kind in preparation.media.items()}
+    leaks = find_leaks({"what is learnt from": table, "what judges": judge}, roles, unit)
+    return [f"{leak.line()}: figures are too good by as much as was learnt by heart" for leak in leaks]
 
 
 def _identity(table: Table, target: str) -> str:
@@ -101,19 +104,6 @@ def _num_known(table: Table, name: str) -> int:
         return 0
     columns = (table.read(chunk, [name]).column(name) for chunk in range(table.num_chunks))
     return sum(len(column) - column.null_count for column in columns)
-
-
-def _shared_media(table: Table, preparation: Preparation) -> list[str]:
-    """Media columns whose values repeat: their records must not be on two sides."""
-    found = []
-    for modality in preparation.modalities.values():
-        if isinstance(modality, ImageModality | AudioModality):
-            (column,) = modality.columns
-            keys = [media_key(cell) for cell in cells_of(table.head(LOOKED_AT, [column]).column(column))]
-            there = [key for key in keys if key is not None]
-            if len(set(there)) < SHARED * len(there):
-                found.append(column)
-    return found
 
 
 class _Unlabelled(Table):

@@ -55,12 +55,13 @@ from dougong.core.files import write_json
 from dougong.core.seeds import derive_seed
 from dougong.core.signature import Target
 from dougong.data.columns import infer_role
+from dougong.data.holdout import HeldOut, belonging, hold_out
 from dougong.data.loader import Loader, LoaderConfig
 from dougong.data.modality.medium import Modality
 from dougong.data.modality.numbers import TableModality
 from dougong.data.modality.text import TextModality
 from dougong.data.preparation import Preparation, PreparationConfig, fit_preparation
-from dougong.data.split import split_table
+from dougong.data.split import Inseparable
 from dougong.data.table import Table, table_of_rows
 from dougong.data.target import infer_target
 from dougong.engine.batches import to_tensors
@@ -103,7 +104,8 @@ class LearnConfig(Config):
     """Share of the records, or units, that judge and calibrate."""
 
     unit: str | None = None
-    """A column: records of one unit (a speaker, a patient) are on one side."""
+    """A column: records of one unit (a speaker, a patient) are on one side. None: a medium that records share, where
+    there is one."""
 
     batch_size: int = Field(default=32, gt=0)
     seed: int = 0
@@ -178,7 +180,7 @@ def learn(
     Raises:
         ConfigError: a name or column that does not exist, or a budget that is too small; `resume` where nothing of a
             task that is there was stopped.
-        DataError: the table has nothing that the base reads.
+        DataError: the table has nothing that the base reads, or too few units for two parts.
         RunError: `work` holds learning that was stopped, and `resume` is not asked for.
     """
     started = time.perf_counter()
@@ -204,7 +206,8 @@ def learn(
     found_target = _target(table, target, earlier)
     reading = _reading(model, table, found_target, columns or {}, earlier, name)
     preparation = Preparation({**reading.own, **reading.extra_modalities()}, found_target)
-    training, held_out = split_table(table, config.held_out, unit=config.unit, seed=config.seed)
+    parted = _parted(table, config.held_out, preparation, config.unit, config.seed)
+    training, held_out = parted.rest, parted.aside
 
     numbers = sum(parameter.numel() for parameter in base.parameters())
     task, parts = _build(base, name, description, config, reading, found_target, numbers, earlier)
@@ -256,7 +259,7 @@ def learn(
             "sure": traits.sure,
             "provenance": {
                 "learnt from": f"{table.path.name}, {table.num_rows} records",
-                "held out": held_out.num_rows,
+                "held out": f"{held_out.num_rows} records, {'; '.join((parted.by, *parted.notes))}",
                 "seed": config.seed,
                 "code": program(),
                 "torch": torch.__version__,
@@ -302,13 +305,14 @@ def learn_original(bundle: Path, table: Table, *, seed: int = 0) -> None:
     """Keep by what records of the bundle's own task are known, from a table of them. Nothing is trained.
 
     Raises:
-        DataError: the table lacks a column that the bundle reads.
+        DataError: the table lacks a column that the bundle reads, or has too few records for two parts.
     """
     if read_original(bundle, read_bundle(bundle)) is not None:
         return
     model = load_network_from(bundle)
     base, preparation = model.network, model.preparation
-    training, held_out = split_table(table, 0.2, unit=None, seed=seed)
+    parted = _parted(table, 0.2, preparation, None, seed)
+    training, held_out = parted.rest, parted.aside
     loader = LoaderConfig(batch_size=256, workers=0)
 
     def told(batch: Batch) -> Tensor:
@@ -321,6 +325,19 @@ def learn_original(bundle: Path, table: Table, *, seed: int = 0) -> None:
     traits = traits_of(seen[0].features, seen[0].class_B, classes, seen[1].features)
     sure = float(confidence_of(seen[1].output_BC, preparation.target.task).mean())
     add_original(bundle, traits._replace(sure=sure))
+
+
+def _parted(table: Table, share: float, preparation: Preparation, unit: str | None, seed: int) -> HeldOut:
+    """What judges and calibrates, and has no unit and no medium of what is learnt from.
+
+    Raises:
+        DataError: there are too few units.
+    """
+    media = [name for name in preparation.media if name in table.schema.names]  # what lacks is told by who reads it
+    try:
+        return hold_out(table, share, belonging(table, media, unit), seed=seed)
+    except Inseparable as error:
+        raise DataError(f"{error} Give more records, or hold more of them out.") from None
 
 
 # What the table has for the base ------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from dougong.data.table import MEDIA_ENDINGS, Table, cells_of
 
 Role = Literal["text", "image", "audio", "signal", "volume", "number", "category", "target", "ignore"]
 ROLES: Final = get_args(Role)
+MEDIA: Final[tuple[Role, ...]] = ("image", "audio", "signal", "volume")
+"""Roles of columns of files, or of what stands in files elsewhere."""
+
 LOOKED_AT: Final = 1000
 TARGET_NAMES: Final = ("target", "label", "answer", "class", "y")
 FEW_CATEGORIES: Final = 50

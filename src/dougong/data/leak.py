@@ -21,12 +21,11 @@ import numpy.typing as npt
 
 from dougong.core.errors import DataError
 from dougong.core.files import inside
-from dougong.data.columns import ColumnRole
+from dougong.data.columns import MEDIA, ColumnRole
 from dougong.data.modality.array import list_content
 from dougong.data.modality.medium import BadValue, media_bytes, unit_key
 from dougong.data.table import Table, cells_of
 
-MEDIA: Final = ("image", "audio", "signal", "volume")
 FEWEST_NUMBERS: Final = 16
 """A list of fewer numbers may well be that of another record."""
 

@@ -27,7 +27,7 @@ from dougong.core.config import Config, parse
 from dougong.core.errors import BundleError, ConfigError, DataError
 from dougong.core.files import write_atomic, write_json
 from dougong.core.signature import Signature, Target
-from dougong.data.columns import ColumnRole
+from dougong.data.columns import MEDIA, ColumnRole, Role
 from dougong.data.modality.array import SignalConfig, SignalModality, VolumeConfig, VolumeModality, read_array
 from dougong.data.modality.audio import AudioAugment, AudioConfig, AudioModality
 from dougong.data.modality.image import ImageAugment, ImageConfig, ImageModality, open_picture
@@ -139,6 +139,12 @@ class Preparation:
         """Of the inputs, without the target."""
         return [column for modality in self.modalities.values() for column in modality.columns]
 
+    @property
+    def media(self) -> dict[str, Role]:
+        """Of these columns, those of pictures, recordings, signals and volumes, and which each is."""
+        kinds = {column: one.signature().kind for one in self.modalities.values() for column in one.columns}
+        return {column: kind for column in kinds for kind in MEDIA if kind == kinds[column]}
+
     def only(self, names: Sequence[str]) -> Preparation:
         """The same with fewer modalities."""
         kept = {name: self.modalities[name] for name in self.modalities if name in names}
@@ -224,7 +230,7 @@ def fit_preparation(
         if role in ("ignore", "target"):
             continue
         # Column by column, and of media no more than is looked at: they are what makes a table large.
-        few = role in ("image", "audio", "signal", "volume")
+        few = role in MEDIA
         cells = _spread_cells(table.head(LEARNT_FROM, [name]).column(name), MEDIA_LOOKED_AT if few else LEARNT_FROM)
         if not cells:
             raise DataError(f"column {name!r} has no value in the records looked at. Set columns: {{{name}: ignore}}.")

@@ -22,7 +22,7 @@ from dougong.data.table import Table, cells_of
 
 
 class Inseparable(DataError):
-    """Nothing can be held out of this table."""
+    """Nothing can be held out of this table. Whoever asked says what else would do."""
 
 
 class _Part(Table):
@@ -95,10 +95,7 @@ def split_table(
     train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
     if train.num_rows == 0 or held_out.num_rows == 0:
         there = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
-        raise Inseparable(
-            f"{table.path.name} cannot be split: {there} leave one part empty. "
-            "Give a validation table, or set data.validation_share higher."
-        )
+        raise Inseparable(f"{table.path.name} cannot be split: {there} leave one part empty.")
     return train, held_out
 
 

@@ -17,10 +17,10 @@ from dougong.core.errors import DataError
 from dougong.core.signature import NOTHING, Signature
 from dougong.data.alignment import MOST_SIDES, Alignment, find_misaligned, suspicious_rows
 from dougong.data.check import TableReport, check_table
-from dougong.data.columns import ColumnRole, names_target
+from dougong.data.columns import MEDIA, ColumnRole, names_target
 from dougong.data.duplicates import Duplicates, find_duplicates
 from dougong.data.features import sides_of
-from dougong.data.leak import MEDIA, Leak
+from dougong.data.leak import Leak
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.split import Inseparable
 from dougong.data.table import Table, open_table

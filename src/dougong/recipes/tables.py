@@ -11,33 +11,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from dougong.core.errors import ConfigError
-from dougong.data.columns import ColumnRole, infer_roles
+from dougong.data.columns import MEDIA, ColumnRole, infer_roles
+from dougong.data.holdout import belonging, hold_out
 from dougong.data.join import join_table
-from dougong.data.leak import Leak, check_leaks, copies, find_leaks
+from dougong.data.leak import Leak, check_leaks, find_leaks
 from dougong.data.sources.captions import prepare_captions
 from dougong.data.sources.digits import prepare_digits
 from dougong.data.sources.easy_vqa import prepare_easy_vqa
 from dougong.data.sources.seen_and_spoken import PAIRINGS, prepare_seen_and_spoken
 from dougong.data.sources.uci_views import fetch_uci_views, prepare_uci_views
 from dougong.data.sources.xor import prepare_xor
-from dougong.data.split import largest_group, split_table, unit_numbers
+from dougong.data.split import Inseparable
 from dougong.data.table import Table, open_table
 from dougong.recipes.recipe import DataConfig
 
 Announce = Callable[[str, int, int], None]
-
-MEDIA_ROLES: Final = ("image", "audio", "signal", "volume")
-SHARED: Final = 0.9
-"""Distinct ones of a column's media: where there are fewer, records share them."""
-
-MOST_TOGETHER: Final = 0.25
-"""Of the records, in a group that is on one side, for the sake of a medium beside the unit."""
 
 
 class Tables(NamedTuple):
@@ -85,7 +76,9 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     if data.unit is not None and data.unit not in train.schema.names:
         known = ", ".join(train.schema.names[:40])
         raise ConfigError(f"data.unit {data.unit!r} is no column of {train.path.name}. Use one of {known}.")
-    unit, together = _belonging(train, roles, data)
+    media = [name for name, found in roles.items() if found.role in MEDIA]
+    # Collections that are prepared here are split by their unit alone, where they name one.
+    belongs = belonging(train, [] if data.source is not None and data.unit is not None else media, data.unit)
     given = {"train": train}
     for part, path in (("validation", validation_path), ("test", test_path)):
         if path is not None:
@@ -96,16 +89,13 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     if "validation" in given:
         validation = given["validation"]
     else:
-        kept, across = _separable(train, together, unit)
-        own = list(kept.values())
-        train, validation = split_table(train, data.validation_share, unit=unit, seed=seed, together=own)
-        by = f"by {unit}" if unit else "by record"
-        by += "".join(f", those with the same {name} on one side" for name in kept if name != unit)
-        notes = (*notes, f"{validation.num_rows} validation records were held out of the training table, {by}")
-        notes += tuple(
-            f"{name}: what several records share may be on both sides, since all else that they share would follow it"
-            for name in across
-        )
+        try:
+            held = hold_out(train, data.validation_share, belongs, seed=seed)
+        except Inseparable as error:
+            raise Inseparable(f"{error} Give a validation table, or set data.validation_share higher.") from None
+        train, validation = held.rest, held.aside
+        notes = (*notes, f"{validation.num_rows} validation records were held out of the training table, {held.by}")
+        notes += held.notes
     test = given.get("test", validation)
     if test_path is None:
         notes = (
@@ -116,14 +106,14 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
         missing = [name for name, found in roles.items() if found.role not in unread and name not in other.schema.names]
         if missing:
             raise ConfigError(f"{other.path.name} lacks the column {missing[0]!r} of {train.path.name}.")
-    return Tables(train, validation, test, test_path is None, roles, target, unit, notes, leaks)
+    return Tables(train, validation, test, test_path is None, roles, target, belongs.unit, notes, leaks)
 
 
 def _open(path: Path, data: DataConfig) -> tuple[Table, tuple[str, ...]]:
     table = open_table(path)
     if not data.join:
         return table, ()
-    media = [name for name, role in data.columns.items() if role in MEDIA_ROLES]
+    media = [name for name, role in data.columns.items() if role in MEDIA]
     joined, reports = join_table(table, data.join, media)
     dropped = table.num_rows - joined.num_rows
     notes = tuple(f"joined to {table.path.name}: {report.line()}" for report in reports)
@@ -143,42 +133,6 @@ def _leaks(
     lacking = [part for part, table in given.items() if data.unit is not None and data.unit not in table.schema.names]
     notes += [f"{part} has no column {data.unit!r}: whether it shares units is not known" for part in lacking]
     return leaks, tuple(notes)
-
-
-def _belonging(
-    table: Table, roles: dict[str, ColumnRole], data: DataConfig
-) -> tuple[str | None, dict[str, npt.NDArray[np.int64]]]:
-    """The unit: as named, or the first column of media that records share; and of each column of media that any share,
-    which records hold the same. Collections that are prepared here are split by their unit alone."""
-    unit, together = data.unit, {}
-    for name, role in roles.items():
-        if role.role not in MEDIA_ROLES or (unit is not None and data.source is not None):
-            continue
-        number_R = copies(table, name)
-        there = number_R[number_R >= 0]
-        distinct = len(np.unique(there))
-        if unit is None and distinct < SHARED * len(there):
-            unit = name
-        if distinct < len(there) and data.source is None:
-            together[name] = number_R
-    return unit, together
-
-
-def _separable(
-    table: Table, together: dict[str, npt.NDArray[np.int64]], unit: str | None
-) -> tuple[dict[str, npt.NDArray[np.int64]], list[str]]:
-    """The columns by whose media a split can go, the unit's first; and those by which too many records would hang
-    together: pictures that share recordings, and recordings that share pictures."""
-    kept: dict[str, npt.NDArray[np.int64]] = {}
-    across = []
-    groups = [unit_numbers(table, unit)] if unit is not None and unit not in together else []
-    for name in sorted(together, key=lambda name: name != unit):
-        further = [*groups, together[name]]
-        if name == unit or largest_group(further) <= max(MOST_TOGETHER * table.num_rows, largest_group(groups)):
-            groups, kept[name] = further, together[name]
-        else:
-            across.append(name)
-    return kept, across
 
 
 def _locate(

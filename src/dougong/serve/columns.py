@@ -29,7 +29,6 @@ from dougong.serve.service_time import Shape, length_step
 from dougong.serve.settings import Limits
 
 Kind = Literal["text", "image", "audio", "number", "category", "signal", "volume"]
-MEDIA: Final = ("image", "audio", "signal", "volume")
 CHARACTERS_A_TOKEN: Final = 4
 LENGTH_UNIT: Final = 16
 """Tokens: what is shorter differs too little to be kept apart."""

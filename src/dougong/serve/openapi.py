@@ -10,7 +10,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any, Final
 
-from dougong.serve.columns import MEDIA, Column
+from dougong.data.columns import MEDIA
+from dougong.serve.columns import Column
 from dougong.serve.models import Models
 
 VERSION: Final = version("dougong")

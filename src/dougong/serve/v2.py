@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from dougong.core.signature import Signature
+from dougong.data.columns import MEDIA
 from dougong.serve.backend import Outcome
 from dougong.serve.columns import BadRequest, Columns, array_file
 from dougong.serve.v1 import load_json
@@ -246,7 +247,7 @@ def to_columns(tensors: Sequence[Tensor], columns: Columns) -> list[dict[str, An
 
 
 def _of_bytes(value: bytes | str, kind: str, name: str) -> Any:
-    if isinstance(value, str) or kind in ("image", "audio", "signal", "volume"):
+    if isinstance(value, str) or kind in MEDIA:
         return value
     try:
         return value.decode("utf-8")
