@@ -41,6 +41,19 @@ def test_a_unit_and_copies_across_units_are_both_kept() -> None:
         assert held.by == "by speaker, those with the same photo on one side"
 
 
+def test_copies_that_chain_all_units_together_may_be_on_both_sides_and_it_is_said() -> None:
+    # Each speaker says again one thing that the one before said.
+    photos = [bytes([max(0, number - 2 if number % 5 == 0 else number), 1]) for number in range(100)]
+    whole = table(photos, speaker=[f"s{number // 5}" for number in range(100)])
+
+    held = hold_out(whole, 0.3, belonging(whole, ["photo"], "speaker"), seed=0)
+
+    speakers = [set(part.column("speaker").to_pylist()) for part in (held.rest, held.aside)]
+    assert not speakers[0] & speakers[1]
+    assert held.by == "by speaker"
+    assert [note.partition(":")[0] for note in held.notes] == ["photo"]
+
+
 def test_columns_that_nobody_names_hold_nothing_together() -> None:
     whole = table([b"ab" if number % 2 else b"cd" for number in range(100)])
 

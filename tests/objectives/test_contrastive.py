@@ -87,6 +87,18 @@ def test_a_negative_that_weighs_half_has_half_its_share_of_the_softmax() -> None
     assert found == pytest.approx(0.5 * (math.log(math.e + 0.5) - 1.0))
 
 
+def test_weights_that_are_themselves_learnt_have_gradients_where_they_are_nothing() -> None:
+    weight_UV = torch.tensor([[1.0, 0.0, 0.5], [0.5, 1.0, 0.0], [0.0, 1.0, 1.0]], requires_grad=True)
+    own = torch.arange(3)
+    x_UD = functional.normalize(torch.randn(3, 4), dim=1)
+
+    contrastive_loss(x_UD, x_UD.flip(0), own, own, negative_UV=weight_UV).backward()
+
+    assert weight_UV.grad is not None
+    assert weight_UV.grad.isfinite().all()
+    assert weight_UV.grad[0, 2] > 0
+
+
 def test_two_too_alike_are_held_against_each_other_less_and_less() -> None:
     weights = negative_weights(torch.tensor([[0.0, 0.5, 0.7, 0.9, 1.0]]), low=0.5, high=0.9)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 1.0, 0.5, 0.0, 0.0]]))
