@@ -214,6 +214,15 @@ def test_batches_of_records_that_hold_nothing_end_no_run(tables: Path, tmp_path:
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-7)
 
 
+def test_ranks_without_a_record_choose_their_precision_with_the_others(tables: Path, tmp_path: Path) -> None:
+    settings = ["data.batch_size=2", "train.precision=auto", "train.steps=2", "model.learn_temperature=false"]
+
+    found = run_ranks(run_small, tables, tmp_path / "run", settings, world=3, limit_seconds=120)
+
+    assert [first for first, _ in found] == [True, False, False]
+    assert len(losses(tmp_path / "run")) == 2
+
+
 # What cannot be ---------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,35 @@ def test_measuring_leaves_no_trace() -> None:
     assert same_weights(model, before)
     assert random_state() == state
     assert all(parameter.grad is not None and bool((parameter.grad == 1).all()) for parameter in model.parameters())
+
+
+class Exchanged(torch.autograd.Function):
+    """Stands for an exchange whose backward other ranks wait in; here it leads to no parameter."""
+
+    backwards = 0
+
+    @staticmethod
+    def forward(_: Any, anchor: Tensor) -> Tensor:
+        return anchor.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        Exchanged.backwards += 1
+        return gradient
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_exchange_that_leads_to_no_parameter_has_its_backward_all_the_same(alone: bool) -> None:
+    model, batch = TinyModel(), TinyLoader().all_tensors()
+    Exchanged.backwards = 0
+
+    def loss(output: TinyOutput, batch: Batch) -> Tensor:
+        exchanged: Tensor = Exchanged.apply(torch.zeros((), requires_grad=True))
+        return exchanged if alone else exchanged + tiny_loss(output, batch)
+
+    choose_precision(model, loss, batch, pairs=1)
+
+    assert Exchanged.backwards == 4  # two untimed turns, and a pair
 
 
 @pytest.mark.parametrize(("chosen", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -65,8 +65,9 @@ def choose_precision(
         """Forward and backward; whether the loss is finite."""
         with autocast(precision, device_type):
             value = loss(model(batch), batch).float()
-        # Not .backward(): that would add to the gradients that are there.
-        torch.autograd.grad(value, parameters, allow_unused=True)
+        # Not .backward(): that would add to the gradients that are there. Other leaves are asked for too, since what
+        # leads to nothing that is asked for is not run, and an exchange between ranks may lead to no parameter here.
+        torch.autograd.grad(value, [*parameters, *_other_leaves(value)], allow_unused=True)
         return math.isfinite(value.item())
 
     with random_state_kept(), _buffers_kept(model):
@@ -90,6 +91,23 @@ def measure_precision(
         ratios.append(_seconds(run, "fp32") / _seconds(run, "bf16"))
     ratio = statistics.median(ratios)
     return PrecisionChoice("bf16" if agree(ratio >= ENOUGH_GAIN) else "fp32", ratio)
+
+
+def _other_leaves(value: Tensor) -> list[Tensor]:
+    """What the value is made of that needs a gradient and is no parameter."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    ahead = [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not isinstance(leaf, nn.Parameter):
+            found.append(leaf)
+        ahead += [before for before, _ in node.next_functions]
+    return found
 
 
 def _seconds(run: Callable[[Chosen], bool], precision: Chosen) -> float:
