@@ -51,6 +51,15 @@ def test_where_nobody_has_one_side_nothing_was_looked_for() -> None:
         assert all(np.isnan(value) for value in found.metrics.values())
 
 
+def test_where_nobody_has_both_sides_nothing_could_be_found() -> None:
+    half = np.arange(12)[:, None] < 6
+    one_ND, other_ND = np.eye(12, dtype=np.float32) * half, np.eye(12, dtype=np.float32) * ~half
+    found = retrieval_metrics(one_ND, other_ND, names=("words", "picture"))
+    assert np.isnan(found.metrics["recall_at_10"])
+    one_ND[6, 6] = 1.0  # of one record both are there
+    assert retrieval_metrics(one_ND, other_ND, names=("words", "picture")).metrics["recall_at_10"] > 0
+
+
 def test_what_is_left_out_counts_neither_way_and_several_may_ask_for_one_thing() -> None:
     score_NV = np.array([[0.5, 0.9, 0.7, 0.1], [0.5, 0.9, 0.7, 0.1], [0.2, 0.1, 0.2, np.nan]], np.float32)
     left_out_NV = np.zeros((3, 4), np.bool_)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from dougong.core.errors import ConfigError
-from dougong.model.mining import spared
+from dougong.model.mining import Keyed, spared
 from dougong.objectives.contrastive import all_pairs_loss, contrastive_loss, held_against, negative_weights
 
 
@@ -107,9 +107,30 @@ def test_two_too_alike_are_held_against_each_other_less_and_less() -> None:
 
 
 def test_records_of_one_key_are_spared() -> None:
-    found = spared(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), torch.tensor([7, 7, 9]), (4, 2))
+    left = Keyed(torch.tensor([0, 1, 2]), torch.tensor([7, 7, 9]), 4)
+    found = spared(left, Keyed(torch.tensor([0, 1, 1]), torch.tensor([7, 7, 9]), 2))
     # Media 0 and 1 are of key 7, as are right 0 and 1; right 1 is of key 9 too; left 3 is nobody's.
     assert found.tolist() == [[True, True], [True, True], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize("by_degrees", [False, True])
+def test_a_medium_whose_record_lacks_the_other_side_is_spared_as_any(by_degrees: bool) -> None:
+    """Records 0 and 2 are of one key, and 2 has no words."""
+    vectors = {"picture": unit(3, 8), "words": unit(2, 8)}
+    index = {"picture": torch.tensor([0, 1, 2]), "words": torch.tensor([0, 1, 0])}
+    there = {"picture": torch.tensor([True] * 3), "words": torch.tensor([True, True, False])}
+
+    def unequal(key_K: torch.Tensor) -> torch.Tensor:
+        return (key_K[:, None] != key_K).float()
+
+    key_B, weight_of = torch.tensor([5, 6, 5]), unequal if by_degrees else None
+    found = all_pairs_loss(vectors, index, there, key_B=key_B, weight_of=weight_of)
+
+    negative_UV = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    own = torch.arange(2)
+    torch.testing.assert_close(
+        found, contrastive_loss(vectors["picture"], vectors["words"], own, own, negative_UV=negative_UV)
+    )
 
 
 def test_all_pairs_are_averaged_and_one_can_be_named() -> None:
@@ -188,8 +209,9 @@ def test_media_are_held_against_each_other_as_the_most_alike_of_their_records() 
         return torch.tensor([[0.0, 0.5, 1.0], [0.5, 0.0, 0.25], [1.0, 0.25, 0.0]])
 
     # Left 0 is of keys 7 and 9, left 1 of 3; right 0 of 7, right 1 of 9 and 3; left 2 and right 2 are nobody's.
-    left_B, right_B, key_B = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), torch.tensor([7, 9, 3])
-    found = held_against(left_B, right_B, key_B, (3, 3), weight_of)
+    key_B = torch.tensor([7, 9, 3])
+    left, right = Keyed(torch.tensor([0, 0, 1]), key_B, 3), Keyed(torch.tensor([0, 1, 1]), key_B, 3)
+    found = held_against(left, right, weight_of)
 
     assert found.tolist() == [[0.0, 0.0, 1.0], [0.5, 0.0, 1.0], [1.0, 1.0, 1.0]]
 

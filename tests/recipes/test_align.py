@@ -314,7 +314,7 @@ def test_a_side_that_nobody_has_where_it_is_judged_has_no_figures_and_ends_no_ru
 
     told = json.loads(capsys.readouterr().out)
     assert told["figures"]["picture and words"] == {"chance_at_10": pytest.approx(10 / 24)}
-    assert "picture and words: none was looked for, since no record has one of the two" in told["notes"]
+    assert "picture and words: none was looked for, since no record has both" in told["notes"]
     assert json.loads((tmp_path / "run" / "retrievals.json").read_text())["entries"] == []
     assert (tmp_path / "run" / "report.html").exists()
     aligner = load_aligner(tmp_path / "run" / "bundle")

@@ -4,7 +4,7 @@ Here        `ranks`, `retrieval_metrics`, Retrieved; `ranks_among` and `recall_a
             thing, and some things count neither as right nor as wrong.
 Elsewhere   making the vectors (bundle/aligner.py); drawing what was found (watch/retrieval.py).
 Promise     a tie counts against what is looked for: a model that says the same of everything finds nothing. Where no
-            record has one of the two sides, nothing was looked for, and the figures of what was found are NaN.
+            record has both sides, nothing could be found, and the figures of what was are NaN.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def retrieval_metrics(query_ND: Floats, gallery_ND: Floats, *, names: tuple[str,
         names: what the two sides are called.
     """
     score_NN = query_ND @ gallery_ND.T
-    nothing = not (query_ND.any() and gallery_ND.any())
+    nothing = not (query_ND.any(axis=1) & gallery_ND.any(axis=1)).any()
     metrics: dict[str, float] = {}
     for (one, other), rank_N in (
         (names, ranks(score_NN)),

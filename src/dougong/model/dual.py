@@ -21,7 +21,7 @@ from dougong.core.errors import ConfigError
 from dougong.core.signature import Signature
 from dougong.model.bridge import BridgeConfig
 from dougong.model.heads import ContrastiveHead, LearntTemperature, MatchingHead, PlainHead
-from dougong.model.mining import hard_negatives, spared
+from dougong.model.mining import Keyed, hard_negatives, spared
 from dougong.model.sandwich import (
     BridgeBlock,
     EncoderBlock,
@@ -203,8 +203,8 @@ class MineBlock(nn.Module):
             pair_UV = torch.zeros_like(score_UV, dtype=torch.bool)
             pair_UV[left_B[both_B], right_B[both_B]] = True
             if state.key_B is not None:
-                shape = (pair_UV.shape[0], pair_UV.shape[1])
-                pair_UV |= spared(left_B[both_B], right_B[both_B], state.key_B[both_B], shape)
+                has = zip((left_B, right_B), state.present_BM.unbind(dim=1), pair_UV.shape, strict=True)
+                pair_UV |= spared(*(Keyed(medium_B[own_B], state.key_B[own_B], size) for medium_B, own_B, size in has))
             wrong_right = hard_negatives(score_UV, pair_UV)
             wrong_left = hard_negatives(score_UV.T, pair_UV.T)
         known_B = [both_B, both_B & wrong_right.known_U[left_B], both_B & wrong_left.known_U[right_B]]

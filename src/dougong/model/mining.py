@@ -1,6 +1,6 @@
 """Wrong partners that are nearly right.
 
-Here        `hard_negatives`; `spared`, which pairs are perhaps not wrong.
+Here        `hard_negatives`; `spared`, which pairs are perhaps not wrong, and Keyed, by what.
 Elsewhere   who looks at them (model/dual.py, objectives/contrastive.py); how wrong it is about them
             (objectives/matching.py).
 Promise     a partner is never drawn as a wrong one; a medium for which the batch has no wrong one is told so. The draw
@@ -42,12 +42,21 @@ def hard_negatives(score_UV: Tensor, pair_UV: Tensor) -> Mined:
     return Mined(torch.multinomial(chance_UV, 1)[:, 0], known_U)
 
 
-def spared(left_B: Tensor, right_B: Tensor, key_B: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Which of the U x V pairs of media come from records of one key: they may say the same (Khosla et al. 2020,
-    arXiv:2004.11362, call such records positives; here they are only left out)."""
-    key_B = torch.unique(key_B, return_inverse=True)[1]
-    num_keys = int(key_B.max()) + 1 if len(key_B) else 1
-    left_UK, right_VK = (key_B.new_zeros((size, num_keys), dtype=torch.float32) for size in shape)
-    left_UK[left_B, key_B] = 1.0
-    right_VK[right_B, key_B] = 1.0
-    return left_UK @ right_VK.T > 0
+class Keyed(NamedTuple):
+    """Which of the media of one modality the records that have one have, and their keys. Shapes: N such records."""
+
+    medium_N: Tensor
+    key_N: Tensor
+    num_media: int
+
+
+def spared(left: Keyed, right: Keyed) -> Tensor:
+    """Which of the U x V pairs of media come from records of one key, whether or not one record has both: they may say
+    the same (Khosla et al. 2020, arXiv:2004.11362, call such records positives; here they are only left out)."""
+    _, key_M = torch.unique(torch.cat([left.key_N, right.key_N]), return_inverse=True)
+    num_keys = int(key_M.max()) + 1 if len(key_M) else 1
+    left_UK, right_VK = (key_M.new_zeros((each.num_media, num_keys), dtype=torch.float32) for each in (left, right))
+    left_UK[left.medium_N, key_M[: len(left.key_N)]] = 1.0
+    right_VK[right.medium_N, key_M[len(left.key_N) :]] = 1.0
+    spared_UV: Tensor = left_UK @ right_VK.T > 0
+    return spared_UV

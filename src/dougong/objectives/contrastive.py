@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dougong.core.errors import ConfigError
-from dougong.model.mining import spared
+from dougong.model.mining import Keyed, spared
 
 TEMPERATURE = 0.07
 
@@ -99,8 +99,8 @@ def all_pairs_loss(
         left_B, right_B = index[left][both_B], index[right][both_B]
         negative_UV = None
         if key_B is not None:
-            shape = (vectors[left].shape[0], vectors[right].shape[0])
-            negative_UV = held_against(left_B, right_B, key_B[both_B], shape, weight_of)
+            one, other = (Keyed(index[n][there[n]], key_B[there[n]], vectors[n].shape[0]) for n in (left, right))
+            negative_UV = held_against(one, other, weight_of)
         losses.append(
             contrastive_loss(
                 vectors[left], vectors[right], left_B, right_B, temperature=temperature, negative_UV=negative_UV
@@ -131,20 +131,21 @@ def nothing_to_tell_apart(vectors: Mapping[str, Tensor], device: torch.device) -
     return sum((exact(each).sum() * 0.0 for each in vectors.values()), nothing)
 
 
-def held_against(
-    left_B: Tensor, right_B: Tensor, key_B: Tensor, shape: tuple[int, int], weight_of: WeightOf | None = None
-) -> Tensor:
+def held_against(left: Keyed, right: Keyed, weight_of: WeightOf | None = None) -> Tensor:
     """How much each of U x V pairs of media is held against both: not at all where they come from records of one key;
-    by `weight_of` as much as those two of their records that are held against each other least."""
+    by `weight_of` as much as those two of their records that are held against each other least. Records that have
+    only one of the two count as well."""
     if weight_of is None:
-        return (~spared(left_B, right_B, key_B, shape)).float()
-    key_K, place_B = torch.unique(key_B, return_inverse=True)
+        return (~spared(left, right)).float()
+    key_K, place_M = torch.unique(torch.cat([left.key_N, right.key_N]), return_inverse=True)
     weight_KK = weight_of(key_K)
     # From records to media, one side after the other; what no record here has is held against all.
-    weight_UK = weight_KK.new_ones(shape[0], len(key_K))
-    weight_UK.scatter_reduce_(0, left_B[:, None].expand(-1, len(key_K)), weight_KK[place_B], reduce="amin")
-    weight_VU = weight_KK.new_ones(shape[1], shape[0])
-    weight_VU.scatter_reduce_(0, right_B[:, None].expand(-1, shape[0]), weight_UK.T[place_B], reduce="amin")
+    weight_UK = weight_KK.new_ones(left.num_media, len(key_K))
+    of_left_NK = weight_KK[place_M[: len(left.key_N)]]
+    weight_UK.scatter_reduce_(0, left.medium_N[:, None].expand_as(of_left_NK), of_left_NK, reduce="amin")
+    weight_VU = weight_KK.new_ones(right.num_media, left.num_media)
+    of_right_NU = weight_UK.T[place_M[len(left.key_N) :]]
+    weight_VU.scatter_reduce_(0, right.medium_N[:, None].expand_as(of_right_NU), of_right_NU, reduce="amin")
     return weight_VU.T
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dougong.engine.parallel.gather import all_gather_rows
+from dougong.model.mining import Keyed
 from dougong.objectives.contrastive import (
     TEMPERATURE,
     Pairs,
@@ -128,10 +129,16 @@ def gathered_all_pairs_loss(
         )
         negative_UV = None
         if key_B is not None:
-            shape = (len(media[left].id_U), len(media[right].id_U))
-            negative_UV = held_against(records.left_P, records.right_P, told[-1][both_P], shape, weight_of)
+            one, other = (_keyed(media[name], everyones[name], told[-1]) for name in (left, right))
+            negative_UV = held_against(one, other, weight_of)
         losses.append(_own_loss(vector[left], vector[right], records, temperature, negative_UV))
     return torch.stack(losses).mean()
+
+
+def _keyed(media: _Distinct, id_P: Tensor, key_P: Tensor) -> Keyed:
+    """Of the records of all ranks those that have one of these."""
+    there_P = id_P != NONE
+    return Keyed(_places(media, id_P[there_P]), key_P[there_P], len(media.id_U))
 
 
 class _Records(NamedTuple):

@@ -139,7 +139,7 @@ def run_align(
     notes = (
         *tables.notes,
         f"{among}{shares.metrics['chance_at_10']:.3f}",
-        *(f"{name}: none was looked for, since no record has one of the two" for name in _unjudged(judged)),
+        *(f"{name}: none was looked for, since no record has both" for name in _unjudged(judged)),
     )
     manifest = Manifest(
         name=recipe.name,
@@ -228,7 +228,7 @@ def _of_numbers(found: Retrieved) -> Retrieved:
 
 
 def _unjudged(found: dict[str, Retrieved]) -> list[str]:
-    """Pairs of which no record has one of the two sides."""
+    """Pairs of which no record has both sides."""
     return [name for name, each in found.items() if math.isnan(each.metrics[METRIC])]
 
 

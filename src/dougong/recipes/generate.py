@@ -46,7 +46,7 @@ from dougong.engine.retrieval import recall_among
 from dougong.engine.step import SumOfTerms
 from dougong.engine.trainer import Watch, train
 from dougong.engine.words import WordsJudged, WordSums
-from dougong.model.mining import spared
+from dougong.model.mining import Keyed, spared
 from dougong.model.reading import num_media
 from dougong.model.vq import Coded, PictureTokenizer
 from dougong.model.writer import Direction, Writer, WriterOutput, Written
@@ -201,12 +201,15 @@ def found_of_other(
         keys = keys_by_row(table, spare)
         key_B = torch.tensor([keys[row] for row in arrays.row_B.tolist()])
     index = {name: batch.media[name].index_B[both_B] for name in names}
+    has = {name: batch.media[name].present_B for name in names}
     with torch.inference_mode(), evaluating(model):
         vectors = {name: _vectors(model, batch.media[name], name) for name in names}
     found: dict[Direction, dict[str, float]] = {}
     for direction in model.config.directions:
         asks, other = model.given[direction], model.content[direction]
-        left_out_UV = spared(index[asks], index[other], key_B[both_B], (len(vectors[asks]), len(vectors[other])))
+        left_out_UV = spared(
+            *(Keyed(batch.media[n].index_B[has[n]], key_B[has[n]], len(vectors[n])) for n in (asks, other))
+        )
         found[direction] = recall_among(
             vectors[asks], vectors[other], index[asks].numpy(), index[other].numpy(), left_out_UV.numpy()
         )
