@@ -72,6 +72,39 @@ def test_what_draws_modalities_together_is_looked_at_as_any_table(records: Recor
     assert found.num_parameters
 
 
+def test_a_part_may_lack_what_is_learnt_from_alone(records: Records, tmp_path: Path) -> None:
+    train = [{**row, "second": f"again, {row['remark']}"} for row in pairs(records, 60, 0)]
+    values = {
+        "kind": "align",
+        "name": "pairs",
+        "data": {
+            "train": write(tmp_path / "a.parquet", train),
+            "validation": write(tmp_path / "b.parquet", pairs(records, 30, 1)),
+            "sides": {"picture": ["photo"], "words": ["remark", "second"]},
+            "judged": {"words": ["remark"]},
+        },
+    }
+    (tmp_path / "r.yaml").write_text(to_yaml(parse(AlignRecipe, values, where="r")))
+
+    found = check_recipe_or_table(str(tmp_path / "r.yaml"), pictures=tmp_path / "worst.html")
+
+    assert found.reports["train"].num_present["second"] == 60
+    assert found.reports["validation"].num_present == {"photo": 30, "remark": 30}
+    assert main(["check", str(tmp_path / "r.yaml")]) == 0
+
+
+def test_a_target_that_is_joined_is_seen(records: Records, tmp_path: Path) -> None:
+    rows = pairs(records, 60, 0)
+    base = write(tmp_path / "base.parquet", [{"id": number, **row} for number, row in enumerate(rows)])
+    labels = [{"id": number, "label": "xy"[number % 2]} for number in range(60)]
+    join = f"data.join=[{{table: {write(tmp_path / 'labels.parquet', labels)}, key: id}}]"
+
+    found = check_recipe_or_table(base, settings=[join])
+
+    assert found.target["name"] == "label"
+    assert not any("no column is named as the target" in note for note in found.notes)
+
+
 def test_a_table_of_which_nothing_can_be_held_out_is_read_whole(records: Records, tmp_path: Path) -> None:
     one = records(1, seed=0, missing=0.0)
     test = write(tmp_path / "test.parquet", records(6, seed=1, missing=0.0))

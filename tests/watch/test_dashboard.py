@@ -161,6 +161,19 @@ def test_a_run_is_read_on_while_it_grows_and_anew_after_a_resume(tmp_path: Path)
     assert list(reader.steps) == list(range(1, 9))
 
 
+def test_a_figure_that_nobody_could_find_hides_no_run(folder: Path) -> None:
+    event = {"kind": "Evaluated", "step": 30, "time": 31.0, "split": "validation", "condition": "words, picture"}
+    figures = {"recall_at_10": float("nan"), "chance_at_10": 0.25}
+    with (folder / "one" / "events.jsonl").open("a") as file:
+        file.write(json.dumps({**event, "metrics": figures, "num_records": 40, "seconds": 1.0}) + "\n")
+
+    status, _, answer = get(build_app(folder), "/api/runs")
+
+    assert status == 200
+    told = {run["name"]: run["metrics"] for run in json.loads(answer)}
+    assert told["one"] == {"recall_at_10": None, "chance_at_10": 0.25}
+
+
 def test_a_peak_is_seen_however_many_steps_there_are() -> None:
     losses = [1.0] * 100_000
     losses[54_321] = 9.0

@@ -281,7 +281,7 @@ def print_check(result: CheckResult) -> None:
     parts.add_row("records", *(str(report.num_rows) for report in result.reports.values()))
     parts.add_row("bad", *(str(report.num_bad) for report in result.reports.values()))
     for name in next(iter(result.reports.values())).num_present:
-        parts.add_row(f"with {name}", *(str(report.num_present[name]) for report in result.reports.values()))
+        parts.add_row(f"with {name}", *(str(report.num_present.get(name, "-")) for report in result.reports.values()))
     console.print(parts)
     for part, report in result.reports.items():
         for record in report.bad[:20]:

@@ -136,12 +136,13 @@ class Duplicates(NamedTuple):
 def find_duplicates(
     parts: Mapping[str, Table], roles: Mapping[str, ColumnRole], *, most_media: int | None = None
 ) -> tuple[Duplicates, ...]:
-    """Look through the media, texts and rows of numbers of all parts. Targets are no media."""
+    """Look through the media, texts and rows of numbers of all parts that have them. Targets are no media."""
     found = []
     for side in sides_of(roles, with_target=False):
         if side.kind == "table" and sum(roles[name].role == "number" for name in side.columns) < FEWEST_NUMBERS:
             continue
-        found.append(_duplicates_of(parts, side, most_media or MOST_MEDIA[side.kind]))
+        having = {part: table for part, table in parts.items() if set(side.columns) <= set(table.schema.names)}
+        found.append(_duplicates_of(having, side, most_media or MOST_MEDIA[side.kind]))
     return tuple(found)
 
 

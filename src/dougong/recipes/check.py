@@ -23,7 +23,7 @@ from dougong.data.features import sides_of
 from dougong.data.leak import Leak
 from dougong.data.preparation import Preparation, fit_preparation
 from dougong.data.split import Inseparable
-from dougong.data.table import Table, open_table
+from dougong.data.table import Table
 from dougong.recipes.align import fit_sides, open_align_tables, roles_of_sides
 from dougong.recipes.alignment import AlignRecipe
 from dougong.recipes.build import target_of
@@ -32,7 +32,7 @@ from dougong.recipes.generate import check_spare
 from dougong.recipes.generation import GenerateRecipe
 from dougong.recipes.known import KNOWN, AnyRecipe, read_any_recipe
 from dougong.recipes.recipe import DataConfig, Recipe
-from dougong.recipes.tables import Tables, open_tables
+from dougong.recipes.tables import Tables, open_joined, open_tables
 from dougong.watch.sheet import SheetPart, check_sheet, write_sheet
 
 
@@ -114,7 +114,9 @@ def check_recipe_or_table(
         check_sheet(pictures)
     recipe = read_recipe_or_table(what, target=target, settings=settings)
     seen = _seen_of_pairs(recipe) if isinstance(recipe, AlignRecipe) else _seen(recipe, bare=_is_table(what))
-    reports = {part: check_table(table, seen.preparation) for part, table in seen.parts.items()}
+    reports = {
+        part: check_table(table, _readable(recipe, seen.preparation, table)) for part, table in seen.parts.items()
+    }
     if pictures is not None:
         shown = [SheetPart(part, table, reports[part]) for part, table in seen.parts.items()]
         write_sheet(pictures, what, shown, seen.preparation)
@@ -165,7 +167,7 @@ def _seen(recipe: Recipe | GenerateRecipe | DecodeRecipe, *, bare: bool) -> _See
     data = recipe.data.model_copy(update={"allow_leak": True})
     decides = isinstance(recipe, Recipe)
     notes: tuple[str, ...] = ()
-    if bare and not names_target(open_table(str(data.train)), data.target, data.columns):
+    if bare and not names_target(open_joined(Path(str(data.train)), data)[0], data.target, data.columns):
         decides = False
         notes = ("no column is named as the target, so what would answer is not looked at: --target names one",)
     parts, tables, warnings = _parts(recipe, data, decides=decides)
@@ -215,6 +217,11 @@ def _seen_of_pairs(recipe: AlignRecipe) -> _Seen:
         tables.leaks,
         tables.notes,
     )
+
+
+def _readable(recipe: AnyRecipe, preparation: Preparation, table: Table) -> Preparation:
+    """Of pairs a part may lack a column that is learnt from alone; whatever else a part lacks was refused."""
+    return preparation.only(table.schema.names) if isinstance(recipe, AlignRecipe) else preparation
 
 
 def _size(recipe: AnyRecipe, signature: Signature) -> tuple[int | None, list[str]]:

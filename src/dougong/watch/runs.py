@@ -175,7 +175,7 @@ class Reader:
                 "loss": _number(self.losses[last]) if last >= 0 else None,
                 "state": ENDED.get(self.finished, self.finished) if self.finished else "going on",
                 "seconds": round(self.seconds, 1),
-                "metrics": judged[-1]["metrics"] if judged else {},
+                "metrics": {name: _number(value) for name, value in judged[-1]["metrics"].items()} if judged else {},
             }
 
     def curves(self, points: int = POINTS) -> dict[str, Any]:
