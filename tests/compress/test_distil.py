@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -341,6 +342,21 @@ def test_copies_far_down_a_table_are_in_one_part_and_a_judge_that_was_learnt_fro
     judge = table_of_rows(pa.Table.from_pylist(rows[:40]), colour_table.parent)
     told = split_records(table, colours.preparation, share=0.2, unit=None, judge=judge, seed=0).notes
     assert any("image media of 'photo' are in what is learnt from and in what judges" in note for note in told)
+
+
+def test_what_cannot_be_held_together_is_told_of_either_split(colours: Model, colour_table: Path) -> None:
+    # Every picture in two records and every recording in two, so that they hang together as one chain.
+    rows = open_table(colour_table).head(240, open_table(colour_table).schema.names).to_pylist()
+    whole = [row for row in rows if row["photo"] and row["clip"]]
+    order = np.random.default_rng(0).permutation(2 * len(whole))
+    chained = [{**row, "clip": whole[place // 2]["clip"]} for row, place in zip([*whole, *whole], order, strict=True)]
+    table = table_of_rows(pa.Table.from_pylist(chained), colour_table.parent)
+
+    found = split_records(table, colours.preparation, share=0.2, unit=None, judge=None, seed=0)
+
+    clips = [{cell["bytes"] for cell in part.column("clip").to_pylist()} for part in (found.learn, found.judge)]
+    assert clips[0] & clips[1]
+    assert sum(note.startswith("clip: what several records share may be on both sides") for note in found.notes) == 1
 
 
 def test_settings_that_teach_nothing_are_refused() -> None:

@@ -56,6 +56,39 @@ def test_a_folder_that_grows_is_learnt_from(copied: Path, tmp_path: Path) -> Non
     assert all(a.answer in ("low", "high") for a in asked.predict(tones(4, seed=52), "stream"))
 
 
+def test_records_of_one_picture_wait_for_others(copied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "arriving"
+    folder.mkdir()
+    one = tones(40, seed=50)
+    pq.write_table(pa.Table.from_pylist([{**row, "clip": one[0]["clip"]} for row in one]), folder / "a.parquet")
+    said: list[str] = []
+
+    def arrive(_: float) -> None:
+        if any("waiting for others" in line for line in said):
+            pq.write_table(pa.Table.from_pylist(tones(40, seed=51)), folder / "b.parquet")
+
+    found = list(
+        learn_growing(
+            copied,
+            "stream",
+            folder,
+            short(),  # type: ignore[arg-type]
+            seconds=120,
+            most_bytes=10**8,
+            every_seconds=0,
+            rounds=1,
+            target="pitch",
+            say=said.append,
+            pause=arrive,
+        )
+    )
+
+    assert [each.shards for each in found] == [("b.parquet", "a.parquet")] or [set(each.shards) for each in found] == [
+        {"a.parquet", "b.parquet"}
+    ]
+    assert sum("waiting for others" in line for line in said) == 1
+
+
 def test_no_more_records_are_held_than_allowed(copied: Path, tmp_path: Path) -> None:
     folder = tmp_path / "arriving"
     folder.mkdir()

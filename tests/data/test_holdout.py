@@ -54,6 +54,20 @@ def test_copies_that_chain_all_units_together_may_be_on_both_sides_and_it_is_sai
     assert [note.partition(":")[0] for note in held.notes] == ["photo"]
 
 
+def test_a_blank_binds_nobody_though_the_column_is_the_unit() -> None:
+    # Six of ten have no picture to speak of; each of the others is in two records.
+    photos = [b"blank" if number % 10 < 6 else bytes([number // 20, number % 10]) for number in range(1000)]
+    whole = table(photos)
+    belongs = belonging(whole, ["photo"], None)
+
+    for seed in range(12):
+        held = hold_out(whole, 0.1, belongs, seed=seed)
+        assert 60 < held.aside.num_rows < 140
+        sides = [set(part.column("photo").to_pylist()) for part in (held.rest, held.aside)]
+        assert sides[0] & sides[1] == {b"blank"}
+    assert (belongs.unit, held.by) == ("photo", "by photo")
+
+
 def test_columns_that_nobody_names_hold_nothing_together() -> None:
     whole = table([b"ab" if number % 2 else b"cd" for number in range(100)])
 

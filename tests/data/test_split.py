@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dougong.core.errors import ConfigError, DataError
-from dougong.data.split import part_of, sample_table, split_table
+from dougong.data.split import largest_group, part_of, sample_table, split_table
 from dougong.data.table import Table, open_table, table_of_rows
 
 
@@ -50,8 +51,32 @@ def test_the_same_seed_splits_alike_and_another_does_not() -> None:
 
 def test_one_unit_cannot_be_split() -> None:
     rows = table_of_rows(pa.table({"speaker": ["a"] * 50}), Path("records"))
-    with pytest.raises(DataError, match=r"1 values of 'speaker' leave one part empty"):
+    with pytest.raises(DataError, match="cannot be split by 'speaker': all of its 50 records hang together"):
         split_table(rows, 0.2, unit="speaker", seed=0)
+
+
+def test_of_two_units_each_has_a_side_whatever_the_seed() -> None:
+    speakers = ["a"] * 30 + ["b"] * 10
+    rows = table_of_rows(pa.table({"speaker": speakers}), Path())
+    for seed in range(40):
+        for share in (0.2, 0.9):
+            train, held_out = split_table(rows, share, unit="speaker", seed=seed)
+            sides = [set(part.column("speaker").to_pylist()) for part in (train, held_out)]
+            assert sorted(map(len, sides)) == [1, 1]
+            assert sides[0] != sides[1]
+    asides = [split_table(rows, 0.001, unit="speaker", seed=seed)[1].num_rows for seed in range(10)]
+    assert asides == [10] * 10  # what comes nearest to its share
+
+
+def test_chains_as_long_as_the_table_are_followed_at_once() -> None:
+    random, count = np.random.default_rng(0), 200_000
+    place = random.permutation(count)
+    pictures, sounds = place // 2, (place + 1) % count // 2  # each in two records: one ring
+
+    started = time.perf_counter()
+    assert largest_group([pictures, sounds]) == count
+    assert largest_group([pictures]) == 2
+    assert time.perf_counter() - started < 5  # link by link it would be minutes
 
 
 def test_an_unknown_unit_is_named() -> None:

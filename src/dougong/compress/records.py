@@ -64,13 +64,13 @@ def split_records(
         if judge is None:
             held = hold_out(table, share, belongs, seed=derive_seed(seed, "judge"))
             table, judge = held.rest, held.aside
-            notes.append(f"{judge.num_rows} records were held out to judge on at the end, {held.by}")
-            belongs = belonging(table, media, belongs.unit)
+            notes += [f"{judge.num_rows} records were held out to judge on at the end, {held.by}", *held.notes]
+            belongs = belonging(table, held.media, unit)._replace(unit=belongs.unit)
         held = hold_out(table, share, belongs, seed=derive_seed(seed, "choose"))
     except Inseparable as error:
         raise DataError(f"{error} Give more records, or a table to judge on by --judge.") from None
     learn, choose = held.rest, held.aside
-    notes += held.notes
+    notes += [note for note in held.notes if note not in notes]
     notes.append(f"{choose.num_rows} records choose among candidates, {held.by}; {learn.num_rows} are learnt from")
     name = preparation.target.name
     known = [_num_known(each, name) for each in (learn, choose, judge)]

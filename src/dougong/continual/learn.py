@@ -180,7 +180,7 @@ def learn(
     Raises:
         ConfigError: a name or column that does not exist, or a budget that is too small; `resume` where nothing of a
             task that is there was stopped.
-        DataError: the table has nothing that the base reads, or too few units for two parts.
+        DataError: the table has nothing that the base reads, or no second unit.
         RunError: `work` holds learning that was stopped, and `resume` is not asked for.
     """
     started = time.perf_counter()
@@ -305,7 +305,7 @@ def learn_original(bundle: Path, table: Table, *, seed: int = 0) -> None:
     """Keep by what records of the bundle's own task are known, from a table of them. Nothing is trained.
 
     Raises:
-        DataError: the table lacks a column that the bundle reads, or has too few records for two parts.
+        DataError: the table lacks a column that the bundle reads, or its records all hang together.
     """
     if read_original(bundle, read_bundle(bundle)) is not None:
         return
@@ -331,13 +331,13 @@ def _parted(table: Table, share: float, preparation: Preparation, unit: str | No
     """What judges and calibrates, and has no unit and no medium of what is learnt from.
 
     Raises:
-        DataError: there are too few units.
+        Inseparable: there is no second unit.
     """
     media = [name for name in preparation.media if name in table.schema.names]  # what lacks is told by who reads it
     try:
         return hold_out(table, share, belonging(table, media, unit), seed=seed)
     except Inseparable as error:
-        raise DataError(f"{error} Give more records, or hold more of them out.") from None
+        raise Inseparable(f"{error} Give more records, of others too.") from None
 
 
 # What the table has for the base ------------------------------------------------------------------------------

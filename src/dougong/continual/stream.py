@@ -23,6 +23,7 @@ from dougong.continual.rehearsal import RehearsalStore
 from dougong.continual.tasks import read_parts, remove_task
 from dougong.core.bundle import read_bundle
 from dougong.core.errors import DataError
+from dougong.data.split import Inseparable
 from dougong.data.table import table_of_rows
 
 KEPT_PARTS: Final = 2
@@ -70,6 +71,9 @@ def learn_growing(
     sizes: dict[str, int] = {}
     done = 0
     longest = 0.0
+    alike: list[str] = []
+    """New shards whose records all hang together, so that none can be held out."""
+
     while time.monotonic() + longest < ends and (rounds is None or done < rounds):
         learnt_from = _learnt_from(bundle, name)
         found = {path.name: path for path in sorted(folder.glob("*.parquet"))}
@@ -77,7 +81,7 @@ def learn_growing(
         steady = [each for each, path in found.items() if sizes.get(each) == path.stat().st_size and _is_whole(path)]
         sizes = {each: path.stat().st_size for each, path in found.items()}
         new = [each for each in steady if each not in learnt_from]
-        if not new or sum(pq.read_metadata(found[each]).num_rows for each in new) < fewest:
+        if not new or new == alike or sum(pq.read_metadata(found[each]).num_rows for each in new) < fewest:
             pause(min(every_seconds, max(0.0, ends - time.monotonic())))
             continue
         order = sorted(steady, key=lambda each: (each in new, found[each].stat().st_mtime_ns, each), reverse=True)
@@ -100,20 +104,25 @@ def learn_growing(
         work = bundle.resolve().parent / f".{bundle.resolve().name}.learning" / name
         shutil.rmtree(work, ignore_errors=True)
         say(f"{len(used)} shards, {sum(rows.num_rows for rows in chosen)} records")
-        learnt = learn(
-            bundle,
-            name,
-            table_of_rows(pa.concat_tables(chosen), folder),
-            config,
-            description=description,
-            target=target,
-            columns=columns,
-            rehearsal=rehearsal,
-            work=work,
-            covers_earlier=True,
-            # What could not be held counts as seen: it would be tried again for ever.
-            note={"shards": sorted({*learnt_from, *used, *left_out})},
-        )
+        try:
+            learnt = learn(
+                bundle,
+                name,
+                table_of_rows(pa.concat_tables(chosen), folder),
+                config,
+                description=description,
+                target=target,
+                columns=columns,
+                rehearsal=rehearsal,
+                work=work,
+                covers_earlier=True,
+                # What could not be held counts as seen: it would be tried again for ever.
+                note={"shards": sorted({*learnt_from, *used, *left_out})},
+            )
+        except Inseparable as error:
+            say(f"waiting for others: {error}")
+            alike = new
+            continue
         longest = max(longest, time.monotonic() - started)
         _forget_older(bundle, name)
         done += 1

@@ -32,6 +32,9 @@ class Belonging(NamedTuple):
     unit: str | None
     """The column whose values are on one side each: what is resampled whole in an interval."""
 
+    named: bool
+    """Whether somebody named it: else it is one of those below, and what none of its media keeps together is apart."""
+
     together: dict[str, npt.NDArray[np.int64]]
     """Of columns of media that records share, which (R,) hold the same; -1: none."""
 
@@ -41,8 +44,11 @@ class HeldOut(NamedTuple):
 
     rest: Table
     aside: Table
+    media: tuple[str, ...]
+    """Columns by whose content they were told apart."""
+
     by: str
-    """How the parts were told apart, in words."""
+    """How, in words."""
 
     notes: tuple[str, ...]
     """Which media may be on both sides, and why."""
@@ -51,6 +57,7 @@ class HeldOut(NamedTuple):
 def belonging(table: Table, media: Sequence[str], unit: str | None) -> Belonging:
     """Of `media`, columns of media, which are shared. `unit` is a column; None: the first of `media` of which no more
     than SHARED are distinct, or each record by itself."""
+    named = unit is not None
     together: dict[str, npt.NDArray[np.int64]] = {}
     for name in media:
         number_R = copies(table, name)
@@ -60,7 +67,7 @@ def belonging(table: Table, media: Sequence[str], unit: str | None) -> Belonging
             unit = name
         if distinct < len(there):
             together[name] = number_R
-    return Belonging(unit, together)
+    return Belonging(unit, named, together)
 
 
 def hold_out(table: Table, share: float, belongs: Belonging, *, seed: int) -> HeldOut:
@@ -68,27 +75,29 @@ def hold_out(table: Table, share: float, belongs: Belonging, *, seed: int) -> He
 
     Raises:
         ConfigError: the unit is no column.
-        Inseparable: there are too few units for two parts.
+        Inseparable: there is no second unit.
     """
     unit = belongs.unit
     kept, across = _separable(table, belongs)
-    rest, aside = split_table(table, share, unit=unit, seed=seed, together=list(kept.values()))
+    # By its column, a blank that half the records have would be a unit as well.
+    column = unit if belongs.named else None
+    rest, aside = split_table(table, share, unit=column, seed=seed, together=list(kept.values()))
     by = f"by {unit}" if unit else "by record"
     by += "".join(f", those with the same {name} on one side" for name in kept if name != unit)
     notes = [
         f"{name}: what several records share may be on both sides, since all else that they share would follow it"
         for name in across
     ]
-    return HeldOut(rest, aside, by, tuple(notes))
+    return HeldOut(rest, aside, tuple(kept), by, tuple(notes))
 
 
 def _separable(table: Table, belongs: Belonging) -> tuple[dict[str, npt.NDArray[np.int64]], list[str]]:
     """The columns by whose media a split can go, the unit's first; and those by which too many records would hang
     together: pictures that share recordings, and recordings that share pictures."""
-    unit, together = belongs
+    unit, named, together = belongs
     kept: dict[str, npt.NDArray[np.int64]] = {}
     across = []
-    groups = [unit_numbers(table, unit)] if unit is not None and unit not in together else []
+    groups = [unit_numbers(table, unit)] if unit is not None and named else []
     for name in sorted(together, key=lambda name: name != unit):
         further = [*groups, together[name]]
         if name == unit or largest_group(further) <= max(MOST_TOGETHER * table.num_rows, largest_group(groups)):

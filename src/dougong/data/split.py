@@ -59,20 +59,18 @@ def split_table(
     seed: int,
     together: Sequence[npt.NDArray[np.int64]] = (),
 ) -> tuple[Table, Table]:
-    """A part for training and one of about `share` of the units; `unit` is a column, None is each record by itself, as
-    is one whose unit is not known. `together` has numbers of records (R,) each: those with equal ones, but -1, are on
-    one side, and so is who shares a unit with them.
+    """A part for training and one of about `share` of the units, at least one of each; `unit` is a column, None is each
+    record by itself, as is one whose unit is not known. `together` has numbers of records (R,) each: those with equal
+    ones, but -1, are on one side, and so is who shares a unit with them.
 
     Raises:
         ConfigError: `unit` is no column.
-        Inseparable: there are too few units for two parts.
+        Inseparable: there is no second unit.
     """
     if unit is not None and unit not in table.schema.names:
         raise ConfigError(f"unit {unit!r} is no column. Use one of {', '.join(table.schema.names)}.")
     aside: dict[Hashable, bool] = {}
     masks: list[npt.NDArray[np.bool_]] = []
-    unit_numbers: dict[Hashable, int] = {}
-    units: list[int] = []
     for chunk in range(table.num_chunks):
         random = np.random.default_rng(derive_seed(seed, "split", chunk))
         alone = random.random(len(table.rows_of(chunk))) < share
@@ -85,18 +83,35 @@ def split_table(
                 aside[key] = (
                     derive_seed(seed, "split", key.hex() if isinstance(key, bytes) else str(key)) < share * 2**63
                 )
-            units.append(-1 if key is None else unit_numbers.setdefault(key, len(unit_numbers)))
         own = zip(keys, alone, strict=True)
         masks.append(np.array([by_itself if key is None else aside[key] for key, by_itself in own], np.bool_))
-    if together and table.num_rows:
-        first_R = _first_of_each([*together, *([np.array(units, np.int64)] if unit is not None else [])])
-        aside_R = np.concatenate(masks)[first_R]
-        masks = np.split(aside_R, np.cumsum([len(mask) for mask in masks])[:-1])
-    train, held_out = _Part(table, [~mask for mask in masks]), _Part(table, masks)
-    if train.num_rows == 0 or held_out.num_rows == 0:
-        there = f"{len(aside)} values of {unit!r}" if unit is not None else f"{table.num_rows} records"
-        raise Inseparable(f"{table.path.name} cannot be split: {there} leave one part empty.")
-    return train, held_out
+    aside_R = np.concatenate([np.zeros(0, np.bool_), *masks])
+    if together or _one_sided(aside_R):
+        numbers = [*together, *([unit_numbers(table, unit)] if unit is not None else [])]
+        first_R = _first_of_each([np.full(len(aside_R), -1), *numbers])
+        aside_R = _both_sides(aside_R[first_R], first_R, share)
+    if _one_sided(aside_R):
+        by, there = "" if unit is None else f" by {unit!r}", table.num_rows
+        why = f"all of its {there} records hang together" if there > 1 else f"its records are {there}"
+        raise Inseparable(f"{table.path.name} cannot be split{by}: {why}.")
+    masks = np.split(aside_R, np.cumsum([len(mask) for mask in masks])[:-1])
+    return _Part(table, [~mask for mask in masks]), _Part(table, masks)
+
+
+def _one_sided(aside_R: npt.NDArray[np.bool_]) -> bool:
+    return not 0 < aside_R.sum() < len(aside_R)
+
+
+def _both_sides(aside_R: npt.NDArray[np.bool_], first_R: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
+    """The same, but where chance left a side empty, with the group on it that comes nearest to its share."""
+    if not _one_sided(aside_R):
+        return aside_R
+    group_G, size_G = np.unique(first_R, return_counts=True)
+    if len(group_G) < 2:
+        return aside_R
+    wanted = (1 - share if aside_R[0] else share) * len(first_R)
+    alone_R: npt.NDArray[np.bool_] = first_R == group_G[np.abs(size_G - wanted).argmin()]
+    return aside_R ^ alone_R
 
 
 def unit_numbers(table: Table, unit: str) -> npt.NDArray[np.int64]:
@@ -118,16 +133,23 @@ def largest_group(together: Sequence[npt.NDArray[np.int64]]) -> int:
 
 
 def _first_of_each(numbers: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """For each record the first one that it belongs together with, by any of the numbers, also by way of others."""
+    """For each record the first one that it belongs together with, by any of the numbers, also by way of others.
+
+    Each group's least root is hung above its records' roots, and paths are made short, in turns (Shiloach and Vishkin
+    1982): a chain as long as the table takes a few dozen turns, not as many as it has links.
+    """
     first_R = np.arange(len(numbers[0]))
     while True:
         before_R = first_R
         for number_R in numbers:
             there = number_R >= 0
+            root_N = first_R[there]
             least = np.full(number_R.max(initial=-1) + 1, len(first_R), np.int64)
-            np.minimum.at(least, number_R[there], first_R[there])
+            np.minimum.at(least, number_R[there], root_N)
             first_R = first_R.copy()
-            first_R[there] = least[number_R[there]]
+            np.minimum.at(first_R, root_N, least[number_R[there]])
+            while (first_R[first_R] != first_R).any():
+                first_R = first_R[first_R]
         if (first_R == before_R).all():
             return first_R
 

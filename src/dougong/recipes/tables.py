@@ -1,6 +1,6 @@
 """The tables that a recipe speaks of, opened and split.
 
-Here        Tables, open_tables, judged_views.
+Here        Tables, open_tables; open_joined, one table of a recipe; judged_views.
 Elsewhere   preparing collections (data/sources/); joining (data/join.py); splitting by unit (data/split.py).
 Promise     the test table is never split from, learnt from or looked at before the end, but to see that no unit and no
             medium of it stands in another table.
@@ -68,7 +68,7 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
         DataError: a table cannot be used, or two of them share a unit or a medium and data.allow_leak is not set.
     """
     train_path, validation_path, test_path, notes = _locate(data, announce, seed=seed)
-    train, joined = _open(train_path, data)
+    train, joined = open_joined(train_path, data)
     notes = (*notes, *joined)
     roles = infer_roles(train, target=data.target, named=data.columns, decides=decides)
     unread = ("ignore",) if decides else ("ignore", "target")
@@ -76,13 +76,14 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     if data.unit is not None and data.unit not in train.schema.names:
         known = ", ".join(train.schema.names[:40])
         raise ConfigError(f"data.unit {data.unit!r} is no column of {train.path.name}. Use one of {known}.")
-    media = [name for name, found in roles.items() if found.role in MEDIA]
+    read = data.modalities or tuple(roles)
+    media = [name for name, found in roles.items() if found.role in MEDIA and name in read]
     # Collections that are prepared here are split by their unit alone, where they name one.
     belongs = belonging(train, [] if data.source is not None and data.unit is not None else media, data.unit)
     given = {"train": train}
     for part, path in (("validation", validation_path), ("test", test_path)):
         if path is not None:
-            given[part], joined = _open(path, data)
+            given[part], joined = open_joined(path, data)
             notes = (*notes, *joined)
     leaks, said = _leaks(given, roles, data)
     notes = (*notes, *said)
@@ -92,7 +93,7 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
         try:
             held = hold_out(train, data.validation_share, belongs, seed=seed)
         except Inseparable as error:
-            raise Inseparable(f"{error} Give a validation table, or set data.validation_share higher.") from None
+            raise Inseparable(f"{error} Give a validation table.") from None
         train, validation = held.rest, held.aside
         notes = (*notes, f"{validation.num_rows} validation records were held out of the training table, {held.by}")
         notes += held.notes
@@ -109,7 +110,8 @@ def open_tables(data: DataConfig, *, seed: int, announce: Announce | None = None
     return Tables(train, validation, test, test_path is None, roles, target, belongs.unit, notes, leaks)
 
 
-def _open(path: Path, data: DataConfig) -> tuple[Table, tuple[str, ...]]:
+def open_joined(path: Path, data: DataConfig) -> tuple[Table, tuple[str, ...]]:
+    """A table with what is joined to it, and what came of that."""
     table = open_table(path)
     if not data.join:
         return table, ()
