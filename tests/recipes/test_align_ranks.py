@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
+from absences import ABSENCES, BATCH
 from in_double import Exact
 from ranks import run_ranks
 from torch import Tensor
@@ -25,17 +26,7 @@ from dougong.engine.trainer import TrainConfig, train
 from dougong.recipes.align import _lesson, check_align_ranks, fit_sides, open_align_tables, run_align
 from dougong.recipes.alignment import AlignRecipe
 
-BATCH = 8
-PRESENT = {
-    "everything everywhere": "bbbbbbbb",
-    "one rank lacks the picture": "rrrrbbbb",
-    "no rank has a picture": "rrrrrrrr",
-    "no rank has either": "--------",
-    "each rank has another one": "pppprrrr",
-    "mixed": "pr-b-brp",
-    "everything again": "bbbbbbbb",
-}
-"""A letter for each record of a batch: p (its pictures alone), r (its remarks alone), b (both) or - (neither)."""
+PRESENT = {**ABSENCES, "everything again": "bbbbbbbb"}
 
 
 @pytest.fixture(scope="module")

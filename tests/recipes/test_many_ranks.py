@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from absences import ABSENCES, BATCH
 from in_double import Exact
 from ranks import RankFailure, run_ranks
 from torch import Tensor
@@ -40,17 +41,7 @@ from dougong.recipes.losses import ObjectiveConfig, check_ranks
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.run import run_recipe, train_recipe
 
-BATCH = 8
-PRESENT = {
-    "everything everywhere": "bbbbbbbb",
-    "one rank lacks the picture": "rrrrbbbb",
-    "no rank has a picture": "rrrrrrrr",
-    "no rank has either": "--------",
-    "each rank has another one": "pppprrrr",
-    "mixed": "pr-b-brp",
-    "some ranks have no record": "b",
-}
-"""A letter for each record of a batch: p (its picture alone), r (its remark alone), b (both) or - (neither)."""
+PRESENT = {**ABSENCES, "some ranks have no record": "b"}
 
 
 @pytest.fixture(scope="module")
