@@ -182,6 +182,18 @@ def test_copies_of_a_unit_under_other_names_are_on_its_side(records: Records, tm
         assert not sides[0] & sides[1]
 
 
+def test_a_column_that_no_model_reads_keeps_nobody_together(records: Records, tmp_path: Path) -> None:
+    some = records(120, seed=0, missing=0.0)
+    for place, record in enumerate(some):
+        record["photo"] = some[place // 4 * 4]["photo"]
+    train = write(tmp_path / "a.parquet", some)
+
+    assert opened(train=train, validation_share=0.3).unit == "photo"
+    unread = opened(train=train, validation_share=0.3, modalities=["clip", "remark"])
+    assert unread.unit is None
+    assert both(unread, "photo")
+
+
 def test_a_blank_is_no_reason_to_be_on_one_side(records: Records, tmp_path: Path) -> None:
     some = records(200, seed=0, missing=0.0)
     for record in some[::4]:
