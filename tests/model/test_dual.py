@@ -232,6 +232,19 @@ def test_records_of_one_key_are_never_mined_as_wrong_pairs() -> None:
         wrong = slice(6, None)
         assert ((pictures[wrong] < 3) != (words[wrong] < 3)).all()
 
+    # Of the second kind pictures alone: with nobody's words beside them, they are of their kind all the same.
+    lone_B = torch.tensor([False] * 4 + [True] * 2)
+    lacking = both._replace(
+        media={**both.media, "words": both.media["words"]._replace(present_B=~lone_B)},
+        target=torch.tensor([0, 0, 1, 1, 0, 0]),
+    )
+    seen.clear()
+    for _ in range(10):
+        model(lacking)
+    for pictures, words in seen:
+        wrong_pictures = pictures[12:][:2]  # of records 0 and 1: never 4 or 5, which are of their kind
+        assert not set(wrong_pictures.tolist()) & {0, 1, 4, 5}
+
     alone = both._replace(target=torch.zeros(6, dtype=torch.int64))
     known_P = model(alone).known_P
     assert known_P is not None

@@ -444,23 +444,34 @@ def one_by_one(model: Generator, name: str, cells: list[Any]) -> torch.Tensor:
         return torch.cat([model.network.vectors(batch.media[name], name) for batch in batches])
 
 
-def test_a_records_own_is_looked_for_among_distinct_media_of_other_names(captions: Path, run: Path) -> None:
-    model, rows = load_generator(run), pq.read_table(captions / "test.parquet").to_pylist()
+@pytest.mark.parametrize("without", [(), (1, 2)])
+def test_a_records_own_is_looked_for_among_distinct_media_of_other_names(
+    captions: Path, run: Path, tmp_path: Path, without: tuple[int, ...]
+) -> None:
+    """`without`: of three records in turn, which have no picture; their captions are among what is looked through."""
+    model, table = load_generator(run), pq.read_table(captions / "test.parquet")
+    rows = table.to_pylist()
     images = one_by_one(model, "image", [row["image"]["bytes"] for row in rows])
     captions_ND = one_by_one(model, "caption", [row["caption"] for row in rows])
     named, texts = [row["named"] for row in rows], [row["caption"] for row in rows]
     pictures = [row["image"]["bytes"] for row in rows]
+    seen = [place for place in range(len(rows)) if place % 3 not in without]
+    kept = [row["image"] if place in seen else None for place, row in enumerate(rows)]
+    place = table.schema.get_field_index("image")
+    pq.write_table(
+        table.set_column(place, "image", pa.array(kept, table.schema.field(place).type)), tmp_path / "t.parquet"
+    )
 
-    found = found_of_other(model.network, open_table(captions / "test.parquet"), model.preparation, spare="named")
+    found = found_of_other(model.network, open_table(tmp_path / "t.parquet"), model.preparation, spare="named")
 
-    for direction, query_ND, other_ND, what in (
-        ("caption", images, captions_ND, texts),
-        ("draw", captions_ND, images, pictures),
+    for direction, query_ND, other_ND, what, there in (
+        ("caption", images, captions_ND, texts, range(len(rows))),
+        ("draw", captions_ND, images, pictures, seen),
     ):
         score_NN = query_ND @ other_ND.T
         right, chance = [], []
-        for row, name in enumerate(named):
-            others = {what[other]: other for other in range(len(rows)) if named[other] != name}
+        for row in seen:
+            others = {what[other]: other for other in there if named[other] != named[row]}
             before = sum(bool(score_NN[row, other] >= score_NN[row, row]) for other in others.values())
             right.append(before < 10)
             chance.append(min(1.0, 10 / (1 + len(others))))
