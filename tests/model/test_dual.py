@@ -241,7 +241,7 @@ def test_records_of_one_key_are_never_mined_as_wrong_pairs() -> None:
     seen.clear()
     for _ in range(10):
         model(lacking)
-    for pictures, words in seen:
+    for pictures, _ in seen:
         wrong_pictures = pictures[12:][:2]  # of records 0 and 1: never 4 or 5, which are of their kind
         assert not set(wrong_pictures.tolist()) & {0, 1, 4, 5}
 
