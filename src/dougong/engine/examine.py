@@ -3,7 +3,7 @@
 Here        Examiner, which listens to the first steps of any training; `examine`, the same of a table's records;
             Examined, the event of both; `score_pairs`.
 Elsewhere   what comes of it (rules.py); measuring the network (engine/flow/); records that do not fit each other in
-            a table (data/quality.py).
+            a table (data/alignment.py).
 Promise     training is changed by nothing: no random state, gradient or buffer. After `ROWS` records, or `STEPS` steps,
             nothing is listened to any more. Records that are not as many as their targets are not judged.
 

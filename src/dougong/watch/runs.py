@@ -2,7 +2,7 @@
 
 Here        Runs (all below a folder), Reader (one run's events, read on from where it stopped), `thinned`.
 Elsewhere   what is shown of them (watch/summary.py, watch/dashboard.py); the events (core/events.py).
-Promise     a run is only read, and never held in memory whole: of each step three numbers stay, of what was measured
+Promise     a run is only read, and never held in memory whole: of each step four numbers stay, of what was measured
             from within the last few. No path leads out of the folder that was named. A line that is still being
             written is read the next time.
 """
