@@ -10,8 +10,7 @@ N steps in all, read as many records in each direction, and cost about the same.
 model of one direction N steps, as many updates as the joint model has and as long a schedule, with half as many records
 in each. What is asked is of the better of the two. The rows "of N steps" are the harder
 reading: each model of one direction takes N steps by itself, and so reads twice as many records of its direction as
-the joint model does; together the two take 2N. The joint model is the recipe's, whose directions have layers of
-their own; "joint, layers shared" has half the layers' weights, as a model of one direction has.
+the joint model does; together the two take 2N.
 
 bits: of a held-out code (or word), given the true ones before it; less is better. An interval is the lowest and the
 highest of the seeds; a gain's is a 95 % interval of the seeds' mean by Student's t.
@@ -85,8 +84,6 @@ def measure(quick: bool, parts: Sequence[str]) -> Iterator[Figure]:
         found: dict[str, list[float]] = defaultdict(list)
         for seed in seeds if COMPARED in parts else ():
             _note(found, _train(folder / f"joint-{seed}", seed, steps, take), "joint")
-            shared = [*take, "model.own_layers=false"]
-            _note(found, _train(folder / f"shared-{seed}", seed, steps, shared), "joint, layers shared")
             for direction in ("caption", "draw"):
                 alone = [*take, f"model.directions=[{direction}]"]
                 _note(found, _train(folder / f"{direction}-{seed}", seed, steps // 2, alone), "alone")

@@ -31,9 +31,7 @@ SMALL: dict[str, Any] = {
 }
 COMPLETES: dict[str, Any] = {"completion": {"num_tokens": 2, "num_heads": 2}}
 
-OWN_LAYERS: dict[str, Any] = {"own_layers": True}
-
-each_way = pytest.mark.parametrize("settings", [{}, COMPLETES, OWN_LAYERS], ids=["plain", "completes", "own-layers"])
+both_ways = pytest.mark.parametrize("settings", [{}, COMPLETES], ids=["plain", "completes"])
 
 
 def build(**settings: Any) -> Writer:
@@ -103,7 +101,7 @@ def test_a_masked_token_leaves_no_trace_and_the_future_is_not_seen() -> None:
     torch.testing.assert_close(layer(spoiled_BTD, mask_BT)[0][:, 2:4], layer(x_BTD, mask_BT)[0][:, 2:4], rtol=0, atol=0)
 
 
-@each_way
+@both_ways
 @pytest.mark.parametrize("direction", ["caption", "draw"])
 def test_cached_writing_scores_what_reading_the_whole_scores(direction: Direction, settings: dict[str, Any]) -> None:
     """What greedy writing chose is, read again as if it were the truth, the likeliest at every place."""
@@ -128,7 +126,7 @@ def test_cached_writing_scores_what_reading_the_whole_scores(direction: Directio
     assert torch.equal(best_BN[due_BN], written_BN[due_BN])
 
 
-@each_way
+@both_ways
 def test_a_token_does_not_see_itself_or_what_comes_after(settings: dict[str, Any]) -> None:
     model, batch = build(**settings).eval(), batch_of()
     ids_UT = batch.media["remark"].values["ids_UT"]
@@ -156,7 +154,7 @@ def test_a_code_does_not_see_itself_or_what_comes_after() -> None:
         )
 
 
-@each_way
+@both_ways
 def test_what_is_not_told_leaves_no_trace(settings: dict[str, Any]) -> None:
     model = build(condition_dropped=0.999999, **settings).train()
     batch = batch_of()
@@ -167,7 +165,7 @@ def test_what_is_not_told_leaves_no_trace(settings: dict[str, Any]) -> None:
     )
 
 
-@each_way
+@both_ways
 def test_an_absent_condition_is_no_condition_and_an_absent_content_is_not_due(settings: dict[str, Any]) -> None:
     model, batch = build(**settings).eval(), batch_of()
     blind = without(batch, "photo")
@@ -193,7 +191,7 @@ def test_records_take_turns_in_training_and_all_are_judged() -> None:
     assert judged["caption"].score_RNV.shape == (5, 6, 12)
 
 
-@each_way
+@both_ways
 def test_training_leaves_the_tokenizer_as_it_was_and_reaches_all_else(settings: dict[str, Any]) -> None:
     model = build(align=True, **settings).train()
     before = {name: weight.clone() for name, weight in model.tokenizer.state_dict().items()}
@@ -217,31 +215,7 @@ def test_one_direction_needs_one_encoder() -> None:
         model.write(batch_of(), "draw", SamplingConfig(), torch.Generator())
 
 
-def test_with_layers_of_its_own_a_direction_teaches_none_of_the_others() -> None:
-    """Of shared layers all are reached; the head and the last norm, which all share, are by both kinds."""
-    for own, reached in ((True, {"draw"}), (False, {"caption", "draw"})):
-        model = build(own_layers=own).train()
-
-        model(batch_of()).written["draw"].score_RNV.square().mean().backward()
-
-        learning = {
-            direction
-            for direction, layers in model.layers.items()
-            if all(p.grad is not None for layer in layers for p in layer.parameters())
-        }
-        assert learning == reached
-        assert model.norm.weight.grad is not None
-        assert {direction: len(layers) for direction, layers in model.layers.items()} == {"caption": 2, "draw": 2}
-
-
-def test_layers_that_are_shared_have_the_names_they_always_had() -> None:
-    """So that a bundle saved before directions could have their own is still read."""
-    names = {name for name, _ in build().named_parameters() if "query_key_value" in name}
-
-    assert names == {f"blocks.{place}.layer.query_key_value.{kind}" for place in (5, 6) for kind in ("weight", "bias")}
-
-
-@each_way
+@both_ways
 def test_the_same_seed_writes_the_same_and_guidance_of_1_is_none(settings: dict[str, Any]) -> None:
     model, batch = build(**settings).eval(), batch_of()
 
@@ -285,14 +259,12 @@ def test_what_was_completed_is_read_alike_at_once_and_token_by_token(direction: 
         at_once = model(batch).written[direction]
         before_BND = model._before(direction, at_once.target_RN)
         x_BTD, mask_BT = model._given(batch, direction)
-        caches: list[Cache | None] = [None] * model.config.num_layers
+        caches: list[Cache | None] = [None] * len(model.layers)
         scores = []
         for place in range(before_BND.shape[1]):
             new_BTD = before_BND[:, place : place + 1]
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=True)
-            x_BTD = model._through(
-                direction, torch.cat([x_BTD, new_BTD], dim=1) if not place else new_BTD, mask_BT, caches
-            )
+            x_BTD = model._through(torch.cat([x_BTD, new_BTD], dim=1) if not place else new_BTD, mask_BT, caches)
             scores.append(model._score(direction, x_BTD[:, -1]))
 
     due_BN = at_once.due_RN

@@ -9,10 +9,9 @@ Promise     a token depends on what it is about and on what was written before i
             absent, is written as if there were none, and nothing is completed for it.
 
 What a record is about comes from the modality's encoder, as tokens before the first one written. Words and codes share
-one vocabulary and the head, and the layers too unless each direction has its own (`own_layers`); scores are of the
-words where words are due, and of the codes where codes are. With `completion`, what the other modality's encoder would
-say of the content is made from what is given, and stands, marked, between the two: the decoder then writes the missing
-modality from what is given and from what was completed.
+one vocabulary, the layers and the head; scores are of the words where words are due, and of the codes where codes are.
+With `completion`, what the other modality's encoder would say of the content is made from what is given, and stands,
+marked, between the two: the decoder then writes the missing modality from what is given and from what was completed.
 """
 
 from __future__ import annotations
@@ -61,11 +60,6 @@ class WriterConfig(Config):
     """Channels of every token (D)."""
 
     num_layers: int = Field(default=3, gt=0)
-    own_layers: bool = False
-    """Each direction goes through layers of its own, so that neither is learnt at the other's cost: twice the layers'
-    weights, steps as long as before. As in a mixture of transformers (Liang et al. 2024, arXiv:2411.04996), but by
-    direction and not by token: an encoder reads what is given, so a direction's layers see no token of the other's."""
-
     num_heads: int = Field(default=4, gt=0)
     feedforward_ratio: float = Field(default=4.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -279,20 +273,16 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         if config.completion is not None:
             blocks.append(CompleteBlock(config.completion, config.directions, self.given, self.content, width))
         blocks.append(JoinStreams(self.marks, self.given))
-        self.layers: dict[Direction, list[CausalLayer]] = {direction: [] for direction in config.directions}
-        """What each direction goes through, from below."""
-        sharing = [(direction,) for direction in config.directions] if config.own_layers else [config.directions]
-        for _ in range(config.num_layers):
-            for users in sharing:
-                layer = CausalLayer(
-                    width=width,
-                    num_heads=config.num_heads,
-                    feedforward_ratio=config.feedforward_ratio,
-                    dropout=config.dropout,
-                )
-                blocks.append(WriteBlock(layer, users))
-                for direction in users:
-                    self.layers[direction].append(layer)
+        self.layers = [
+            CausalLayer(
+                width=width,
+                num_heads=config.num_heads,
+                feedforward_ratio=config.feedforward_ratio,
+                dropout=config.dropout,
+            )
+            for _ in range(config.num_layers)
+        ]
+        blocks += [WriteBlock(layer) for layer in self.layers]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.out = keep_variance(nn.Linear(width, self.num_words + num_codes))
@@ -454,14 +444,14 @@ class Writer(BlockStack[WriterState, WriterOutput]):
         places = self._places(direction)
         most = self.num_cells if direction == "draw" else self.most_words
         next_BD = self._begin(direction).expand(len(x_BTD), -1)
-        caches: list[Cache | None] = [None] * self.config.num_layers
+        caches: list[Cache | None] = [None] * len(self.layers)
         ended_B = torch.zeros(num_records, dtype=torch.bool, device=x_BTD.device)
         chosen: list[Tensor] = []
         for place in range(most):
             new_BTD = (next_BD + places[place])[:, None]
             x_BTD = torch.cat([x_BTD, new_BTD], dim=1) if place == 0 else new_BTD
             mask_BT = nn.functional.pad(mask_BT, (0, 1), value=True)
-            x_BTD = self._through(direction, x_BTD, mask_BT, caches)
+            x_BTD = self._through(x_BTD, mask_BT, caches)
             score_BV = self._score(direction, x_BTD[:, -1]).float()
             if guide:
                 with_BV, without_BV = score_BV.chunk(2)
@@ -486,9 +476,9 @@ class Writer(BlockStack[WriterState, WriterOutput]):
                 next_BD = next_BD + self.above_right(chosen[1 - columns])
         return next_BD
 
-    def _through(self, direction: Direction, x_BTD: Tensor, mask_BT: Tensor, caches: list[Cache | None]) -> Tensor:
-        """The direction's layers, which see the cached tokens too; the caches grow."""
-        for place, layer in enumerate(self.layers[direction]):
+    def _through(self, x_BTD: Tensor, mask_BT: Tensor, caches: list[Cache | None]) -> Tensor:
+        """The decoder's layers, which see the cached tokens too; the caches grow."""
+        for place, layer in enumerate(self.layers):
             x_BTD, caches[place] = layer(x_BTD, mask_BT, caches[place])
         return x_BTD
 
@@ -592,20 +582,18 @@ class JoinStreams(nn.Module):
 
 
 class WriteBlock(nn.Module):
-    """One layer of the decoder, on the streams of the directions that it serves."""
+    """One layer of the decoder, on each stream."""
 
-    def __init__(self, layer: CausalLayer, directions: tuple[Direction, ...]) -> None:
+    def __init__(self, layer: CausalLayer) -> None:
         super().__init__()
         self.layer = layer
-        self.directions = directions
 
     def forward(self, state: WriterState) -> WriterState:
         streams = {
             direction: stream._replace(x_RTD=self.layer(stream.x_RTD, stream.mask_RT)[0])
             for direction, stream in state.streams.items()
-            if direction in self.directions
         }
-        return state._replace(streams=state.streams | streams)
+        return state._replace(streams=streams)
 
 
 def _doubled(x_BTD: Tensor, mask_BT: Tensor, nothing_D: Tensor) -> tuple[Tensor, Tensor]:

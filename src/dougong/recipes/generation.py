@@ -173,8 +173,6 @@ def _captions(name: str, about: str, *, joint: bool) -> GenerateRecipe:
         ),
         model=WriterConfig(
             width=64,
-            # Shared, they cost each direction what the other learns, and taught neither anything.
-            own_layers=True,
             align=joint,
             # Four: of a picture, a token for each quarter of its height.
             completion=CompletionConfig(num_tokens=4) if joint else None,
