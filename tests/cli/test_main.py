@@ -111,9 +111,12 @@ def test_a_benchmark_that_lacks_something_does_not_keep_the_others_from_being_me
         (["join", "a.csv", "b.csv", "c.parquet"], "neither key nor time is given"),
         (["join", "a.csv", "b.csv", "c.parquet", "--by", "id"], "a.csv does not exist"),
         (["join", "a.csv", "b.csv", "c.parquet", "--time", "t", "--offset", "big"], "--offset 'big' is no number"),
-        (["tarin"], "No such command 'tarin'."),
-        (["train"], "Missing argument"),
-        (["train", "vqa", "--steps", "3"], "No such option"),
+        (["tarin"], "No such command 'tarin'. Did you mean 'train', 'learn'? See dougong --help."),
+        (["train"], "Missing argument 'recipe'. See dougong train --help."),
+        (
+            ["train", "vqa", "--rank", "3"],
+            "No such option: --rank (Possible options: --ranks). See dougong train --help.",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit 0 if it worked, 2 if the user can mend it, 3 if another rank was lost. Anything else is our bug, with its
     traceback."""
     try:
-        status: Any = app(args=arguments, standalone_mode=False)
+        status: Any = app(args=arguments, prog_name="dougong", standalone_mode=False)
     except DougongError as error:
         lost = isinstance(error, RankError)
         if lost and "DOUGONG_LAUNCHER" in os.environ:
@@ -84,8 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 3 if lost else 2
     except ClickError as error:
         # Without a message, the help was printed already: nothing was asked for.
-        if error.format_message():
-            print(f"dougong: {error.format_message()} See dougong --help.", file=sys.stderr)
+        if message := error.format_message():
+            command = error.ctx.command_path if getattr(error, "ctx", None) else "dougong"
+            said = message if message.endswith((".", "?")) else f"{message}."
+            print(f"dougong: {said} See {command} --help.", file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("dougong: interrupted.", file=sys.stderr)
