@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## the main job on real data: runs/demo, with its report
 	$(BIN)/dougong demo $(if $(wildcard runs/demo),--out runs/demo-$(shell date +%H%M%S))
 
+# On two processes; a file stays on one, so that what its tests share is made once.
 test: $(STAMP)  ## every test that is not slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the slow ones
 	$(BIN)/python -m pytest -m slow

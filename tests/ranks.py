@@ -1,8 +1,8 @@
 """Runs a function on many CPU processes that are connected by gloo.
 
 Processes are started once and serve every test: what takes seconds is loading torch. They are kept by the tests' own
-process, are given a function by its file and name, and end with the tests. Between tests of another number of ranks
-only the process group is made anew.
+process (`make test` has two, each with its ranks), are given a function by its file and name, and end with the tests.
+Between tests of another number of ranks only the process group is made anew.
 """
 
 import contextlib

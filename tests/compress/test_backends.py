@@ -99,7 +99,9 @@ def test_bits_by_layer_use_a_budget_up_and_are_shipped_as_they_ran(
         backend.fill(model, batches, batches[0], 0.5 * sizes["w4a16"], None)
 
 
-@pytest.mark.parametrize("backend", [OpenVinoBackend(EngineConfig(threads=1)), AlikeBackend("onnx")])
+@pytest.mark.parametrize(
+    "backend", [OpenVinoBackend(EngineConfig(threads=1)), pytest.param(AlikeBackend("onnx"), marks=pytest.mark.slow)]
+)
 def test_what_a_model_has_learnt_since_is_carried_out(
     model: Model, batches: list[Batch], tmp_path: Path, backend: Backend
 ) -> None:
@@ -127,6 +129,7 @@ def test_floats_that_no_choice_rounds_take_two_bytes(model: Model, batches: list
     assert kinds["f16"] > 3_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     fastest_floats() != "bf16", reason="this processor has no units for bfloat16, whose formats are read back"
 )

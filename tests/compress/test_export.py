@@ -100,6 +100,7 @@ sys.exit(0 if heard else 1)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_is_survived_once_graphs_are_let_go_of(openvino_export: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SIGNALLED, str(openvino_export)], check=False)
     assert done.returncode == 0

@@ -481,6 +481,7 @@ def test_a_records_own_is_looked_for_among_distinct_media_of_other_names(
     assert 0 < found["caption"]["chance_at_10"] < 1
 
 
+@pytest.mark.slow
 def test_what_is_left_falls_as_completing_is_learnt(captions: Path, tmp_path: Path) -> None:
     """Little is learnt in so few steps: the mean of the truths, from what a random start makes."""
     figures = {}

@@ -99,10 +99,16 @@ def trained(
     "model_settings",
     [
         {},
-        {"bridge": {"kind": "bottleneck"}},
-        {"own_heads": "taught"},
         {"decide": "weighed"},
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"bridge": {"kind": "merged"}}, {"fusion": "late"})),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (
+                {"bridge": {"kind": "bottleneck"}},
+                {"own_heads": "taught"},
+                {"bridge": {"kind": "merged"}},
+                {"fusion": "late"},
+            )
+        ),
     ],
 )
 def test_whatever_modality_is_absent_where_every_step_is_that_of_one_process(

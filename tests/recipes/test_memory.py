@@ -70,6 +70,7 @@ def test_a_run_in_less_memory_is_the_same_run(colour_table: Path, tmp_path: Path
     assert not list((tmp_path / "less").glob("offload/*"))
 
 
+@pytest.mark.slow
 def test_a_run_in_memory_goes_on_from_one_on_the_disk(colour_table: Path, tmp_path: Path) -> None:
     """And the other way round: what lies on the disk is no part of a checkpoint."""
     whole = recipe_for(colour_table, **{"train.checkpoint_every": 2, "memory.offload.folder": None})

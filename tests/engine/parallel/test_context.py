@@ -51,6 +51,7 @@ def held(blocks: int, num: int) -> list[int]:
     return [place for run in context.here(context.padded(num)) for place in run]
 
 
+@pytest.mark.slow
 def test_ranks_share_all_tokens_out_and_each_has_as_much_to_look_at() -> None:
     for blocks in (1, 3):
         found = run_ranks(held, blocks, 50, world=4)
