@@ -4,9 +4,10 @@ Here        TrainConfig, Watch, TrainResult, `train`; `scaling_of`, by which a r
 Elsewhere   one step (engine/step.py); what comes in (engine/intake.py); checkpoints (engine/checkpoint.py,
             engine/saver.py); showing what is announced (watch/).
 Promise     the same seed gives the same losses; a run that was killed at any moment goes on to the losses that it
-            would have had, bit for bit on a CPU. Evaluating, measuring and saving leave no trace in training. On many
-            ranks the losses are those of one process up to rounding, where the model draws no random numbers; the
-            first rank alone writes, and whatever depends on a clock, a signal or the disk is agreed on.
+            would have had, bit for bit on a CPU, or within rounding where ranks add up in levels (plan.py). Evaluating,
+            measuring and saving leave no trace in training. On many ranks the losses are those of one process up to
+            rounding, where the model draws no random numbers; the first rank alone writes, and whatever depends on a
+            clock, a signal or the disk is agreed on.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from dougong.engine.checkpoint import RunState, latest_checkpoint, restore_check
 from dougong.engine.memory.offload import OffloadConfig
 from dougong.engine.optimizer import OptimizerConfig
 from dougong.engine.parallel.collectives import begin_sum, scatter_sum
+from dougong.engine.parallel.hierarchical import MEASURED_BYTES
 from dougong.engine.parallel.layout import Layout
 from dougong.engine.parallel.plan import PlanConfig
 from dougong.engine.parallel.ranks import Ranks
@@ -92,7 +93,11 @@ def parts_of(layout: Layout, states: States = "fp32") -> TrainParts:
 
 def laid_out(kind: str, plan: PlanConfig, how: Weights) -> Layout:
     ranks = Ranks(dist.group.WORLD if dist.is_initialized() else None)
-    return prepare_model(build(kind), plan, ranks, accumulation=2, weights=how)
+    layout = prepare_model(build(kind), plan, ranks, accumulation=2, weights=how)
+    if layout.hierarchy is not None:
+        # Else chosen by time, maybe another at each start, which adds up in another order.
+        layout.hierarchy.choice = {MEASURED_BYTES[0]: "scatter"}
+    return layout
 
 
 def stepped(kind: str, layout: Layout, parts: TrainParts, count: int) -> Stepped:
