@@ -95,7 +95,7 @@ def laid_out(kind: str, plan: PlanConfig, how: Weights) -> Layout:
     ranks = Ranks(dist.group.WORLD if dist.is_initialized() else None)
     layout = prepare_model(build(kind), plan, ranks, accumulation=2, weights=how)
     if layout.hierarchy is not None:
-        # Else chosen by time, maybe another at each start, which adds up in another order.
+        # Else chosen by time at each start, and another form adds up in another order.
         layout.hierarchy.choice = {MEASURED_BYTES[0]: "scatter"}
     return layout
 

@@ -67,8 +67,8 @@ class PlanConfig(Config):
 
     reduction: Literal["flat", "hierarchical"] = "flat"
     """How gradients of copies are added up. hierarchical: inside nodes and across them, in the form that a short
-    measurement at the start finds fastest for each size, flat among them. A run that is gone on with measures anew, and
-    may add up in another order: equal within rounding, not to the bit."""
+    measurement at the start finds fastest for each size, flat among them. A resumed run measures anew, and may add up
+    in another order: its losses are equal within rounding, not to the bit."""
 
     wire: Literal["fp32", "bf16"] = "fp32"
     """What goes between nodes; bf16 halves it, and what rounding loses in a step is added to the next."""
